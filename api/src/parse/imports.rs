@@ -1,0 +1,170 @@
+//! `TemplateImport` to its view.
+
+use berth_core::ids::ObjectName;
+use berth_core::import::Limits;
+use berth_core::reason::Reason;
+use berth_core::units::Bytes;
+use berth_core::view::{DurableImage, ImportState, ImportView, WorkError};
+
+use super::{
+    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, reason, seconds, uid_of,
+    version_of,
+};
+use crate::TemplateImport;
+use crate::defaults::{IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS};
+use crate::template_import::{
+    DurableImage as ApiDurable, ImportLimits, ImportState as ApiState, TemplateImportSpec,
+};
+
+/// What decisions look at.
+pub fn import_view(import: &TemplateImport) -> ImportView {
+    let (meta, spec) = (&import.metadata, &import.spec);
+    let status = import.status.clone().unwrap_or_default();
+    let name = name_of(meta);
+    ImportView {
+        uid: uid_of(meta),
+        version: version_of(meta),
+        created: created_of(meta),
+        deleting: meta.deletion_timestamp.is_some(),
+        has_finalizer: has_finalizer(meta, IMPORT_FINALIZER),
+        pools: labelled(spec.pool_selector.as_ref()),
+        store: ObjectName::new(&name.namespace, &spec.store.name),
+        allowed_namespaces: spec.allowed_namespaces.clone(),
+        state: status.state.map_or(ImportState::Pending, state),
+        assignment: placement(status.assignment.as_ref()),
+        peak: status.plan.as_ref().map(|plan| Bytes::from_i64(plan.peak_bytes)),
+        durable: status.durable.as_ref().and_then(durable),
+        error: status.last_error.as_ref().map(|error| WorkError {
+            reason: reason(&error.reason, Reason::Retrying),
+            message: error.message.clone(),
+            retryable: error.retryable,
+        }),
+        released: status.released_generation.map(generation),
+        invalid: check(spec).err().map(|error| error.to_string()),
+        name,
+    }
+}
+
+/// The bounds of the work, with their defaults: 256 GiB, 256 GiB, 60 s, 10 times.
+///
+/// # Errors
+/// [`InvalidField`] for a value that cannot be used; sizes and the timeout must not be zero.
+pub fn import_limits(limits: &ImportLimits) -> Result<Limits, InvalidField> {
+    let size = |field, quantity: Option<&crate::fields::Quantity>| match quantity {
+        None => Ok(Bytes(SIZE_LIMIT_BYTES)),
+        Some(quantity) => match bytes(field, quantity)? {
+            Bytes::ZERO => Err(above_zero(field, &quantity.0)),
+            size => Ok(size),
+        },
+    };
+    let field = "spec.limits.stallTimeout";
+    let stall_timeout = match &limits.stall_timeout {
+        None => STALL_TIMEOUT_SECONDS,
+        Some(span) => match seconds(field, span)? {
+            0 => return Err(above_zero(field, &span.0)),
+            seconds => seconds,
+        },
+    };
+    let retries = limits.retries.map_or(Ok(RETRY_LIMIT), |retries| {
+        u32::try_from(retries).map_err(|_| InvalidField::Range {
+            field: "spec.limits.retries",
+            value: retries.to_string(),
+            allowed: "0 or more".to_owned(),
+        })
+    })?;
+    Ok(Limits {
+        virtual_size: size("spec.limits.virtualSize", limits.virtual_size.as_ref())?,
+        bytes: size("spec.limits.bytes", limits.bytes.as_ref())?,
+        stall_timeout,
+        retries,
+    })
+}
+
+fn above_zero(field: &'static str, value: &str) -> InvalidField {
+    InvalidField::Range { field, value: value.to_owned(), allowed: "more than 0".to_owned() }
+}
+
+fn check(spec: &TemplateImportSpec) -> Result<(), InvalidField> {
+    if spec.source.http.is_some() == spec.source.s3.is_some() {
+        let problem = "exactly one of `http` and `s3` must be set".to_owned();
+        return Err(InvalidField::Shape { field: "spec.source", problem });
+    }
+    import_limits(&spec.limits).map(drop)
+}
+
+/// A digest that is none cannot name an image: it counts as not durable.
+fn durable(durable: &ApiDurable) -> Option<DurableImage> {
+    Some(DurableImage {
+        digest: durable.digest.parse().ok()?,
+        virtual_size: Bytes::from_i64(durable.virtual_size),
+        real_size: Bytes::from_i64(durable.real_size),
+    })
+}
+
+const fn state(state: ApiState) -> ImportState {
+    match state {
+        ApiState::Pending => ImportState::Pending,
+        ApiState::Probing => ImportState::Probing,
+        ApiState::Queued => ImportState::Queued,
+        ApiState::Importing => ImportState::Importing,
+        ApiState::Ready => ImportState::Ready,
+        ApiState::Failed => ImportState::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_core::view::PoolChoice;
+
+    fn read(rest: &str) -> ImportView {
+        let head = "apiVersion: staging.berth.dev/v1alpha1\nkind: TemplateImport\nmetadata: {name: t, namespace: ns, uid: u, \
+                    finalizers: [staging.berth.dev/import]}\n";
+        let object: TemplateImport = serde_saphyr::from_str(&format!("{head}{rest}")).expect("readable");
+        import_view(&object)
+    }
+
+    const SOURCE: &str = "source: {http: {url: 'https://example.org/a.qcow2'}}, store: {name: s}";
+
+    #[test]
+    fn a_new_import_and_its_default_limits() {
+        let view = read(&format!("spec: {{{SOURCE}, allowedNamespaces: ['*']}}\n"));
+        assert_eq!((view.state, view.invalid, view.has_finalizer), (ImportState::Pending, None, true));
+        assert_eq!((view.store.to_string().as_str(), view.pools), ("ns/s", PoolChoice::Labelled([].into())));
+        let limits = import_limits(&ImportLimits::default()).expect("defaults");
+        let expected = Limits { virtual_size: Bytes::gib(256), bytes: Bytes::gib(256), stall_timeout: 60, retries: 10 };
+        assert_eq!(limits, expected);
+    }
+
+    #[test]
+    fn what_the_node_wrote() {
+        let digest = format!("sha256:{}", "a".repeat(64));
+        let view = read(&format!(
+            "spec: {{{SOURCE}}}\nstatus:\n  state: Importing\n  assignment: {{pool: p, node: n, generation: 2}}\n  plan: {{format: \
+             Qcow2, sourceBytes: 1, virtualSize: 2, peakBytes: 3, steps: [], why: ''}}\n  lastError: {{reason: SourceStalled, message: \
+             m, time: '2026-01-01T00:00:00Z', retryable: true}}\n  durable: {{digest: '{digest}', sourceDigest: '{digest}', size: 1, \
+             virtualSize: 20, realSize: 10, chunks: 1}}\n  releasedGeneration: 1\n"
+        ));
+        assert_eq!((view.peak, view.released.map(|g| g.0)), (Some(Bytes(3)), Some(1)));
+        let error = view.error.expect("there");
+        assert_eq!((error.reason, error.retryable), (Reason::SourceStalled, true));
+        assert_eq!(view.durable.map(|image| (image.virtual_size, image.real_size)), Some((Bytes(20), Bytes(10))));
+        assert_eq!(view.assignment.map(|place| place.generation.0), Some(2));
+    }
+
+    #[test]
+    fn messages_name_field_and_value() {
+        for (spec, message) in [
+            ("source: {}, store: {name: s}".to_owned(), "spec.source: exactly one of `http` and `s3` must be set"),
+            (
+                format!("{SOURCE}, limits: {{virtualSize: big}}"),
+                "spec.limits.virtualSize: `big` is not a quantity of bytes such as `10Gi`",
+            ),
+            (format!("{SOURCE}, limits: {{bytes: 0}}"), "spec.limits.bytes: `0` must be more than 0"),
+            (format!("{SOURCE}, limits: {{stallTimeout: 0s}}"), "spec.limits.stallTimeout: `0s` must be more than 0"),
+            (format!("{SOURCE}, limits: {{retries: -1}}"), "spec.limits.retries: `-1` must be 0 or more"),
+        ] {
+            assert_eq!(read(&format!("spec: {{{spec}}}\n")).invalid.as_deref(), Some(message));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! `StagingLedger`: what is promised in one pool on one node. Written by the operator, obeyed by the node.
+
+use std::collections::BTreeMap;
+
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The promises, and the capacity that they are compared with, in the object that is compared and swapped.
+#[derive(CustomResource, Clone, Debug, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[kube(
+    group = "staging.berth.dev",
+    version = "v1alpha1",
+    kind = "StagingLedger",
+    shortname = "stgledger",
+    category = "berth",
+    selectable = ".spec.scope.nodeName",
+    doc = "What is promised in one pool on one node. Written by Berth itself.",
+    derive = "PartialEq",
+    printcolumn(name = "Pool", type_ = "string", json_path = ".spec.poolName"),
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.scope.nodeName"),
+    printcolumn(name = "Total", type_ = "integer", json_path = ".spec.capacity.total.dataBytes"),
+    printcolumn(name = "Revision", type_ = "integer", json_path = ".spec.revision"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("self.poolName == oldSelf.poolName && self.scope == oldSelf.scope")
+    .message("spec: `poolName` and `scope` are immutable"))]
+#[x_kube(validation = Rule::new("self.lineage != oldSelf.lineage || self.revision > oldSelf.revision")
+    .message("spec.revision: must rise with every write"))]
+#[serde(rename_all = "camelCase")]
+pub struct StagingLedgerSpec {
+    /// The pool.
+    #[schemars(length(min = 1, max = 40))]
+    pub pool_name: String,
+    /// The area of use.
+    pub scope: LedgerScope,
+    /// A UUID, new each time the ledger is made or rebuilt.
+    #[schemars(length(min = 36, max = 36))]
+    pub lineage: String,
+    /// Rises by one with every write.
+    #[schemars(range(min = 1))]
+    pub revision: i64,
+    /// What may be promised.
+    pub capacity: LedgerCapacity,
+    /// By the holder's UID.
+    #[serde(default)]
+    #[schemars(extend("maxProperties" = 4096))]
+    pub promises: BTreeMap<String, LedgerPromise>,
+}
+
+/// The area that a ledger is for.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerScope {
+    /// One node.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: String,
+}
+
+/// What may be promised: per class, and in all.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerCapacity {
+    /// For staged images and work space.
+    pub images: LedgerBytes,
+    /// For volumes and snapshots.
+    pub volumes: LedgerBytes,
+    /// For both together.
+    pub total: LedgerBytes,
+}
+
+/// Bytes of data and of metadata.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerBytes {
+    /// Bytes of data.
+    #[schemars(range(min = 0))]
+    pub data_bytes: i64,
+    /// Bytes of metadata; 0 where the backend keeps none of its own.
+    #[schemars(range(min = 0))]
+    pub metadata_bytes: i64,
+}
+
+/// One promise.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerPromise {
+    /// For whom.
+    pub holder: Holder,
+    /// What it counts as.
+    pub class: PromiseClass,
+    /// Bytes of data.
+    #[schemars(range(min = 0))]
+    pub data_bytes: i64,
+    /// Bytes of metadata.
+    #[schemars(range(min = 0))]
+    pub metadata_bytes: i64,
+    /// Of the holder's assignment.
+    #[schemars(range(min = 1))]
+    pub generation: i64,
+}
+
+/// Who holds a promise.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    /// Its kind.
+    pub kind: HolderKind,
+    /// Its namespace; absent for a `StagedImage`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Its name.
+    pub name: String,
+}
+
+/// The kinds that may hold a promise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum HolderKind {
+    /// A `StagingReservation`.
+    StagingReservation,
+    /// A `StagedImage`.
+    StagedImage,
+}
+
+/// What a promise counts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum PromiseClass {
+    /// Staged images and work space.
+    Images,
+    /// Volumes and snapshots.
+    Volumes,
+}

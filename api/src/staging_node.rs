@@ -1,0 +1,131 @@
+//! `StagingNode`: what one node's agent reports. Its status is written by that node alone.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Which node.
+#[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
+#[kube(
+    group = "staging.berth.dev",
+    version = "v1alpha1",
+    kind = "StagingNode",
+    shortname = "stgnode",
+    category = "berth",
+    status = "StagingNodeStatus",
+    doc = "What one node's agent reports. Written by Berth itself.",
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Pools", type_ = "string", json_path = ".status.pools[*].name"),
+    printcolumn(name = "Version", type_ = "string", json_path = ".status.versions.agent"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[x_kube(validation = Rule::new("self == oldSelf").message("spec: immutable"))]
+#[serde(rename_all = "camelCase")]
+pub struct StagingNodeSpec {
+    /// The Kubernetes node.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: String,
+}
+
+/// What the node reports.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StagingNodeStatus {
+    /// The pools on it.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub pools: Vec<NodePool>,
+    /// What the agent needs of the node, and whether it is there.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub preflight: Vec<PreflightCheck>,
+    /// Versions of what matters.
+    #[serde(default)]
+    pub versions: Versions,
+    /// `Ready`.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// One pool on the node.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodePool {
+    /// The pool's name.
+    pub name: String,
+    /// The UID of the `StagingPool` that the area belongs to.
+    #[serde(default)]
+    pub uid: String,
+    /// True if the area is there and can be used.
+    pub usable: bool,
+    /// Why, one of the documented reasons.
+    pub reason: String,
+    /// For people.
+    #[serde(default)]
+    pub message: String,
+    /// What may be promised here, in bytes.
+    #[serde(default)]
+    pub total_bytes: i64,
+    /// What is written here, in bytes.
+    #[serde(default)]
+    pub used_bytes: i64,
+    /// True if the bound is not enforced.
+    #[serde(default)]
+    pub advisory: bool,
+    /// The lineage of the ledger that the node obeys; absent before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lineage: Option<String>,
+    /// The highest revision of that ledger that the node has recorded.
+    #[serde(default)]
+    pub obeyed_revision: i64,
+    /// Promises that the node has obeyed and whose bytes are gone.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    pub released: Vec<Released>,
+    /// Promises that the node has obeyed and whose bytes are there.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    pub obeyed: Vec<Released>,
+}
+
+/// A promise by its holder and generation.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Released {
+    /// The holder's UID.
+    pub uid: String,
+    /// The promise's generation.
+    pub generation: i64,
+}
+
+/// One thing that the agent needs of the node.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PreflightCheck {
+    /// What is checked.
+    pub name: String,
+    /// Whether it is there.
+    pub ok: bool,
+    /// Whether anything works without it.
+    pub required: bool,
+    /// What was found, or what to do.
+    pub detail: String,
+}
+
+/// Versions of what matters on the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Versions {
+    /// Of the agent.
+    #[serde(default)]
+    pub agent: String,
+    /// Of the kernel.
+    #[serde(default)]
+    pub kernel: String,
+    /// Of qemu-img; absent where it is not installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu_img: Option<String>,
+}

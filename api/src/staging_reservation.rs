@@ -1,0 +1,155 @@
+//! `StagingReservation`: a promise of space on a pool, and a reference to what is staged in it.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, WhenFull};
+
+/// What is asked for.
+#[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
+#[kube(
+    group = "staging.berth.dev",
+    version = "v1alpha1",
+    kind = "StagingReservation",
+    namespaced,
+    shortname = "stgres",
+    category = "berth",
+    status = "StagingReservationStatus",
+    selectable = ".status.assignment.node",
+    doc = "A promise of space on a pool, and a reference to what is staged in it.",
+    printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(name = "Pool", type_ = "string", json_path = ".status.assignment.pool"),
+    printcolumn(name = "Node", type_ = "string", json_path = ".status.assignment.node"),
+    printcolumn(name = "Size", type_ = "string", json_path = ".spec.maxSize"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Path", type_ = "string", json_path = ".status.path", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+)]
+#[x_kube(validation = Rule::new("self == oldSelf").message("spec: immutable; make another reservation"))]
+#[x_kube(validation = Rule::new("!(has(self.poolName) && has(self.poolSelector))")
+    .message("spec: at most one of `poolName` and `poolSelector` may be set"))]
+#[x_kube(validation = Rule::new("!has(self.image) || self.access == 'Block'")
+    .message("spec.access: must be `Block` where `spec.image` is set"))]
+#[serde(rename_all = "camelCase")]
+pub struct StagingReservationSpec {
+    /// One pool by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 40), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
+    pub pool_name: Option<String>,
+    /// Any pool with these labels. Without this and `poolName`: any pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_selector: Option<PoolSelector>,
+    /// The most that will ever be written.
+    pub max_size: Quantity,
+    /// The template whose content the volume starts with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageReference>,
+    /// `File`: a directory to work in. `Block`: a volume. `Stream`: no bytes at all. Default `File`.
+    #[serde(default)]
+    pub access: Access,
+    /// This node only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: Option<String>,
+    /// Overrides the pool's `admission.whenFull`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when_full: Option<WhenFull>,
+}
+
+/// How the reserved space is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Access {
+    /// Nothing is written in the pool.
+    Stream,
+    /// A directory to work in; counted among the pool's images.
+    #[default]
+    File,
+    /// A volume; counted among the pool's volumes.
+    Block,
+}
+
+/// What an image is named by.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageReference {
+    /// A `TemplateImport`.
+    pub template: ObjectRef,
+}
+
+/// The states, in the order they are passed through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ReservationState {
+    /// Nothing has looked at it yet.
+    Pending,
+    /// It waits for space.
+    Queued,
+    /// The space is promised.
+    Promised,
+    /// The node has made what was asked for.
+    Ready,
+    /// The node gives the bytes back.
+    Releasing,
+    /// It will not be met.
+    Refused,
+}
+
+/// What became of a reservation.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StagingReservationStatus {
+    /// The discriminant of its state. Written by the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<ReservationState>,
+    /// Where it is. Written by the operator, by update with resourceVersion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Assignment>,
+    /// The image it refers to, with what the node needs to stage it. Written by the operator with the assignment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<AssignedImage>,
+    /// True if the image was promised before this reservation came. Written by the operator with the assignment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reused: Option<bool>,
+    /// Its place among those that wait. Written by the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue: Option<QueuePlace>,
+    /// How many bytes were missing when it was refused or queued. Written by the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortfall_bytes: Option<i64>,
+    /// The directory or volume file on the node. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The generation that the node has made ready. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared_generation: Option<i64>,
+    /// `Promised` by the operator, `Ready` by the node.
+    #[serde(default)]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// The image that a reservation refers to.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AssignedImage {
+    /// `sha256:` of its index.
+    pub digest: String,
+    /// The `StagedImage` that holds it.
+    pub staged_image: String,
+    /// Its virtual size in bytes.
+    pub virtual_size: i64,
+}
+
+/// A place in a pool's queue.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct QueuePlace {
+    /// 1 is next.
+    pub position: i32,
+    /// Bytes that those before it ask for.
+    pub bytes_ahead: i64,
+    /// Why it waits.
+    pub reason: String,
+}

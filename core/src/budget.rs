@@ -1,0 +1,287 @@
+//! What a ledger may still promise: the one place where promises are added up.
+//!
+//! Sums are made in 128 bits: 4,096 promises of 64 bits each cannot overflow them, so nothing here can wrap or saturate
+//! into a yes.
+
+use std::fmt;
+
+use crate::ids::Uid;
+use crate::ledger::{Charge, Class, MAX_PROMISES, Promise};
+use crate::units::Bytes;
+use crate::view::{LedgerCapacity, LedgerView};
+
+/// What runs out first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bound {
+    /// Bytes of data.
+    Data(Area),
+    /// Bytes of metadata.
+    Metadata(Area),
+    /// The number of promises, [`MAX_PROMISES`].
+    Promises,
+}
+
+/// What a bound is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Area {
+    /// Staged images and work space.
+    Images,
+    /// Volumes and snapshots.
+    Volumes,
+    /// Both together.
+    Total,
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data(Area::Images) => "for images",
+            Self::Data(Area::Volumes) => "for volumes",
+            Self::Data(Area::Total) => "in all",
+            Self::Metadata(Area::Images) => "of metadata for images",
+            Self::Metadata(Area::Volumes) => "of metadata for volumes",
+            Self::Metadata(Area::Total) => "of metadata in all",
+            Self::Promises => "of room for one more promise",
+        })
+    }
+}
+
+/// How much is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortfall {
+    /// This many bytes; zero where the number of promises is what is bounded.
+    pub bytes: Bytes,
+    /// Of this.
+    pub bound: Bound,
+}
+
+impl fmt::Display for Shortfall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.bound {
+            Bound::Promises => write!(f, "holds as many promises as a ledger may ({MAX_PROMISES})"),
+            bound => write!(f, "lacks {} {bound}", self.bytes),
+        }
+    }
+}
+
+/// Sums of promises, per class; the total is the sum of both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sums {
+    images: (u128, u128),
+    volumes: (u128, u128),
+}
+
+impl Sums {
+    /// Adds up.
+    pub fn of<'p>(promises: impl IntoIterator<Item = &'p Promise>) -> Self {
+        let mut sums = Self::default();
+        for promise in promises {
+            let class = match promise.class {
+                Class::Images => &mut sums.images,
+                Class::Volumes => &mut sums.volumes,
+            };
+            class.0 += u128::from(promise.charge.data.0);
+            class.1 += u128::from(promise.charge.metadata.0);
+        }
+        sums
+    }
+
+    /// Data and metadata of an area.
+    fn area(&self, area: Area) -> (u128, u128) {
+        match area {
+            Area::Images => self.images,
+            Area::Volumes => self.volumes,
+            Area::Total => (self.images.0 + self.volumes.0, self.images.1 + self.volumes.1),
+        }
+    }
+
+    /// Bytes of data in an area; clamped to 64 bits.
+    pub fn data(&self, area: Area) -> Bytes {
+        clamp(self.area(area).0)
+    }
+
+    /// The worst excess over `capacity`, if there is any.
+    pub fn excess(&self, capacity: &LedgerCapacity) -> Option<Shortfall> {
+        let mut worst: Option<Shortfall> = None;
+        for area in [Area::Images, Area::Volumes, Area::Total] {
+            let (data, metadata) = self.area(area);
+            let bound = capacity.area(area);
+            for (sum, bound, kind) in
+                [(data, bound.data, Bound::Data(area)), (metadata, bound.metadata, Bound::Metadata(area))]
+            {
+                let bytes = clamp(sum.saturating_sub(u128::from(bound.0)));
+                if bytes > worst.map_or(Bytes::ZERO, |shortfall| shortfall.bytes) {
+                    worst = Some(Shortfall { bytes, bound: kind });
+                }
+            }
+        }
+        worst
+    }
+}
+
+impl LedgerCapacity {
+    /// The same bound for images, volumes and both together, without metadata of its own: the filesystem backend.
+    pub const fn shared(data: Bytes) -> Self {
+        let charge = Charge { data, metadata: Bytes::ZERO };
+        Self { images: charge, volumes: charge, total: charge }
+    }
+
+    /// What an area may hold.
+    pub const fn area(&self, area: Area) -> Charge {
+        match area {
+            Area::Images => self.images,
+            Area::Volumes => self.volumes,
+            Area::Total => self.total,
+        }
+    }
+
+    /// This, but nowhere below what is promised already: a capacity shrinks as promises are given back, never under them.
+    #[must_use]
+    pub fn covering<'p>(&self, promises: impl IntoIterator<Item = &'p Promise>) -> Self {
+        let sums = Sums::of(promises);
+        let cover = |area| {
+            let ((data, metadata), bound) = (sums.area(area), self.area(area));
+            Charge { data: bound.data.max(clamp(data)), metadata: bound.metadata.max(clamp(metadata)) }
+        };
+        Self { images: cover(Area::Images), volumes: cover(Area::Volumes), total: cover(Area::Total) }
+    }
+}
+
+/// Whether `new` can be promised beside everything that the ledger holds; an entry of a holder that is there already
+/// replaces it.
+///
+/// # Errors
+/// The worst [`Shortfall`].
+pub fn fits(ledger: &LedgerView, new: &[(Uid, Promise)]) -> Result<(), Shortfall> {
+    let kept = ledger.promises.iter().filter(|(uid, _)| new.iter().all(|(other, _)| other != *uid));
+    let added = new.iter().map(|(_, promise)| promise);
+    let (mut count, mut all) = (new.len(), Vec::with_capacity(ledger.promises.len() + new.len()));
+    for (_, promise) in kept {
+        count += 1;
+        all.push(promise);
+    }
+    all.extend(added);
+    if let Some(shortfall) = Sums::of(all).excess(&ledger.capacity) {
+        return Err(shortfall);
+    }
+    if count > MAX_PROMISES {
+        return Err(Shortfall { bytes: Bytes::ZERO, bound: Bound::Promises });
+    }
+    Ok(())
+}
+
+/// Whether `new` could be promised if the ledger were empty.
+///
+/// # Errors
+/// The worst [`Shortfall`].
+pub fn fits_empty(capacity: &LedgerCapacity, new: &[(Uid, Promise)]) -> Result<(), Shortfall> {
+    Sums::of(new.iter().map(|(_, promise)| promise)).excess(capacity).map_or(Ok(()), Err)
+}
+
+/// Bytes of data that can still be promised to a class.
+pub fn free(ledger: &LedgerView, class: Class) -> Bytes {
+    let sums = Sums::of(ledger.promises.values());
+    let left = |area| ledger.capacity.area(area).data.saturating_sub(sums.data(area));
+    let own = match class {
+        Class::Images => Area::Images,
+        Class::Volumes => Area::Volumes,
+    };
+    left(own).min(left(Area::Total))
+}
+
+fn clamp(sum: u128) -> Bytes {
+    Bytes(u64::try_from(sum).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{ledger, promise};
+    use proptest::prelude::*;
+
+    const G: u64 = 1 << 30;
+
+    fn new(class: Class, data: u64) -> [(Uid, Promise); 1] {
+        [(Uid::from("new"), promise("new", class, data))]
+    }
+
+    #[test]
+    fn each_class_and_the_total_are_bounds_of_their_own() {
+        let mut ledger = ledger("p", "n", 10 * G);
+        ledger.capacity.images.data = Bytes(4 * G);
+        ledger.promises.insert(Uid::from("v"), promise("v", Class::Volumes, 7 * G));
+        assert_eq!(fits(&ledger, &new(Class::Images, 3 * G)), Ok(()));
+        let total = fits(&ledger, &new(Class::Images, 4 * G)).expect_err("11 of 10 GiB");
+        assert_eq!(total, Shortfall { bytes: Bytes(G), bound: Bound::Data(Area::Total) });
+        ledger.promises.clear();
+        let images = fits(&ledger, &new(Class::Images, 5 * G)).expect_err("5 of 4 GiB");
+        assert_eq!(images, Shortfall { bytes: Bytes(G), bound: Bound::Data(Area::Images) });
+        assert_eq!(images.to_string(), "lacks 1 GiB for images");
+        assert_eq!(free(&ledger, Class::Images), Bytes(4 * G));
+    }
+
+    #[test]
+    fn metadata_is_bounded_like_data() {
+        let mut ledger = ledger("p", "n", 10 * G);
+        ledger.capacity.total.metadata = Bytes(5);
+        ledger.capacity.volumes.metadata = Bytes(4);
+        let mut new = new(Class::Volumes, 0);
+        new[0].1.charge.metadata = Bytes(6);
+        let shortfall = fits(&ledger, &new).expect_err("6 of 4");
+        assert_eq!(shortfall, Shortfall { bytes: Bytes(2), bound: Bound::Metadata(Area::Volumes) });
+    }
+
+    #[test]
+    fn sums_beyond_64_bits_do_not_wrap_into_a_yes() {
+        let mut ledger = ledger("p", "n", u64::MAX);
+        ledger.promises.insert(Uid::from("a"), promise("a", Class::Images, u64::MAX));
+        let shortfall = fits(&ledger, &new(Class::Images, u64::MAX)).expect_err("twice everything");
+        assert_eq!(shortfall.bytes, Bytes(u64::MAX));
+    }
+
+    #[test]
+    fn the_number_of_promises_is_bounded() {
+        let mut ledger = ledger("p", "n", G);
+        for index in 0..MAX_PROMISES {
+            let uid = format!("u{index}");
+            ledger.promises.insert(Uid(uid.clone()), promise(&uid, Class::Images, 0));
+        }
+        assert_eq!(fits(&ledger, &new(Class::Images, 0)).expect_err("one too many").bound, Bound::Promises);
+        let (uid, promise) = ledger.promises.iter().next().map(|(u, p)| (u.clone(), p.clone())).expect("4096");
+        assert_eq!(fits(&ledger, &[(uid, promise)]), Ok(()), "a replacement is not one more");
+    }
+
+    #[test]
+    fn a_capacity_never_shrinks_below_its_promises() {
+        let promises = [promise("a", Class::Images, 3 * G), promise("b", Class::Volumes, 4 * G)];
+        let covered = LedgerCapacity::shared(Bytes(5 * G)).covering(&promises);
+        assert_eq!(covered.total.data, Bytes(7 * G));
+        assert_eq!(covered.volumes.data, Bytes(5 * G));
+    }
+
+    proptest! {
+        #[test]
+        fn fits_says_yes_exactly_when_naive_sums_are_within_bounds(
+            capacity in (0..100_u64, 0..100_u64, 0..150_u64),
+            held in proptest::collection::vec((any::<bool>(), 0..40_u64), 0..6),
+            size in 0..60_u64, volume in any::<bool>(),
+        ) {
+            let mut ledger = ledger("p", "n", 0);
+            ledger.capacity.images.data = Bytes(capacity.0);
+            ledger.capacity.volumes.data = Bytes(capacity.1);
+            ledger.capacity.total.data = Bytes(capacity.2);
+            let class = |volume: bool| if volume { Class::Volumes } else { Class::Images };
+            for (index, (volume, size)) in held.iter().enumerate() {
+                let uid = format!("u{index}");
+                ledger.promises.insert(Uid(uid.clone()), promise(&uid, class(*volume), *size));
+            }
+            let all = held.iter().copied().chain([(volume, size)]);
+            let (mut images, mut volumes) = (0, 0);
+            for (volume, size) in all {
+                if volume { volumes += size } else { images += size }
+            }
+            let yes = images <= capacity.0 && volumes <= capacity.1 && images + volumes <= capacity.2;
+            prop_assert_eq!(fits(&ledger, &new(class(volume), size)).is_ok(), yes);
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The closed set of writes that the operator may make. Applying one decides nothing.
+
+use std::collections::BTreeMap;
+
+use crate::ids::{NodeName, ObjectName, PoolName, Uid};
+use crate::ledger::{Holder, Promise};
+use crate::reason::Reason;
+use crate::units::{Bytes, Generation};
+use crate::view::{
+    Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement, ReservationState,
+};
+
+/// One write, or a wish to be asked again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Make the ledger of a pool on a node, empty, with a new lineage and revision 1.
+    CreateLedger {
+        /// The pool.
+        pool: PoolName,
+        /// The node.
+        node: NodeName,
+        /// What may be promised.
+        capacity: LedgerCapacity,
+    },
+    /// Replace a ledger's capacity and promises, if it is still at this version. The next change of the list is made
+    /// only if this one went through.
+    WriteLedger {
+        /// Its name.
+        name: String,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// The revision to write: one above the one seen.
+        revision: u64,
+        /// What may be promised.
+        capacity: LedgerCapacity,
+        /// All promises.
+        promises: BTreeMap<Uid, Promise>,
+    },
+    /// Put the release finalizer on a reservation, before anything is promised to it.
+    GuardReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Take the release finalizer off.
+    UnguardReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Fix a reservation's placement, if it is still at this version.
+    AssignReservation {
+        /// Which.
+        name: ObjectName,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// Where.
+        placement: Placement,
+        /// What it starts from.
+        image: Option<AssignedImage>,
+        /// True if that was promised before.
+        reused: bool,
+    },
+    /// Say what became of a reservation, if it is still at this version: `Refused` is for ever, so that its promises may
+    /// go, and an operator that saw an older version must not take it back. (By server-side apply this is
+    /// `metadata.resourceVersion` in the patch.) Written only where it differs.
+    ReportReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// Its state and why.
+        report: ReservationReport,
+    },
+    /// Make the reservation that an import needs, owned by it.
+    CreateReservation {
+        /// Its name.
+        name: ObjectName,
+        /// The import.
+        owner: ObjectName,
+        /// The import's UID.
+        owner_uid: Uid,
+        /// The import's pools.
+        pools: crate::view::PoolChoice,
+        /// The most that the work occupies.
+        size: Bytes,
+        /// How it is used.
+        access: Access,
+    },
+    /// Delete a reservation.
+    DeleteReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Make a staged image, guarded by the release finalizer; nothing is promised to it yet.
+    CreateImage {
+        /// Its name.
+        name: String,
+        /// What and where.
+        image: DurableImage,
+        /// The pool.
+        pool: PoolName,
+        /// The node.
+        node: NodeName,
+        /// The image store that has it.
+        store: ObjectName,
+    },
+    /// Delete a staged image.
+    DeleteImage {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Take the release finalizer off a staged image.
+    UnguardImage {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Put the import finalizer on.
+    GuardImport {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Take it off.
+    UnguardImport {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Fix an import's placement, if it is still at this version.
+    AssignImport {
+        /// Which.
+        name: ObjectName,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// Where.
+        placement: Placement,
+    },
+    /// Say what became of an import. Written only where it differs.
+    ReportImport {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+        /// Its state.
+        state: ImportState,
+        /// Why.
+        reason: Reason,
+        /// For people, with numbers.
+        message: String,
+        /// Whether its reservation is there.
+        reserved: bool,
+    },
+    /// Fix the node that looks after an image store, if it is still at this version.
+    AssignStore {
+        /// Which.
+        name: ObjectName,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// The node.
+        node: NodeName,
+        /// Rises with each new node.
+        generation: Generation,
+    },
+    /// Say what a pool holds. Written only where it differs.
+    ReportPool {
+        /// Which.
+        name: PoolName,
+        /// What it holds.
+        report: PoolReport,
+    },
+    /// Not a write: asks the API server itself, not what was watched, whether the holder of a promise is gone (no object
+    /// of this name, or one with another UID). The next change of the list is made only if it is. A UID never comes back,
+    /// so the answer stays true.
+    ConfirmGone {
+        /// Whose promise it is.
+        holder: Holder,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Ask again after this many milliseconds, whatever happens until then.
+    RetryAfter {
+        /// How long.
+        millis: u64,
+    },
+}
+
+/// What became of a reservation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReservationReport {
+    /// Its state.
+    pub state: ReservationState,
+    /// Why.
+    pub reason: Reason,
+    /// For people, with numbers.
+    pub message: String,
+    /// Its place in the queue: position from 1, and the bytes ahead of it.
+    pub queue: Option<(u32, Bytes)>,
+    /// How many bytes were missing.
+    pub shortfall: Option<Bytes>,
+}
+
+/// What a pool holds, over all nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolReport {
+    /// True if at least one node carries it and all that do can use it.
+    pub ready: bool,
+    /// Why.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+    /// How many nodes carry it.
+    pub nodes: u32,
+    /// What may be promised in all.
+    pub total: Bytes,
+    /// What is promised.
+    pub promised: Bytes,
+    /// What is written.
+    pub used: Bytes,
+    /// What is promised to images that nothing refers to.
+    pub unreferenced: Bytes,
+    /// Requests that wait.
+    pub queued: u32,
+    /// What is not as strong as usual.
+    pub constraints: Vec<Reason>,
+}

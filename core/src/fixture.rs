@@ -1,0 +1,181 @@
+//! Small objects for unit tests.
+
+use std::collections::BTreeMap;
+
+use crate::budget::fits;
+use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name, staged_image_name};
+use crate::ledger::{Charge, Class, Holder, Promise};
+use crate::reason::Reason;
+use crate::units::{Bytes, Generation, Timestamp};
+use crate::view::{
+    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodePoolState, NodeState,
+    ObjectVersion, Placement, PoolChoice, PoolView, ReservationState, ReservationView, View, WhenFull,
+};
+
+pub const HOUR: u64 = 3_600_000;
+
+pub fn promise(name: &str, class: Class, data: u64) -> Promise {
+    Promise {
+        holder: Holder::Reservation(ObjectName::new("ns", name)),
+        class,
+        charge: Charge { data: Bytes(data), metadata: Bytes::ZERO },
+        generation: Generation::FIRST,
+    }
+}
+
+pub fn ledger(pool: &str, node: &str, total: u64) -> LedgerView {
+    let (pool, node) = (PoolName::from(pool), NodeName::from(node));
+    LedgerView {
+        name: ledger_name(&pool, &node),
+        version: ObjectVersion("1".to_owned()),
+        pool,
+        node,
+        lineage: Lineage::from("lineage"),
+        revision: 1,
+        capacity: LedgerCapacity::shared(Bytes(total)),
+        promises: BTreeMap::new(),
+    }
+}
+
+pub fn node_pool(total: u64) -> NodePoolState {
+    NodePoolState {
+        usable: true,
+        reason: Reason::Ready,
+        message: String::new(),
+        total: Bytes(total),
+        used: Bytes::ZERO,
+        advisory: false,
+        lineage: None,
+        obeyed_revision: 0,
+        released: BTreeMap::new(),
+        obeyed: BTreeMap::new(),
+    }
+}
+
+pub fn pool(name: &str) -> PoolView {
+    PoolView {
+        name: PoolName::from(name),
+        uid: Uid(format!("pool-{name}")),
+        labels: BTreeMap::new(),
+        limit: None,
+        when_full: WhenFull::Queue,
+        max_queue_millis: HOUR,
+        max_queued: 1000,
+        reclaim_ttl_millis: HOUR,
+        deleting: false,
+        invalid: None,
+    }
+}
+
+/// Nodes that carry pool `p`, with ledgers of these sizes.
+pub fn view(nodes: &[(&str, u64)]) -> View {
+    let mut view = View { leader: true, ..View::default() };
+    view.pools.insert(PoolName::from("p"), pool("p"));
+    for (name, total) in nodes {
+        let node = NodeState {
+            name: NodeName::from(*name),
+            live: true,
+            reported: true,
+            pools: BTreeMap::from([(PoolName::from("p"), node_pool(*total))]),
+        };
+        view.nodes.insert(node.name.clone(), node);
+        view.ledgers.insert((PoolName::from("p"), NodeName::from(*name)), ledger("p", name, *total));
+    }
+    view
+}
+
+/// A guarded request for a directory, made at `created`.
+pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
+    ReservationView {
+        uid: Uid::from(name),
+        name: ObjectName::new("ns", name),
+        version: ObjectVersion("1".to_owned()),
+        created: Timestamp(created),
+        deleting: false,
+        has_finalizer: true,
+        pools: PoolChoice::Named(PoolName::from("p")),
+        node: None,
+        max_size: Bytes(size),
+        template: None,
+        claim_namespace: "ns".to_owned(),
+        access: Access::File,
+        when_full: None,
+        state: ReservationState::Pending,
+        assignment: None,
+        assigned_image: None,
+        prepared: None,
+        queued_since: None,
+        invalid: None,
+    }
+}
+
+pub fn at(pool: &str, node: &str) -> (PoolName, NodeName) {
+    (PoolName::from(pool), NodeName::from(node))
+}
+
+pub fn placed(pool: &str, node: &str, generation: u64) -> Placement {
+    Placement { pool: PoolName::from(pool), node: NodeName::from(node), generation: Generation(generation) }
+}
+
+/// Puts a promise into a ledger, which must have room for it.
+pub fn hold(view: &mut View, node: &str, name: &str, class: Class, data: u64) {
+    let ledger = view.ledgers.get_mut(&at("p", node)).expect("the ledger is there");
+    let new = [(Uid::from(name), promise(name, class, data))];
+    fits(ledger, &new).expect("fits");
+    let [(uid, promise)] = new;
+    ledger.promises.insert(uid, promise);
+}
+
+pub fn digest() -> Digest {
+    Digest(Sha256Sum::of(b"image"))
+}
+
+/// An import that is done: `ns/template`.
+pub fn template(virtual_size: u64, real_size: u64) -> ImportView {
+    ImportView {
+        uid: Uid::from("import"),
+        name: ObjectName::new("ns", "template"),
+        version: ObjectVersion("1".to_owned()),
+        created: Timestamp(0),
+        deleting: false,
+        has_finalizer: true,
+        pools: PoolChoice::Labelled(BTreeMap::new()),
+        store: ObjectName::new("ns", "store"),
+        allowed_namespaces: Vec::new(),
+        state: ImportState::Ready,
+        assignment: Some(placed("p", "a", 1)),
+        peak: Some(Bytes(10)),
+        durable: Some(DurableImage {
+            digest: digest(),
+            virtual_size: Bytes(virtual_size),
+            real_size: Bytes(real_size),
+        }),
+        error: None,
+        released: None,
+        invalid: None,
+    }
+}
+
+/// The staged image of [`template`] in pool `p`.
+pub fn image(node: &str, real_size: u64, created: u64) -> ImageView {
+    ImageView {
+        uid: Uid(format!("image-{node}")),
+        name: staged_image_name(&digest(), &PoolName::from("p"), &NodeName::from(node)),
+        created: Timestamp(created),
+        deleting: false,
+        has_finalizer: true,
+        digest: digest(),
+        pool: PoolName::from("p"),
+        node: NodeName::from(node),
+        data_bytes: Bytes(real_size),
+        virtual_size: Bytes(real_size),
+        ready: false,
+        last_used: None,
+    }
+}
+
+pub fn add(view: &mut View, reservation: ReservationView) -> Uid {
+    let uid = reservation.uid.clone();
+    view.reservations.insert(uid.clone(), reservation);
+    uid
+}

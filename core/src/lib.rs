@@ -1,0 +1,25 @@
+//! Every decision Berth makes, and nothing else: no IO, no clock, no randomness, no Kubernetes.
+//!
+//! Callers observe the world into a view, pass it in together with the current time, and carry out what comes back.
+
+pub mod budget;
+pub mod change;
+pub mod check;
+pub mod ids;
+pub mod image;
+pub mod import;
+pub mod ledger;
+pub mod metric;
+pub mod node;
+pub mod pool;
+pub mod progress;
+pub mod reason;
+pub mod reservation;
+pub mod retry;
+pub mod stages;
+pub mod store;
+pub mod units;
+pub mod view;
+
+#[cfg(test)]
+mod fixture;

@@ -1,0 +1,281 @@
+//! What a node does next.
+//!
+//! **Guarantees.** Nothing is made for a holder unless its promise is recorded as obeyed, and reported so; a promise is obeyed only if a
+//! ledger that is not behind and the holder's own assignment name this node at the same generation. Bytes are removed
+//! before their release is recorded, and only for a holder that is being deleted. A volume in use is never removed.
+//! Steps are safe to repeat: planning again after a crash at any point leads to the same end.
+
+use crate::ids::{Digest, PoolName, Uid};
+use crate::ledger::Promise;
+use crate::units::{Generation, Timestamp};
+use crate::view::{Access, LedgerView};
+
+use super::step::{Origin, Step};
+use super::view::{AreaView, JobKey, JobKind, NodeImport, NodeReservation, NodeView, PoolOnNode};
+
+/// Why `ledger` must not be obeyed by a node with this record, or `None` if it may be: another lineage than the
+/// recorded one, an older revision, or an obeyed promise missing whose release has not been recorded.
+pub fn behind(ledger: &LedgerView, area: &AreaView) -> Option<String> {
+    let lineage = area.lineage.as_ref()?;
+    if *lineage != ledger.lineage {
+        return Some(format!(
+            "ledger {} has lineage {}, the node obeys {lineage}",
+            ledger.name, ledger.lineage
+        ));
+    }
+    if ledger.revision < area.revision {
+        let (name, found, known) = (&ledger.name, ledger.revision, area.revision);
+        return Some(format!("ledger {name} is at revision {found}, the node has obeyed revision {known}"));
+    }
+    let missing = area.promises.iter().find(|(uid, promise)| {
+        let listed = ledger.promises.get(uid).is_some_and(|p| p.generation == promise.generation);
+        !promise.released && !listed
+    });
+    missing.map(|(uid, promise)| {
+        let name = &ledger.name;
+        format!(
+            "ledger {name} lacks the promise to {uid} of generation {}, which the node obeys",
+            promise.generation
+        )
+    })
+}
+
+/// The steps to take now, in order. Empty once everything is as it is asked for.
+pub fn plan(view: &NodeView, now: Timestamp) -> Vec<Step> {
+    let mut steps = stop_unwanted(view);
+    for (name, pool) in &view.pools {
+        plan_pool(view, name, pool, &mut steps);
+    }
+    for (uid, import) in &view.imports {
+        steps.extend(plan_import(view, uid, import));
+    }
+    for (name, store) in &view.stores {
+        let job = JobKey { kind: JobKind::Store, uid: store.uid.clone(), generation: store.generation };
+        if store.due <= now && !view.jobs.contains(&job) {
+            steps.push(Step::ProbeStore { store: name.clone(), generation: store.generation });
+        }
+    }
+    steps
+}
+
+fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Vec<Step>) {
+    let Some(area) = &pool.area else {
+        if pool.wanted.is_some() {
+            steps.push(Step::PreparePool { pool: name.clone() });
+        }
+        return;
+    };
+    let obeyable = pool.ledger.as_ref().filter(|ledger| behind(ledger, area).is_none());
+    if let Some(ledger) = obeyable {
+        steps.extend(obey(view, name, ledger, area));
+        let gone: Vec<Uid> = area
+            .promises
+            .iter()
+            .filter(|(uid, p)| p.released && !names(ledger, uid, p.generation))
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        if !gone.is_empty() {
+            steps.push(Step::Forget { pool: name.clone(), holders: gone });
+        }
+    }
+    for (uid, promise) in area.promises.iter().filter(|(_, promise)| !promise.released) {
+        let may_make = obeyable.is_some() && promise.reported;
+        if let Some(reservation) = view.reservations.get(uid).filter(|r| r.pool == *name) {
+            steps.extend(serve(view, name, area, uid, reservation, promise.generation, may_make));
+        } else if view.images.get(uid).is_some_and(|image| image.pool == *name) {
+            steps.extend(serve_image(view, name, area, uid, promise.generation, may_make));
+        }
+    }
+}
+
+fn names(ledger: &LedgerView, uid: &Uid, generation: Generation) -> bool {
+    ledger.promises.get(uid).is_some_and(|promise| promise.generation == generation)
+}
+
+/// Records the ledger's revision, with every promise in it whose holder is assigned here at the same generation.
+fn obey(view: &NodeView, name: &PoolName, ledger: &LedgerView, area: &AreaView) -> Option<Step> {
+    let assigned = |uid: &Uid, promise: &Promise| {
+        let reservation =
+            view.reservations.get(uid).is_some_and(|r| r.pool == *name && r.generation == promise.generation);
+        reservation || view.images.get(uid).is_some_and(|image| image.pool == *name)
+    };
+    let known = |uid: &Uid, generation| area.promises.get(uid).is_some_and(|p| p.generation >= generation);
+    let new: Vec<(Uid, Promise)> = ledger
+        .promises
+        .iter()
+        .filter(|(uid, promise)| assigned(uid, promise) && !known(uid, promise.generation))
+        .map(|(uid, promise)| (uid.clone(), promise.clone()))
+        .collect();
+    if new.is_empty() && ledger.revision == area.revision && area.lineage.is_some() {
+        return None;
+    }
+    Some(Step::Obey {
+        pool: name.clone(),
+        lineage: ledger.lineage.clone(),
+        revision: ledger.revision,
+        promises: new,
+    })
+}
+
+/// What a reservation with an obeyed promise still needs.
+fn serve(
+    view: &NodeView,
+    pool: &PoolName,
+    area: &AreaView,
+    uid: &Uid,
+    reservation: &NodeReservation,
+    generation: Generation,
+    may_make: bool,
+) -> Vec<Step> {
+    if reservation.deleting {
+        return give_back(view, pool, area, uid, generation);
+    }
+    if !may_make || reservation.generation != generation || reservation.is_prepared(uid, area) {
+        return Vec::new();
+    }
+    let (pool, reservation_uid) = (pool.clone(), uid.clone());
+    let bytes = area.promises.get(uid).map(|promise| promise.data).unwrap_or_default();
+    let origin = match (&reservation.access, &reservation.image) {
+        (Access::Stream, _) => return Vec::new(),
+        (Access::File, _) => {
+            return vec![Step::MakeWorkDir { pool, reservation: reservation_uid, generation, bytes }];
+        }
+        (Access::Block, None) => Origin::Blank,
+        (Access::Block, Some(digest)) if area.images.get(digest).is_some_and(|image| image.complete) => {
+            Origin::Image(*digest)
+        }
+        (Access::Block, Some(_)) => return Vec::new(), // the image is not all there yet
+    };
+    vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin }]
+}
+
+/// Removes what a deleted reservation has, then says so. One that is in use stays until it is not.
+fn give_back(
+    view: &NodeView,
+    pool: &PoolName,
+    area: &AreaView,
+    uid: &Uid,
+    generation: Generation,
+) -> Vec<Step> {
+    if works_in(view, uid) || area.volumes.get(uid).is_some_and(|volume| volume.attached) {
+        return Vec::new();
+    }
+    let mut steps = Vec::new();
+    if area.work_dirs.contains_key(uid) {
+        steps.push(Step::RemoveWorkDir { pool: pool.clone(), reservation: uid.clone() });
+    }
+    if area.volumes.contains_key(uid) {
+        steps.push(Step::RemoveVolume { pool: pool.clone(), reservation: uid.clone() });
+    }
+    steps.push(Step::Released { pool: pool.clone(), holder: uid.clone(), generation });
+    steps
+}
+
+/// True while an import still writes in this reservation's directory.
+fn works_in(view: &NodeView, reservation: &Uid) -> bool {
+    let Some(reservation) = view.reservations.get(reservation) else { return false };
+    view.imports.iter().filter(|(_, import)| import.reservation == reservation.name).any(|(uid, import)| {
+        let job = JobKey { kind: JobKind::Import, uid: uid.clone(), generation: import.generation };
+        view.jobs.contains(&job)
+    })
+}
+
+fn serve_image(
+    view: &NodeView,
+    pool: &PoolName,
+    area: &AreaView,
+    uid: &Uid,
+    generation: Generation,
+    may_make: bool,
+) -> Vec<Step> {
+    let Some(image) = view.images.get(uid) else { return Vec::new() };
+    let job = JobKey { kind: JobKind::Fill, uid: uid.clone(), generation };
+    let filling = view.jobs.contains(&job);
+    if image.deleting && !is_awaited(view, area, pool, &image.digest) {
+        if filling {
+            return vec![Step::StopJob { job }];
+        }
+        let (pool, image_uid, digest) = (pool.clone(), uid.clone(), image.digest);
+        let mut steps = Vec::new();
+        if area.images.get(&digest).is_some_and(|held| held.holder == *uid) {
+            steps.push(Step::RemoveImage { pool: pool.clone(), image: image_uid.clone(), digest });
+        }
+        steps.push(Step::Released { pool, holder: image_uid, generation });
+        return steps;
+    }
+    if filling || !may_make || area.images.get(&image.digest).is_some_and(|held| held.complete) {
+        return Vec::new();
+    }
+    vec![Step::FillImage { pool: pool.clone(), image: uid.clone(), generation }]
+}
+
+/// True if a live reservation here has yet to be made from the image.
+fn is_awaited(view: &NodeView, area: &AreaView, pool: &PoolName, digest: &Digest) -> bool {
+    view.reservations.iter().any(|(uid, reservation)| {
+        let names = reservation.pool == *pool && reservation.image.as_ref() == Some(digest);
+        let obeyed = area.promises.get(uid).is_some_and(|promise| !promise.released);
+        names && obeyed && !reservation.deleting && !reservation.is_prepared(uid, area)
+    })
+}
+
+fn plan_import(view: &NodeView, uid: &Uid, import: &NodeImport) -> Option<Step> {
+    let running =
+        |kind| view.jobs.contains(&JobKey { kind, uid: uid.clone(), generation: import.generation });
+    let (import_uid, generation) = (uid.clone(), import.generation);
+    if import.deleting {
+        let done = import.released.is_some_and(|released| released >= generation);
+        return (!done).then_some(Step::AbandonImport { import: import_uid, generation });
+    }
+    if import.ended || running(JobKind::Probe) || running(JobKind::Import) {
+        return None;
+    }
+    if !import.planned {
+        return Some(Step::StartProbe { import: import_uid, generation });
+    }
+    let (reservation, found) =
+        view.reservations.iter().find(|(_, found)| found.name == import.reservation)?;
+    let pool = view.pools.get(&found.pool)?;
+    let promise = pool.promise(reservation).filter(|promise| promise.generation == found.generation)?;
+    let area = pool.area.as_ref()?;
+    if found.deleting || !found.is_prepared(reservation, area) {
+        return None;
+    }
+    Some(Step::StartImport {
+        import: import_uid,
+        generation,
+        pool: found.pool.clone(),
+        reservation: reservation.clone(),
+        promised: promise.charge.data,
+    })
+}
+
+/// Imports that have moved away, been finished elsewhere or been placed anew, and fills without an image.
+fn stop_unwanted(view: &NodeView) -> Vec<Step> {
+    let wanted = |job: &&JobKey| match job.kind {
+        JobKind::Probe | JobKind::Import => {
+            view.imports.get(&job.uid).is_some_and(|import| import.generation == job.generation)
+        }
+        JobKind::Fill => view.images.contains_key(&job.uid),
+        JobKind::Store => {
+            view.stores.values().any(|store| store.uid == job.uid && store.generation == job.generation)
+        }
+    };
+    view.jobs.iter().filter(|job| !wanted(job)).map(|job| Step::StopJob { job: job.clone() }).collect()
+}
+
+impl NodeReservation {
+    /// True if what was asked for is there, at the assigned generation, under an obeyed promise.
+    pub fn is_prepared(&self, uid: &Uid, area: &AreaView) -> bool {
+        let promised = area.promises.get(uid).is_some_and(|p| p.generation == self.generation && !p.released);
+        promised
+            && match self.access {
+                Access::Stream => true,
+                Access::File => {
+                    area.work_dirs.get(uid).is_some_and(|dir| dir.made && dir.generation == self.generation)
+                }
+                Access::Block => {
+                    area.volumes.get(uid).is_some_and(|v| v.ready && v.generation == self.generation)
+                }
+            }
+    }
+}

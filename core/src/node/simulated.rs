@@ -1,0 +1,398 @@
+//! The plan carried out on a simulated node that can be cut off between any two effects.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::view::{
+    AreaView, HeldImage, HeldVolume, HeldWorkDir, JobKey, JobKind, NodeImage, NodeImport, NodeReservation,
+    NodeView, ObeyedPromise, PoolOnNode,
+};
+use super::{Origin, Step, behind, plan};
+use crate::ids::{Digest, ObjectName, PoolName, Sha256Sum, Uid};
+use crate::ledger::{Charge, Class, Holder, Promise};
+use crate::units::{Bytes, Generation, Timestamp};
+use crate::view::{Access, LedgerView};
+
+/// The view, and beside it what really lies on the disk.
+#[derive(Clone)]
+struct Node {
+    view: NodeView,
+    disk: BTreeSet<String>,
+    /// Effects until the power fails.
+    left: usize,
+}
+
+#[derive(Debug)]
+struct PowerCut;
+
+impl Node {
+    fn effect(&mut self, act: impl FnOnce(&mut AreaView, &mut BTreeSet<String>)) -> Result<(), PowerCut> {
+        self.left = self.left.checked_sub(1).ok_or(PowerCut)?;
+        let area =
+            self.view.pools.get_mut(&PoolName::from("p")).and_then(|pool| pool.area.as_mut()).expect("area");
+        act(area, &mut self.disk);
+        Ok(())
+    }
+
+    fn run(&mut self, step: &Step) -> Result<(), PowerCut> {
+        match step {
+            Step::PreparePool { pool } => {
+                self.left = self.left.checked_sub(1).ok_or(PowerCut)?;
+                self.view.pools.get_mut(pool).expect("planned").area = Some(AreaView::default());
+                Ok(())
+            }
+            Step::Obey { lineage, revision, promises, .. } => self.effect(|area, _| {
+                area.lineage = Some(lineage.clone());
+                area.revision = *revision;
+                for (uid, p) in promises {
+                    let obeyed = ObeyedPromise {
+                        generation: p.generation,
+                        data: p.charge.data,
+                        class: p.class,
+                        released: false,
+                        reported: false,
+                    };
+                    area.promises.insert(uid.clone(), obeyed);
+                }
+            }),
+            Step::MakeWorkDir { reservation, generation, .. } => {
+                self.must_be_obeyed(reservation);
+                let held = |made| HeldWorkDir { generation: *generation, made };
+                self.effect(|area, _| drop(area.work_dirs.insert(reservation.clone(), held(false))))?;
+                self.effect(|area, disk| {
+                    disk.insert(format!("dir {reservation}"));
+                    area.work_dirs.insert(reservation.clone(), held(true));
+                })
+            }
+            Step::MakeVolume { reservation, generation, origin, .. } => {
+                self.make_volume(reservation, *generation, origin)
+            }
+            Step::FillImage { image, .. } => self.fill(image),
+            Step::RemoveWorkDir { reservation, .. } => {
+                self.effect(|_, disk| {
+                    disk.remove(&format!("dir {reservation}"));
+                })?;
+                self.effect(|area, _| drop(area.work_dirs.remove(reservation)))
+            }
+            Step::RemoveVolume { reservation, .. } => {
+                self.effect(|area, _| area.volumes.get_mut(reservation).expect("planned").ready = false)?;
+                self.effect(|_, disk| {
+                    disk.remove(&format!("volume {reservation}"));
+                })?;
+                self.effect(|area, _| drop(area.volumes.remove(reservation)))
+            }
+            Step::RemoveImage { digest, .. } => {
+                self.effect(|area, _| area.images.get_mut(digest).expect("planned").complete = false)?;
+                self.effect(|_, disk| {
+                    disk.remove(&format!("image {digest}"));
+                })?;
+                self.effect(|area, _| drop(area.images.remove(digest)))
+            }
+            Step::Released { holder, .. } => {
+                assert!(
+                    !self.disk.iter().any(|name| name.ends_with(holder.as_str())),
+                    "bytes remain: {:?}",
+                    self.disk
+                );
+                self.effect(|area, _| area.promises.get_mut(holder).expect("planned").released = true)
+            }
+            Step::Forget { holders, .. } => {
+                self.effect(|area, _| holders.iter().for_each(|uid| drop(area.promises.remove(uid))))
+            }
+            other => panic!("not simulated: {other:?}"),
+        }
+    }
+
+    fn make_volume(&mut self, uid: &Uid, generation: Generation, origin: &Origin) -> Result<(), PowerCut> {
+        self.must_be_obeyed(uid);
+        if let Origin::Image(digest) = origin {
+            assert!(self.disk.contains(&format!("image {digest}")), "cloned from nothing");
+        }
+        let held = |ready| HeldVolume { generation, ready, attached: false };
+        self.effect(|area, _| drop(area.volumes.insert(uid.clone(), held(false))))?;
+        self.effect(|_, disk| {
+            disk.insert(format!("volume {uid}"));
+        })?;
+        self.effect(|area, _| drop(area.volumes.insert(uid.clone(), held(true))))
+    }
+
+    fn fill(&mut self, uid: &Uid) -> Result<(), PowerCut> {
+        self.must_be_obeyed(uid);
+        let image = self.view.images[uid].clone();
+        let held = |complete| HeldImage { holder: uid.clone(), complete, last_used: Timestamp(1) };
+        self.effect(|area, _| drop(area.images.insert(image.digest, held(false))))?;
+        self.effect(|_, disk| {
+            disk.insert(format!("image {}", image.digest));
+        })?;
+        self.effect(|area, _| drop(area.images.insert(image.digest, held(true))))
+    }
+
+    fn must_be_obeyed(&self, uid: &Uid) {
+        let area = self.view.pools[&PoolName::from("p")].area.as_ref().expect("area");
+        assert!(area.promises.get(uid).is_some_and(|p| !p.released), "{uid} is not promised");
+    }
+
+    /// Tells the API server what is obeyed; false if it knew.
+    fn report(&mut self) -> bool {
+        let area = self.view.pools.get_mut(&PoolName::from("p")).and_then(|pool| pool.area.as_mut());
+        let news =
+            area.into_iter().flat_map(|area| area.promises.values_mut()).filter(|promise| !promise.reported);
+        news.map(|promise| promise.reported = true).count() > 0
+    }
+
+    /// Plans and runs until nothing is left to do.
+    fn settle(&mut self) -> Result<usize, PowerCut> {
+        let before = self.left;
+        for _ in 0..100 {
+            let steps = plan(&self.view, Timestamp(5));
+            if steps.is_empty() && !self.report() {
+                return Ok(before - self.left);
+            }
+            for step in steps {
+                self.run(&step)?;
+            }
+        }
+        panic!("it never settles: {:?}", plan(&self.view, Timestamp(5)));
+    }
+}
+
+fn digest() -> Digest {
+    Digest(Sha256Sum::of(b"image"))
+}
+
+fn reservation(name: &str, access: Access, image: Option<Digest>) -> (Uid, NodeReservation) {
+    let reservation = NodeReservation {
+        name: ObjectName::new("ns", name),
+        deleting: false,
+        pool: "p".into(),
+        generation: Generation(1),
+        access,
+        image,
+        labels: BTreeMap::new(),
+    };
+    (Uid::from(name), reservation)
+}
+
+fn promise(uid: &str, class: Class) -> (Uid, Promise) {
+    let charge = Charge { data: Bytes::mib(64), metadata: Bytes::ZERO };
+    let holder = Holder::Reservation(ObjectName::new("ns", uid));
+    (Uid::from(uid), Promise { holder, class, charge, generation: Generation(1) })
+}
+
+/// A work directory, a blank volume, and a clone of an image that is not there yet.
+fn asked() -> Node {
+    let ledger = LedgerView {
+        name: "p-n".to_owned(),
+        version: Default::default(),
+        pool: "p".into(),
+        node: "n".into(),
+        lineage: "l1".into(),
+        revision: 4,
+        capacity: Default::default(),
+        promises: BTreeMap::from([
+            promise("work", Class::Images),
+            promise("blank", Class::Volumes),
+            promise("clone", Class::Volumes),
+            promise("img", Class::Images),
+        ]),
+    };
+    let image = NodeImage {
+        name: "img".to_owned(),
+        deleting: false,
+        pool: "p".into(),
+        digest: digest(),
+        data: Bytes::mib(64),
+        virtual_size: Bytes::mib(128),
+    };
+    let view = NodeView {
+        node: "n".into(),
+        pools: BTreeMap::from([(
+            "p".into(),
+            PoolOnNode { wanted: Some("pu".into()), area: None, ledger: Some(ledger) },
+        )]),
+        reservations: BTreeMap::from([
+            reservation("work", Access::File, None),
+            reservation("blank", Access::Block, None),
+            reservation("clone", Access::Block, Some(digest())),
+        ]),
+        images: BTreeMap::from([("img".into(), image)]),
+        ..NodeView::default()
+    };
+    Node { view, disk: BTreeSet::new(), left: 1000 }
+}
+
+fn delete_all(node: &mut Node) {
+    node.view.reservations.values_mut().for_each(|reservation| reservation.deleting = true);
+    node.view.images.values_mut().for_each(|image| image.deleting = true);
+}
+
+fn ledger(node: &mut Node) -> &mut LedgerView {
+    node.view.pools.get_mut(&PoolName::from("p")).and_then(|pool| pool.ledger.as_mut()).expect("ledger")
+}
+
+fn area(node: &Node) -> &AreaView {
+    node.view.pools[&PoolName::from("p")].area.as_ref().expect("area")
+}
+
+#[test]
+fn a_cut_after_any_effect_leads_to_the_same_end() {
+    let start = asked();
+    let mut made = start.clone();
+    let effects = made.settle().unwrap();
+    assert_eq!(made.disk.len(), 4, "{:?}", made.disk);
+    let mut gone = made.clone();
+    delete_all(&mut gone);
+    let removals = gone.settle().unwrap();
+    assert!(gone.disk.is_empty() && area(&gone).promises.values().all(|p| p.released));
+    assert!(effects >= 12 && removals >= 12, "{effects} {removals}");
+    for (first, end, count) in [
+        (&start, &made, effects),
+        (
+            &{
+                let mut n = made.clone();
+                delete_all(&mut n);
+                n
+            },
+            &gone,
+            removals,
+        ),
+    ] {
+        for cut in 0..count {
+            let mut node = first.clone();
+            node.left = cut;
+            assert!(node.settle().is_err(), "cut {cut} is before the end");
+            node.left = 1000;
+            node.settle().unwrap();
+            assert_eq!((&node.disk, area(&node)), (&end.disk, area(end)), "cut after {cut} effects");
+        }
+    }
+}
+
+#[test]
+fn deleted_while_it_is_made_leaves_nothing_after_any_cut() {
+    for cut in 1..30 {
+        let mut node = asked();
+        node.left = cut;
+        let _ = node.settle();
+        node.left = 1000;
+        delete_all(&mut node);
+        node.settle().unwrap();
+        assert!(node.disk.is_empty(), "cut {cut}: {:?}", node.disk);
+        assert!(area(&node).promises.values().all(|promise| promise.released));
+        assert_eq!(area(&node).promises.len(), 4, "each release is acknowledged");
+        let ledger = ledger(&mut node);
+        ledger.promises.clear();
+        ledger.revision += 1;
+        node.settle().unwrap();
+        assert!(area(&node).promises.is_empty(), "and forgotten once the ledger has dropped it");
+    }
+}
+
+#[test]
+fn nothing_is_made_without_ledger_and_assignment_at_one_generation() {
+    let mut unassigned = asked();
+    unassigned.view.reservations.clear();
+    unassigned.view.images.clear();
+    let mut unpromised = asked();
+    ledger(&mut unpromised).promises.clear();
+    let mut other_generation = asked();
+    other_generation.view.images.clear();
+    other_generation.view.reservations.values_mut().for_each(|r| r.generation = Generation(2));
+    let mut other_pool = asked();
+    other_pool.view.images.clear();
+    other_pool.view.reservations.values_mut().for_each(|r| r.pool = "q".into());
+    for mut node in [unassigned, unpromised, other_generation, other_pool] {
+        node.settle().unwrap();
+        assert!(node.disk.is_empty() && area(&node).promises.is_empty());
+        assert_eq!(area(&node).revision, 4, "the revision is recorded all the same");
+    }
+}
+
+#[test]
+fn a_ledger_that_is_behind_starts_nothing_and_releases_go_on() {
+    let restores: [fn(&mut LedgerView); 3] = [
+        |ledger| ledger.lineage = "l2".into(),
+        |ledger| ledger.revision = 3,
+        |ledger| drop(ledger.promises.remove(&Uid::from("work"))),
+    ];
+    for restore in restores {
+        let mut node = asked();
+        node.settle().unwrap();
+        let (uid, new) = reservation("new", Access::File, None);
+        node.view.reservations.insert(uid, new);
+        let (uid, promised) = promise("new", Class::Images);
+        ledger(&mut node).promises.insert(uid, promised);
+        restore(ledger(&mut node));
+        let known = area(&node).clone();
+        assert!(behind(&ledger(&mut node).clone(), &known).is_some());
+        assert_eq!(plan(&node.view, Timestamp(5)), [], "no new work");
+        node.view.reservations.get_mut(&Uid::from("blank")).unwrap().deleting = true;
+        node.settle().unwrap();
+        assert!(!node.disk.contains("volume blank"));
+        assert!(!node.disk.contains("dir new"));
+    }
+}
+
+#[test]
+fn a_volume_in_use_and_an_image_that_is_awaited_stay() {
+    let mut node = asked();
+    node.settle().unwrap();
+    let uid = Uid::from("blank");
+    let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+    pool.area.as_mut().unwrap().volumes.get_mut(&uid).unwrap().attached = true;
+    node.view.reservations.get_mut(&uid).unwrap().deleting = true;
+    assert_eq!(plan(&node.view, Timestamp(5)), []);
+
+    let mut node = asked();
+    node.view.images.values_mut().for_each(|image| image.deleting = true);
+    node.settle().unwrap();
+    assert!(node.disk.contains("volume clone"), "the clone was made first");
+    assert!(!node.disk.iter().any(|name| name.starts_with("image")), "then the image went");
+}
+
+fn import(planned: bool) -> NodeImport {
+    NodeImport {
+        name: ObjectName::new("ns", "t"),
+        deleting: false,
+        generation: Generation(1),
+        reservation: ObjectName::new("ns", "work"),
+        planned,
+        ended: false,
+        released: None,
+    }
+}
+
+#[test]
+fn an_import_is_probed_then_run_in_its_prepared_directory_then_left_alone() {
+    let mut node = asked();
+    let uid = Uid::from("imp");
+    node.view.imports.insert(uid.clone(), import(false));
+    let probe = Step::StartProbe { import: uid.clone(), generation: Generation(1) };
+    assert!(plan(&node.view, Timestamp(5)).contains(&probe), "a probe needs no pool");
+    node.view.imports.insert(uid.clone(), import(true));
+    assert!(!plan(&node.view, Timestamp(5)).iter().any(|step| matches!(step, Step::StartImport { .. })));
+    let waiting = node.view.imports.remove(&uid).unwrap();
+    node.settle().unwrap();
+    node.view.imports.insert(uid.clone(), waiting);
+    let start = Step::StartImport {
+        import: uid.clone(),
+        generation: Generation(1),
+        pool: "p".into(),
+        reservation: "work".into(),
+        promised: Bytes::mib(64),
+    };
+    assert_eq!(plan(&node.view, Timestamp(5)), [start]);
+    let job = JobKey { kind: JobKind::Import, uid: uid.clone(), generation: Generation(1) };
+    node.view.jobs.insert(job.clone());
+    assert_eq!(plan(&node.view, Timestamp(5)), []);
+
+    node.view.reservations.get_mut(&Uid::from("work")).unwrap().deleting = true;
+    assert_eq!(plan(&node.view, Timestamp(5)), [], "its directory stays while it is written in");
+    node.view.imports.get_mut(&uid).unwrap().generation = Generation(2);
+    assert_eq!(plan(&node.view, Timestamp(5))[0], Step::StopJob { job: job.clone() }, "placed anew");
+    node.view.imports.get_mut(&uid).unwrap().deleting = true;
+    node.view.jobs.clear();
+    let abandon = Step::AbandonImport { import: uid.clone(), generation: Generation(2) };
+    assert!(plan(&node.view, Timestamp(5)).contains(&abandon));
+    node.view.imports.get_mut(&uid).unwrap().released = Some(Generation(2));
+    assert!(!plan(&node.view, Timestamp(5)).contains(&abandon));
+}

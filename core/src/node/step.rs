@@ -1,0 +1,146 @@
+//! The closed set of things that a node may be asked to do. Each can be done again after it was done, or half done.
+
+use crate::ids::{Digest, Lineage, ObjectName, PoolName, Uid};
+use crate::ledger::Promise;
+use crate::units::{Bytes, Generation};
+
+/// What a volume starts as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// All zeros.
+    Blank,
+    /// A copy of a staged image, zeros after its end.
+    Image(Digest),
+}
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Make or open the area of a pool.
+    PreparePool {
+        /// Which.
+        pool: PoolName,
+    },
+    /// Record that the ledger at this revision is obeyed, with these promises: before anything is done under them.
+    Obey {
+        /// The pool.
+        pool: PoolName,
+        /// The ledger's lineage.
+        lineage: Lineage,
+        /// Its revision.
+        revision: u64,
+        /// What is obeyed from now on.
+        promises: Vec<(Uid, Promise)>,
+    },
+    /// Make the directory that a transfer may work in.
+    MakeWorkDir {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// Its generation.
+        generation: Generation,
+        /// How many bytes it may hold.
+        bytes: Bytes,
+    },
+    /// Make a volume.
+    MakeVolume {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// Its generation.
+        generation: Generation,
+        /// Its size.
+        size: Bytes,
+        /// What it starts as.
+        origin: Origin,
+    },
+    /// Start to fetch a staged image, or go on.
+    FillImage {
+        /// The pool.
+        pool: PoolName,
+        /// The `StagedImage`.
+        image: Uid,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Remove a work directory.
+    RemoveWorkDir {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+    },
+    /// Remove a volume.
+    RemoveVolume {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+    },
+    /// Remove a staged image's bytes, and the pin that its store keeps for it.
+    RemoveImage {
+        /// The pool.
+        pool: PoolName,
+        /// The `StagedImage`.
+        image: Uid,
+        /// Its identity.
+        digest: Digest,
+    },
+    /// Record that the bytes of a promise are gone.
+    Released {
+        /// The pool.
+        pool: PoolName,
+        /// The holder.
+        holder: Uid,
+        /// The promise's generation.
+        generation: Generation,
+    },
+    /// Forget promises that were released and have left the ledger.
+    Forget {
+        /// The pool.
+        pool: PoolName,
+        /// Their holders.
+        holders: Vec<Uid>,
+    },
+    /// Start to read the head of an import's source.
+    StartProbe {
+        /// The import.
+        import: Uid,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Start an import, or go on.
+    StartImport {
+        /// The import.
+        import: Uid,
+        /// Its generation.
+        generation: Generation,
+        /// Where it may work.
+        pool: PoolName,
+        /// In which reservation's directory.
+        reservation: Uid,
+        /// How many bytes that may hold.
+        promised: Bytes,
+    },
+    /// Remove every trace of an import from this node and from the store.
+    AbandonImport {
+        /// The import.
+        import: Uid,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Stop work that nothing asks for any more, without touching what it has made.
+    StopJob {
+        /// Which.
+        job: super::view::JobKey,
+    },
+    /// Start to look at an image store.
+    ProbeStore {
+        /// Which.
+        store: ObjectName,
+        /// The generation of its assignment.
+        generation: Generation,
+    },
+}

@@ -1,0 +1,203 @@
+//! Everything that a node's decisions may look at: what the API asks of it, and what it has recorded and holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
+use crate::ledger::{Class, Promise};
+use crate::units::{Bytes, Generation, Timestamp};
+use crate::view::{Access, LedgerView};
+
+/// What one node knows at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// The node.
+    pub node: NodeName,
+    /// Pools that select this node, or whose area is open on it.
+    pub pools: BTreeMap<PoolName, PoolOnNode>,
+    /// Reservations that are assigned to this node.
+    pub reservations: BTreeMap<Uid, NodeReservation>,
+    /// Staged images of this node.
+    pub images: BTreeMap<Uid, NodeImage>,
+    /// Imports that are assigned to this node.
+    pub imports: BTreeMap<Uid, NodeImport>,
+    /// Image stores that this node looks after.
+    pub stores: BTreeMap<ObjectName, NodeStore>,
+    /// Work that runs, or that waits to be tried again.
+    pub jobs: BTreeSet<JobKey>,
+}
+
+/// A piece of long work. Two with the same key are the same work.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct JobKey {
+    /// What is done.
+    pub kind: JobKind,
+    /// For which object.
+    pub uid: Uid,
+    /// At which of its placements.
+    pub generation: Generation,
+}
+
+/// The kinds of long work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum JobKind {
+    /// Reads the head of a source.
+    Probe,
+    /// Imports.
+    Import,
+    /// Fetches a staged image's chunks.
+    Fill,
+    /// Looks at an image store.
+    Store,
+}
+
+/// One pool on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolOnNode {
+    /// The pool's UID, if the pool exists and selects this node.
+    pub wanted: Option<Uid>,
+    /// What its area holds; `None` until it is open.
+    pub area: Option<AreaView>,
+    /// Its ledger, as last seen.
+    pub ledger: Option<LedgerView>,
+}
+
+/// An open area, by its record.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AreaView {
+    /// The lineage of the ledger that is obeyed; `None` before the first.
+    pub lineage: Option<Lineage>,
+    /// The highest revision of it that is recorded.
+    pub revision: u64,
+    /// Promises that were obeyed, by holder.
+    pub promises: BTreeMap<Uid, ObeyedPromise>,
+    /// Staged images.
+    pub images: BTreeMap<Digest, HeldImage>,
+    /// Volumes, by reservation.
+    pub volumes: BTreeMap<Uid, HeldVolume>,
+    /// Work directories, by reservation.
+    pub work_dirs: BTreeMap<Uid, HeldWorkDir>,
+}
+
+/// A recorded promise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObeyedPromise {
+    /// Of the holder's assignment.
+    pub generation: Generation,
+    /// How many bytes of data.
+    pub data: Bytes,
+    /// What it counts as.
+    pub class: Class,
+    /// True once its bytes are gone.
+    pub released: bool,
+    /// True once the API server knows that it is obeyed.
+    pub reported: bool,
+}
+
+/// A recorded image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldImage {
+    /// The `StagedImage` that it was made for.
+    pub holder: Uid,
+    /// True if all of it is there, verified.
+    pub complete: bool,
+    /// When it was last wanted.
+    pub last_used: Timestamp,
+}
+
+/// A recorded volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldVolume {
+    /// The generation that it was made for.
+    pub generation: Generation,
+    /// True if it can be used.
+    pub ready: bool,
+    /// True while it is staged for a workload.
+    pub attached: bool,
+}
+
+/// A recorded work directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldWorkDir {
+    /// The generation that it was made for.
+    pub generation: Generation,
+    /// True if the directory is really there.
+    pub made: bool,
+}
+
+/// A reservation that is assigned to this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeReservation {
+    /// Its name.
+    pub name: ObjectName,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// The pool that it is assigned to.
+    pub pool: PoolName,
+    /// The generation of the assignment.
+    pub generation: Generation,
+    /// How the space is used.
+    pub access: Access,
+    /// What its volume starts from.
+    pub image: Option<Digest>,
+    /// What people know its volume by.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A `StagedImage` of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeImage {
+    /// Its name.
+    pub name: String,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// The pool.
+    pub pool: PoolName,
+    /// Its identity.
+    pub digest: Digest,
+    /// Bytes that are not holes.
+    pub data: Bytes,
+    /// The size of the disk.
+    pub virtual_size: Bytes,
+}
+
+/// An import that is assigned to this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeImport {
+    /// Its name.
+    pub name: ObjectName,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// The generation of the assignment.
+    pub generation: Generation,
+    /// The reservation that it stages in, by name.
+    pub reservation: ObjectName,
+    /// True if its plan is known.
+    pub planned: bool,
+    /// True if it is durable, or has ended without success.
+    pub ended: bool,
+    /// The generation whose traces are gone.
+    pub released: Option<Generation>,
+}
+
+/// An image store that this node looks after.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeStore {
+    /// Its UID.
+    pub uid: Uid,
+    /// The generation of the assignment.
+    pub generation: Generation,
+    /// When it is to be looked at again.
+    pub due: Timestamp,
+}
+
+impl PoolOnNode {
+    /// The promise to `holder` in the ledger, if the ledger may be obeyed.
+    pub fn promise(&self, holder: &Uid) -> Option<&Promise> {
+        let ledger = self.ledger.as_ref()?;
+        let area = self.area.as_ref()?;
+        if super::behind(ledger, area).is_some() {
+            return None;
+        }
+        ledger.promises.get(holder)
+    }
+}

@@ -1,0 +1,261 @@
+//! Pools: their ledgers, what they hold, and promises whose holders are gone.
+
+use crate::budget::{Area, Sums};
+use crate::change::{Change, PoolReport};
+use crate::ids::{NodeName, PoolName, Uid};
+use crate::ledger::Holder;
+use crate::reason::Reason;
+use crate::reservation::is_waiting;
+use crate::units::{Bytes, Timestamp};
+use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, View};
+
+/// How many promises of holders that are gone are taken away in one write.
+const SWEPT_AT_ONCE: usize = 32;
+
+/// The next steps for the pool with this name. Time plays no part in them yet.
+pub fn decide(view: &View, name: &PoolName, _now: Timestamp) -> Vec<Change> {
+    let Some(pool) = view.pools.get(name) else { return Vec::new() };
+    let mut changes = vec![Change::ReportPool { name: name.clone(), report: report(view, pool) }];
+    if pool.invalid.is_none() {
+        changes.extend(missing_ledgers(view, pool));
+        let write = resized(view, pool).map(|change| vec![change]).or_else(|| swept(view, pool));
+        changes.extend(write.unwrap_or_default());
+    }
+    changes
+}
+
+/// What may be promised on a node that reports this: images and volumes share the bytes, and there is no other metadata.
+fn capacity(pool: &PoolView, report: &NodePoolState) -> LedgerCapacity {
+    LedgerCapacity::shared(pool.limit.map_or(report.total, |limit| limit.min(report.total)))
+}
+
+fn carriers<'v>(view: &'v View, pool: &'v PoolView) -> impl Iterator<Item = (&'v NodeName, &'v NodePoolState)> {
+    view.nodes.iter().filter_map(|(name, node)| Some((name, node.pools.get(&pool.name)?)))
+}
+
+fn ledgers<'v>(view: &'v View, pool: &'v PoolView) -> impl Iterator<Item = &'v LedgerView> {
+    view.ledgers.values().filter(|ledger| ledger.pool == pool.name)
+}
+
+/// A ledger for each node that can use its area. Not while the pool is being deleted.
+fn missing_ledgers(view: &View, pool: &PoolView) -> Vec<Change> {
+    let usable = carriers(view, pool).filter(|(node, report)| {
+        report.usable && !pool.deleting && !view.ledgers.contains_key(&(pool.name.clone(), (*node).clone()))
+    });
+    usable
+        .map(|(node, report)| Change::CreateLedger {
+            pool: pool.name.clone(),
+            node: node.clone(),
+            capacity: capacity(pool, report),
+        })
+        .collect()
+}
+
+/// The first ledger whose capacity is not what its node reports; never below what is promised.
+fn resized(view: &View, pool: &PoolView) -> Option<Change> {
+    ledgers(view, pool).find_map(|ledger| {
+        let report = view.report_of(&pool.name, &ledger.node).filter(|report| report.usable)?;
+        let wanted = capacity(pool, report).covering(ledger.promises.values());
+        let differs = wanted != ledger.capacity && view.behind(ledger).is_none();
+        differs.then(|| ledger.resized(wanted))
+    })
+}
+
+/// Promises whose holders the leader does not see, and which no node has obeyed: each is asked for once more at the API
+/// server, and only then taken away. They come from an operator that wrote a promise for what was being deleted.
+fn swept(view: &View, pool: &PoolView) -> Option<Vec<Change>> {
+    if !view.leader {
+        return None;
+    }
+    ledgers(view, pool).find_map(|ledger| {
+        let gone = orphans(view, ledger);
+        if gone.is_empty() {
+            return None;
+        }
+        let ask = gone.iter().map(|(uid, holder)| Change::ConfirmGone {
+            holder: (*holder).clone(),
+            uid: (*uid).clone(),
+        });
+        let uids: Vec<&Uid> = gone.iter().map(|(uid, _)| *uid).collect();
+        Some(ask.chain([ledger.without(&uids)]).collect())
+    })
+}
+
+fn orphans<'v>(view: &'v View, ledger: &'v LedgerView) -> Vec<(&'v Uid, &'v Holder)> {
+    let Some(report) = view.report_of(&ledger.pool, &ledger.node) else { return Vec::new() };
+    let trusted = view.nodes.get(&ledger.node).is_some_and(|node| node.reported);
+    if !trusted || view.behind(ledger).is_some() {
+        return Vec::new();
+    }
+    let gone = ledger.promises.iter().filter(|(uid, promise)| {
+        let there = match &promise.holder {
+            Holder::Reservation(_) => view.reservations.contains_key(*uid),
+            Holder::Image(name) => view.images.get(name).is_some_and(|image| image.uid == **uid),
+        };
+        let released = report.released.get(*uid).is_some_and(|released| *released >= promise.generation);
+        !there && (released || !report.obeyed.contains_key(*uid))
+    });
+    gone.map(|(uid, promise)| (uid, &promise.holder)).take(SWEPT_AT_ONCE).collect()
+}
+
+/// What the pool holds, over all nodes.
+pub fn report(view: &View, pool: &PoolView) -> PoolReport {
+    let (mut total, mut promised) = (Bytes::ZERO, Bytes::ZERO);
+    for ledger in ledgers(view, pool) {
+        total = total.saturating_add(ledger.capacity.total.data);
+        promised = promised.saturating_add(Sums::of(ledger.promises.values()).data(Area::Total));
+    }
+    let waiting = view.reservations.values().filter(|request| request.pools.allows(pool) && is_waiting(view, request));
+    let advisory = carriers(view, pool).any(|(_, report)| report.advisory);
+    let (ready, reason, message) = health(view, pool);
+    PoolReport {
+        ready,
+        reason,
+        message,
+        nodes: count(carriers(view, pool).count()),
+        total,
+        promised,
+        used: carriers(view, pool).map(|(_, report)| report.used).sum(),
+        unreferenced: ledgers(view, pool).map(|ledger| unreferenced(view, ledger)).sum(),
+        queued: count(waiting.count()),
+        constraints: if advisory { vec![Reason::Advisory] } else { Vec::new() },
+    }
+}
+
+/// Bytes promised in a ledger to images that no live reservation names.
+pub fn unreferenced(view: &View, ledger: &LedgerView) -> Bytes {
+    let idle = ledger.promises.values().filter(|promise| match &promise.holder {
+        Holder::Image(name) => !view.is_referenced(name),
+        Holder::Reservation(_) => false,
+    });
+    idle.map(|promise| promise.charge.data).sum()
+}
+
+fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
+    if let Some(message) = &pool.invalid {
+        return (false, Reason::InvalidSpec, message.clone());
+    }
+    if pool.deleting {
+        return (false, Reason::Releasing, "it is being deleted and takes nothing new".to_owned());
+    }
+    let mut nodes = 0_u32;
+    for (name, report) in carriers(view, pool) {
+        nodes += 1;
+        if !report.usable {
+            return (false, report.reason, format!("node {name}: {}", report.message));
+        }
+        let key = (pool.name.clone(), name.clone());
+        if view.nodes.get(name).is_some_and(|node| node.reported && !node.live) {
+            return (false, Reason::NodeLost, format!("node {name} no longer renews its Lease"));
+        }
+        match view.ledgers.get(&key).map(|ledger| view.behind(ledger)) {
+            // A revision alone is most often a view that lags.
+            Some(Some(behind)) if !matches!(behind, crate::ledger::Behind::Revision { .. }) => {
+                return (false, Reason::LedgerBehind, format!("node {name}: {behind}"));
+            }
+            Some(_) => {}
+            None => return (false, Reason::Progressing, format!("the ledger of node {name} is being made")),
+        }
+    }
+    match nodes {
+        0 => (false, Reason::NoMatchingNode, "no node carries the pool".to_owned()),
+        1 => (true, Reason::Ready, "1 node carries the pool".to_owned()),
+        more => (true, Reason::Ready, format!("{more} nodes carry the pool")),
+    }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{add, at, hold, image, reservation, view};
+    use crate::ledger::Class;
+    use crate::units::Generation;
+
+    fn ask(view: &View) -> Vec<Change> {
+        decide(view, &PoolName::from("p"), Timestamp(0)).into_iter().skip(1).collect()
+    }
+
+    fn told(view: &View) -> PoolReport {
+        report(view, view.pools.values().next().expect("one"))
+    }
+
+    fn node_pool<'v>(view: &'v mut View, node: &str) -> &'v mut NodePoolState {
+        let node = view.nodes.get_mut(&NodeName::from(node)).expect("there");
+        node.pools.values_mut().next().expect("one")
+    }
+
+    #[test]
+    fn ledgers_are_made_for_usable_nodes_and_follow_what_these_report() {
+        let mut view = view(&[("a", 100), ("b", 100)]);
+        assert_eq!(ask(&view), []);
+        view.ledgers.remove(&at("p", "b"));
+        view.pools.values_mut().for_each(|pool| pool.limit = Some(Bytes(80)));
+        hold(&mut view, "a", "x", Class::Images, 90);
+        let changes = ask(&view);
+        let [Change::CreateLedger { capacity, .. }, Change::WriteLedger { capacity: resized, .. }] = &changes[..] else {
+            panic!("{changes:?}");
+        };
+        assert_eq!(*capacity, LedgerCapacity::shared(Bytes(80)));
+        assert_eq!(resized.total.data, Bytes(90), "never below what is promised");
+        node_pool(&mut view, "b").usable = false;
+        view.pools.values_mut().for_each(|pool| pool.limit = None);
+        add(&mut view, reservation("x", 90, 0));
+        assert_eq!(ask(&view), []);
+    }
+
+    #[test]
+    fn promises_without_a_holder_go_only_after_the_api_server_was_asked_and_the_node_knows_nothing_of_them() {
+        let mut view = view(&[("a", 100)]);
+        add(&mut view, reservation("there", 10, 0));
+        hold(&mut view, "a", "there", Class::Images, 10);
+        hold(&mut view, "a", "gone", Class::Images, 10);
+        let changes = ask(&view);
+        let [Change::ConfirmGone { uid, .. }, Change::WriteLedger { promises, .. }] = &changes[..] else {
+            panic!("{changes:?}");
+        };
+        assert_eq!((uid.as_str(), promises.len()), ("gone", 1));
+        node_pool(&mut view, "a").obeyed.insert(Uid::from("gone"), Generation::FIRST);
+        assert_eq!(ask(&view), [], "the node has bytes of it");
+        node_pool(&mut view, "a").released.insert(Uid::from("gone"), Generation::FIRST);
+        assert_eq!(ask(&view).len(), 2);
+        view.leader = false;
+        assert_eq!(ask(&view), []);
+        view.leader = true;
+        view.nodes.values_mut().for_each(|node| node.reported = false);
+        assert_eq!(ask(&view), []);
+    }
+
+    #[test]
+    fn the_report_adds_up() {
+        let mut view = view(&[("a", 100), ("b", 50)]);
+        hold(&mut view, "a", "x", Class::Volumes, 30);
+        let idle = image("a", 20, 0);
+        view.ledgers.get_mut(&at("p", "a")).expect("there").promises.insert(idle.uid.clone(), idle.promise());
+        view.images.insert(idle.name.clone(), idle);
+        add(&mut view, reservation("waits", 500, 0));
+        node_pool(&mut view, "b").used = Bytes(7);
+        node_pool(&mut view, "b").advisory = true;
+        let report = told(&view);
+        assert_eq!((report.ready, report.nodes, report.message.as_str()), (true, 2, "2 nodes carry the pool"));
+        assert_eq!((report.total, report.promised, report.unreferenced), (Bytes(150), Bytes(50), Bytes(20)));
+        assert_eq!((report.used, report.queued, report.constraints), (Bytes(7), 1, vec![Reason::Advisory]));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let mut view = view(&[("a", 100)]);
+        view.nodes.values_mut().for_each(|node| node.live = false);
+        assert_eq!(told(&view).reason, Reason::NodeLost);
+        node_pool(&mut view, "a").usable = false;
+        node_pool(&mut view, "a").reason = Reason::InUseByPool;
+        assert_eq!(told(&view).reason, Reason::InUseByPool);
+        view.nodes.clear();
+        assert_eq!(told(&view).reason, Reason::NoMatchingNode);
+        view.pools.values_mut().for_each(|pool| pool.invalid = Some("spec.backend: x".to_owned()));
+        assert_eq!((told(&view).reason, told(&view).message.as_str()), (Reason::InvalidSpec, "spec.backend: x"));
+    }
+}

@@ -1,0 +1,163 @@
+//! Giving a promise back. What a node may have obeyed leaves a ledger only after the node has said that its bytes are gone;
+//! what no assignment ever named may go at once.
+
+use crate::change::{Change, ReservationReport};
+use crate::reason::Reason;
+use crate::view::{Placement, ReservationState, ReservationView, View};
+
+use super::decide::report;
+
+/// The write that removes this reservation's promise from the first ledger other than `keep`'s, or of another generation.
+/// Only for entries that no assignment can name any more: it is fixed elsewhere, refused for ever, or being deleted.
+pub(super) fn withdraw(view: &View, reservation: &ReservationView, keep: Option<&Placement>) -> Option<Change> {
+    let uid = &reservation.uid;
+    let mut strays = view.ledgers_of(uid).filter(|ledger| {
+        let entry = ledger.promises.get(uid);
+        let kept = keep.is_some_and(|keep| {
+            ledger.pool == keep.pool
+                && ledger.node == keep.node
+                && entry.is_some_and(|entry| entry.generation == keep.generation)
+        });
+        !kept && view.behind(ledger).is_none()
+    });
+    strays.next().map(|ledger| ledger.without(&[uid]))
+}
+
+/// The next steps for a reservation that is being deleted.
+pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> {
+    let assignment = reservation.assignment.as_ref();
+    if let Some(stray) = withdraw(view, reservation, assignment) {
+        return vec![stray];
+    }
+    let step = match assignment {
+        None => never_assigned(view, reservation),
+        Some(place) => give_back(view, reservation, place),
+    };
+    match step {
+        Step::Write(change) => vec![change],
+        Step::Done if reservation.has_finalizer => {
+            vec![Change::UnguardReservation { name: reservation.name.clone(), uid: reservation.uid.clone() }]
+        }
+        Step::Done => Vec::new(),
+        Step::Wait(reason, message) => {
+            let state = ReservationState::Releasing;
+            vec![report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None })]
+        }
+    }
+}
+
+enum Step {
+    Write(Change),
+    Wait(Reason, String),
+    Done,
+}
+
+/// Nothing assigns an object that is being deleted, and an operator that does not see that yet fails on its version.
+fn never_assigned(view: &View, reservation: &ReservationView) -> Step {
+    match view.ledgers_of(&reservation.uid).next() {
+        None => Step::Done,
+        Some(ledger) => behind(&ledger.name),
+    }
+}
+
+fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> Step {
+    let uid = &reservation.uid;
+    let report = view.report_of(&place.pool, &place.node);
+    let released = report.and_then(|report| report.released.get(uid)).is_some_and(|g| *g >= place.generation);
+    let Some(ledger) = view.ledger_at(place) else {
+        let message = format!("waits for the ledger of pool {} on node {}", place.pool, place.node);
+        return if released { Step::Done } else { Step::Wait(Reason::LedgerBehind, message) };
+    };
+    if view.behind(ledger).is_some() {
+        return behind(&ledger.name);
+    }
+    if !ledger.promises.contains_key(uid) {
+        return Step::Done;
+    }
+    if released {
+        return Step::Write(ledger.without(&[uid]));
+    }
+    let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
+    let reason = if lost { Reason::NodeLost } else { Reason::Releasing };
+    let message = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
+    Step::Wait(reason, message)
+}
+
+fn behind(ledger: &str) -> Step {
+    Step::Wait(Reason::LedgerBehind, format!("ledger {ledger} is older than what its node has obeyed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{add, at, hold, placed, reservation, view};
+    use crate::ids::{NodeName, PoolName, Uid};
+    use crate::ledger::Class;
+    use crate::reservation;
+    use crate::units::{Generation, Timestamp};
+
+    fn decide(view: &View) -> Vec<Change> {
+        reservation::decide(view, &Uid::from("r"), Timestamp(0))
+    }
+
+    fn deleted(assigned: bool) -> View {
+        let mut view = view(&[("a", 100), ("b", 100)]);
+        let mut request = reservation("r", 10, 0);
+        request.deleting = true;
+        request.assignment = assigned.then(|| placed("p", "b", 1));
+        add(&mut view, request);
+        view
+    }
+
+    #[test]
+    fn never_assigned_loses_its_entries_and_then_its_finalizer() {
+        let mut view = deleted(false);
+        hold(&mut view, "a", "r", Class::Images, 10);
+        let changes = decide(&view);
+        assert!(matches!(&changes[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()), "{changes:?}");
+        view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
+        assert!(matches!(&decide(&view)[..], [Change::UnguardReservation { .. }]));
+        view.reservations.values_mut().for_each(|reservation| reservation.has_finalizer = false);
+        assert_eq!(decide(&view), []);
+    }
+
+    #[test]
+    fn an_assigned_one_waits_for_its_node_whatever_happens() {
+        let mut view = deleted(true);
+        hold(&mut view, "a", "r", Class::Images, 10);
+        hold(&mut view, "b", "r", Class::Images, 10);
+        let stray = view.ledgers[&at("p", "a")].without(&[&Uid::from("r")]);
+        assert_eq!(decide(&view), [stray], "the entry that was never named goes first");
+        view.ledgers.get_mut(&at("p", "a")).expect("there").promises.clear();
+        let changes = decide(&view);
+        let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!((report.state, report.reason), (ReservationState::Releasing, Reason::Releasing));
+        assert_eq!(report.message, "node b has still to give back the bytes in pool p");
+        view.nodes.get_mut(&NodeName::from("b")).expect("there").live = false;
+        let changes = decide(&view);
+        let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!(report.reason, Reason::NodeLost);
+    }
+
+    #[test]
+    fn released_by_the_node_it_goes_from_the_ledger_and_then_for_good() {
+        let mut view = deleted(true);
+        hold(&mut view, "b", "r", Class::Images, 10);
+        let pool = |view: &mut View| {
+            let node = view.nodes.get_mut(&NodeName::from("b")).expect("there");
+            std::mem::replace(node.pools.get_mut(&PoolName::from("p")).expect("there"), crate::fixture::node_pool(100))
+        };
+        let mut report = pool(&mut view);
+        report.released.insert(Uid::from("r"), Generation::FIRST);
+        view.nodes.get_mut(&NodeName::from("b")).expect("there").pools.insert(PoolName::from("p"), report);
+        assert!(matches!(&decide(&view)[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()));
+        view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
+        assert!(matches!(&decide(&view)[..], [Change::UnguardReservation { .. }]));
+        let mut report = pool(&mut view);
+        report.obeyed_revision = 9;
+        view.nodes.get_mut(&NodeName::from("b")).expect("there").pools.insert(PoolName::from("p"), report);
+        let changes = decide(&view);
+        let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!(report.reason, Reason::LedgerBehind, "an old ledger that lacks the entry proves nothing");
+    }
+}

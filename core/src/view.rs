@@ -1,0 +1,402 @@
+//! What the operator's decisions may look at: the objects as the API server last showed them, already parsed.
+
+use std::collections::BTreeMap;
+
+use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
+use crate::ledger::{Behind, Charge, Promise, is_behind};
+use crate::reason::Reason;
+use crate::units::{Bytes, Generation, Timestamp};
+
+/// The version of an object that a write replaces: the API server's `resourceVersion`, which only it understands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectVersion(pub String);
+
+/// Which pool, on which node, for the how-manieth time.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Placement {
+    /// The pool.
+    pub pool: PoolName,
+    /// The node.
+    pub node: NodeName,
+    /// Rises with each new placement.
+    pub generation: Generation,
+}
+
+/// A `StagingPool`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolView {
+    /// Its name.
+    pub name: PoolName,
+    /// Its UID.
+    pub uid: Uid,
+    /// Its labels, for selectors.
+    pub labels: BTreeMap<String, String>,
+    /// At most this much is promised on each node.
+    pub limit: Option<Bytes>,
+    /// What happens to requests that do not fit and do not say.
+    pub when_full: WhenFull,
+    /// How long a request may wait, in milliseconds.
+    pub max_queue_millis: u64,
+    /// How many requests may wait.
+    pub max_queued: u32,
+    /// How long an unreferenced image stays, in milliseconds.
+    pub reclaim_ttl_millis: u64,
+    /// True if it is being deleted: it takes nothing new.
+    pub deleting: bool,
+    /// Set if a field's value cannot be used: the message.
+    pub invalid: Option<String>,
+}
+
+/// What happens when the space is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// Wait.
+    Queue,
+    /// Refuse.
+    Reject,
+}
+
+/// A `StagingNode` and its Lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeState {
+    /// Its name.
+    pub name: NodeName,
+    /// True if its Lease is fresh.
+    pub live: bool,
+    /// True if it has reported since this operator began to watch: before that, its ledgers admit nothing.
+    pub reported: bool,
+    /// The pools on it.
+    pub pools: BTreeMap<PoolName, NodePoolState>,
+}
+
+/// What a node reports of one pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodePoolState {
+    /// True if the area can be used.
+    pub usable: bool,
+    /// Why.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+    /// What may be promised.
+    pub total: Bytes,
+    /// What is written.
+    pub used: Bytes,
+    /// True if the bound is not enforced.
+    pub advisory: bool,
+    /// The lineage that the node obeys.
+    pub lineage: Option<Lineage>,
+    /// The highest revision that the node has recorded.
+    pub obeyed_revision: u64,
+    /// Promises obeyed whose bytes are gone.
+    pub released: BTreeMap<Uid, Generation>,
+    /// Promises obeyed whose bytes are there.
+    pub obeyed: BTreeMap<Uid, Generation>,
+}
+
+/// A `StagingLedger`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LedgerView {
+    /// Its name.
+    pub name: String,
+    /// The version that a write replaces.
+    pub version: ObjectVersion,
+    /// The pool.
+    pub pool: PoolName,
+    /// The node.
+    pub node: NodeName,
+    /// New each time it is made or rebuilt.
+    pub lineage: Lineage,
+    /// Rises by one with every write.
+    pub revision: u64,
+    /// What may be promised.
+    pub capacity: LedgerCapacity,
+    /// By holder.
+    pub promises: BTreeMap<Uid, Promise>,
+}
+
+/// What may be promised: per class, and in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LedgerCapacity {
+    /// For staged images and work space.
+    pub images: Charge,
+    /// For volumes and snapshots.
+    pub volumes: Charge,
+    /// For both together.
+    pub total: Charge,
+}
+
+/// Which pools a request may go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolChoice {
+    /// This one.
+    Named(PoolName),
+    /// Any with these labels; none given means any at all.
+    Labelled(BTreeMap<String, String>),
+}
+
+/// How reserved space is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing is written.
+    Stream,
+    /// A directory.
+    File,
+    /// A volume.
+    Block,
+}
+
+/// A `StagingReservation`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReservationView {
+    /// Its UID: the holder of its promise.
+    pub uid: Uid,
+    /// Its name.
+    pub name: ObjectName,
+    /// The version that a write replaces.
+    pub version: ObjectVersion,
+    /// When it was made.
+    pub created: Timestamp,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// True if it carries the release finalizer.
+    pub has_finalizer: bool,
+    /// Which pools it may go to.
+    pub pools: PoolChoice,
+    /// This node only.
+    pub node: Option<NodeName>,
+    /// The most that will be written.
+    pub max_size: Bytes,
+    /// The template that it starts from.
+    pub template: Option<ObjectName>,
+    /// The namespace of the claim behind a CSI volume, for `allowedNamespaces`; its own otherwise.
+    pub claim_namespace: String,
+    /// How the space is used.
+    pub access: Access,
+    /// Overrides the pool's rule.
+    pub when_full: Option<WhenFull>,
+    /// Its recorded state.
+    pub state: ReservationState,
+    /// Where it is.
+    pub assignment: Option<Placement>,
+    /// The staged image recorded with the assignment.
+    pub assigned_image: Option<AssignedImage>,
+    /// The generation that the node has made ready.
+    pub prepared: Option<Generation>,
+    /// Since when it waits.
+    pub queued_since: Option<Timestamp>,
+    /// Set if a field's value cannot be used: the message.
+    pub invalid: Option<String>,
+}
+
+/// The recorded state of a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ReservationState {
+    /// Nothing has looked at it yet.
+    Pending,
+    /// It waits for space.
+    Queued,
+    /// The space is promised.
+    Promised,
+    /// The node has made what was asked for.
+    Ready,
+    /// The node gives the bytes back.
+    Releasing,
+    /// It will not be met.
+    Refused,
+}
+
+/// The image that an assigned reservation refers to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AssignedImage {
+    /// Its identity.
+    pub digest: Digest,
+    /// The name of its `StagedImage`.
+    pub staged_image: String,
+    /// Its virtual size.
+    pub virtual_size: Bytes,
+}
+
+/// A `TemplateImport`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImportView {
+    /// Its UID.
+    pub uid: Uid,
+    /// Its name.
+    pub name: ObjectName,
+    /// The version that a write replaces.
+    pub version: ObjectVersion,
+    /// When it was made.
+    pub created: Timestamp,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// True if it carries the import finalizer.
+    pub has_finalizer: bool,
+    /// Which pools may stage what it needs.
+    pub pools: PoolChoice,
+    /// The name of its image store, in its namespace.
+    pub store: ObjectName,
+    /// Namespaces that may use it; `*` is all.
+    pub allowed_namespaces: Vec<String>,
+    /// Its recorded state.
+    pub state: ImportState,
+    /// The node that works on it.
+    pub assignment: Option<Placement>,
+    /// The most that the work occupies at once, once a node has found out.
+    pub peak: Option<Bytes>,
+    /// The image, once it is durable.
+    pub durable: Option<DurableImage>,
+    /// The error that ended it or interrupts it.
+    pub error: Option<WorkError>,
+    /// The generation whose traces are gone.
+    pub released: Option<Generation>,
+    /// Set if a field's value cannot be used: the message.
+    pub invalid: Option<String>,
+}
+
+/// The recorded state of an import.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ImportState {
+    /// Nothing has looked at it yet, or no node can.
+    Pending,
+    /// A node reads the head of the source.
+    Probing,
+    /// It waits for its reservation.
+    Queued,
+    /// A node imports it.
+    Importing,
+    /// It is durable.
+    Ready,
+    /// It has ended without success.
+    Failed,
+}
+
+/// An image in its store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DurableImage {
+    /// Its identity.
+    pub digest: Digest,
+    /// The size of the disk.
+    pub virtual_size: Bytes,
+    /// Bytes that are not holes: what a staged copy is charged.
+    pub real_size: Bytes,
+}
+
+/// What went wrong with a piece of work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkError {
+    /// Why.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+    /// Whether it is tried again by itself.
+    pub retryable: bool,
+}
+
+/// A `StagedImage`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageView {
+    /// Its UID: the holder of its promise.
+    pub uid: Uid,
+    /// Its name.
+    pub name: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// True if it is being deleted.
+    pub deleting: bool,
+    /// True if it carries the release finalizer.
+    pub has_finalizer: bool,
+    /// Its identity.
+    pub digest: Digest,
+    /// The pool.
+    pub pool: PoolName,
+    /// The node.
+    pub node: NodeName,
+    /// What it is charged.
+    pub data_bytes: Bytes,
+    /// Its virtual size.
+    pub virtual_size: Bytes,
+    /// True if all of it is there.
+    pub ready: bool,
+    /// When a volume was last made from it.
+    pub last_used: Option<Timestamp>,
+}
+
+/// An `ImageStore`, as far as placement goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreView {
+    /// Its name.
+    pub name: ObjectName,
+    /// The version that a write replaces.
+    pub version: ObjectVersion,
+    /// The node that looks after it, and the generation.
+    pub assignment: Option<(NodeName, Generation)>,
+    /// True if it is being deleted.
+    pub deleting: bool,
+}
+
+/// Everything that a decision may look at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Pools by name.
+    pub pools: BTreeMap<PoolName, PoolView>,
+    /// Nodes by name.
+    pub nodes: BTreeMap<NodeName, NodeState>,
+    /// Ledgers by pool and node.
+    pub ledgers: BTreeMap<(PoolName, NodeName), LedgerView>,
+    /// Reservations by UID.
+    pub reservations: BTreeMap<Uid, ReservationView>,
+    /// Imports by name.
+    pub imports: BTreeMap<ObjectName, ImportView>,
+    /// Staged images by name.
+    pub images: BTreeMap<String, ImageView>,
+    /// Image stores by name.
+    pub stores: BTreeMap<ObjectName, StoreView>,
+    /// True if this operator holds the Lease, which gates sweeps and reclaim only.
+    pub leader: bool,
+}
+
+impl PoolChoice {
+    /// True if the choice allows this pool.
+    pub fn allows(&self, pool: &PoolView) -> bool {
+        match self {
+            Self::Named(name) => *name == pool.name,
+            Self::Labelled(labels) => labels.iter().all(|(key, value)| pool.labels.get(key) == Some(value)),
+        }
+    }
+}
+
+impl View {
+    /// The ledgers that hold a promise of this holder, in order of pool and node.
+    pub fn ledgers_of<'v>(&'v self, uid: &'v Uid) -> impl Iterator<Item = &'v LedgerView> {
+        self.ledgers.values().filter(move |ledger| ledger.promises.contains_key(uid))
+    }
+
+    /// The ledger of a placement.
+    pub fn ledger_at(&self, place: &Placement) -> Option<&LedgerView> {
+        self.ledgers.get(&(place.pool.clone(), place.node.clone()))
+    }
+
+    /// What a node reports of a pool.
+    pub fn report_of(&self, pool: &PoolName, node: &NodeName) -> Option<&NodePoolState> {
+        self.nodes.get(node)?.pools.get(pool)
+    }
+
+    /// Why a ledger may not be written to: its node has recorded more than it shows.
+    pub fn behind(&self, ledger: &LedgerView) -> Option<Behind> {
+        is_behind(ledger, self.report_of(&ledger.pool, &ledger.node)?)
+    }
+
+    /// The reservation with this name.
+    pub fn reservation_named(&self, name: &ObjectName) -> Option<&ReservationView> {
+        self.reservations.values().find(|reservation| reservation.name == *name)
+    }
+
+    /// True if a live reservation's assignment names this staged image.
+    pub fn is_referenced(&self, image: &str) -> bool {
+        self.reservations.values().any(|reservation| {
+            !reservation.deleting
+                && reservation.assigned_image.as_ref().is_some_and(|assigned| assigned.staged_image == image)
+        })
+    }
+}

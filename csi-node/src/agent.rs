@@ -1,0 +1,126 @@
+//! The node's agent: observe → plan → execute → report, again whenever something changes.
+
+pub mod execute;
+pub mod heartbeat;
+pub mod imports;
+pub mod jobs;
+pub mod news;
+pub mod observe;
+pub mod pools;
+pub mod report;
+pub mod staging;
+pub mod stores;
+pub mod volumes;
+pub mod watches;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_core::node::{Step, plan};
+use berth_core::units::Timestamp;
+
+use crate::node::{Node, now};
+use crate::telemetry::chain;
+
+/// At most this long until it looks again, though nothing seems to have changed.
+const RESYNC: Duration = Duration::from_secs(5);
+/// How often it asks whether the machine should be looked at again.
+const PREFLIGHT: Duration = Duration::from_secs(60);
+/// How many times in a row it plans before it reports.
+const ROUNDS: usize = 16;
+/// The first pause after a step has failed, in milliseconds; it doubles up to a minute.
+const PAUSE_MILLIS: u64 = 500;
+
+/// Steps that failed, and when they may be tried again.
+#[derive(Default)]
+struct Failed(BTreeMap<String, (u32, Timestamp)>);
+
+impl Failed {
+    fn may_run(&self, step: &Step) -> bool {
+        self.0.get(&format!("{step:?}")).is_none_or(|(_, again)| *again <= now())
+    }
+
+    fn note(&mut self, step: &Step, ok: bool) {
+        let key = format!("{step:?}");
+        if ok {
+            self.0.remove(&key);
+            return;
+        }
+        if self.0.len() > 4096 {
+            self.0.clear();
+        }
+        let entry = self.0.entry(key).or_default();
+        let pause = (PAUSE_MILLIS << entry.0.min(7)).min(60_000);
+        *entry = (entry.0.saturating_add(1), Timestamp(now().0 + pause));
+    }
+}
+
+/// Runs until the node stops. Returns when the pass that was under way has ended.
+pub async fn run(node: Arc<Node>) {
+    let mut failed = Failed::default();
+    let looker = Arc::clone(&node);
+    let looking = node.stop.clone().run_until_cancelled_owned(async move {
+        loop {
+            tokio::time::sleep(PREFLIGHT).await;
+            let node = Arc::clone(&looker);
+            drop(tokio::task::spawn_blocking(move || node.preflight.refresh()).await);
+        }
+    });
+    tokio::spawn(looking);
+    while !node.stop.is_cancelled() {
+        pass(&node, &mut failed).await;
+        let woken = tokio::time::timeout(RESYNC, node.wake.notified());
+        tokio::select! {
+            () = node.stop.cancelled() => {}
+            _ = woken => {}
+        }
+    }
+}
+
+/// Plans, executes and reports until nothing can be done at once.
+async fn pass(node: &Arc<Node>, failed: &mut Failed) {
+    if !node.watches.synced() {
+        return; // what is not known yet must not look like what is not there
+    }
+    for _ in 0..ROUNDS {
+        match round(node, failed).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return tracing::warn!(error = chain(&error), "pass ends early"),
+        }
+    }
+    node.wake.notify_one();
+}
+
+/// Plans and executes once; if nothing could be done, reports. True if there may be more to do at once.
+async fn round(node: &Arc<Node>, failed: &mut Failed) -> Result<bool, report::ReportError> {
+    let view = observe::observe(node).await?;
+    let steps: Vec<Step> = plan(&view, now()).into_iter().filter(|step| failed.may_run(step)).collect();
+    if steps.is_empty() {
+        return report::report(node).await;
+    }
+    for step in steps {
+        if node.stop.is_cancelled() {
+            return Ok(false);
+        }
+        let ok = run_step(node, &step).await;
+        failed.note(&step, ok);
+    }
+    Ok(true)
+}
+
+async fn run_step(node: &Arc<Node>, step: &Step) -> bool {
+    tracing::debug!(?step, "step");
+    match execute::execute(node, step).await {
+        Ok(()) => {
+            node.metrics.step(step, true);
+            true
+        }
+        Err(error) => {
+            node.metrics.step(step, false);
+            tracing::warn!(?step, error = chain(&error), "step failed");
+            false
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! Carries out steps, one arm each. Deciding is over when this is called.
+
+use std::sync::Arc;
+
+use berth_core::ids::{Lineage, ObjectName, PoolName, Uid};
+use berth_core::ledger::{Class, Holder, Promise};
+use berth_core::node::Step;
+use berth_core::node::view::{JobKey, JobKind};
+use berth_core::units::{Bytes, Generation};
+use berth_record::{ChangeError, LedgerPosition, PromiseClass, PromiseEntry};
+use kube::ResourceExt as _;
+use thiserror::Error;
+
+use super::imports::{self, WorkError};
+use super::jobs::StillRunning;
+use super::pools::{OpenPool, PoolError};
+use super::staging::{self, FillError};
+use super::volumes::{self, VolumeError};
+use super::{observe, stores};
+use crate::node::Node;
+
+/// Why a step was not carried out. It is planned again as long as it is needed.
+#[derive(Debug, Error)]
+pub enum StepError {
+    /// The pool is not open.
+    #[error("pool {0} is not open")]
+    NotOpen(PoolName),
+    /// The pool is not wanted any more.
+    #[error("pool {0} does not select this node")]
+    NotWanted(PoolName),
+    /// A pool.
+    #[error("failed to prepare a pool")]
+    Pool(#[from] PoolError),
+    /// The record.
+    #[error("failed to record")]
+    Record(#[from] ChangeError),
+    /// A volume or work directory.
+    #[error("failed to make or remove a volume or directory")]
+    Volume(#[from] VolumeError),
+    /// A staged image.
+    #[error("failed to remove a staged image")]
+    Image(#[from] FillError),
+    /// An import.
+    #[error("failed to take an import back")]
+    Import(#[from] WorkError),
+    /// A job.
+    #[error("failed to stop a job")]
+    Job(#[from] StillRunning),
+    /// A worker is gone.
+    #[error("the worker of a step is gone")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// Carries out one step; long work is only started.
+pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
+    match step {
+        Step::PreparePool { pool } => prepare(node, pool).await,
+        Step::Obey { pool, lineage, revision, promises } => obey(node, pool, lineage, *revision, promises).await,
+        Step::MakeWorkDir { pool, reservation, generation, bytes } => {
+            let (uid, generation, bytes) = (reservation.clone(), *generation, *bytes);
+            on_pool(node, pool, move |pool| Ok(volumes::make_work_dir(pool, &uid, generation, bytes)?)).await
+        }
+        Step::MakeVolume { pool, reservation, generation, size, origin } => {
+            let (uid, generation, size, origin) = (reservation.clone(), *generation, *size, origin.clone());
+            let labels = node.watches.assigned.find(|r| r.metadata.uid.as_deref() == Some(uid.as_str()));
+            let labels = labels.map(|reservation| reservation.labels().clone()).unwrap_or_default();
+            on_pool(node, pool, move |pool| Ok(volumes::make(pool, &uid, generation, size, &origin, &labels)?)).await
+        }
+        Step::RemoveWorkDir { pool, reservation } => {
+            let uid = reservation.clone();
+            on_pool(node, pool, move |pool| Ok(volumes::remove_work_dir(pool, &uid)?)).await
+        }
+        Step::RemoveVolume { pool, reservation } => {
+            let uid = reservation.clone();
+            on_pool(node, pool, move |pool| Ok(volumes::remove(pool, &uid)?)).await
+        }
+        Step::RemoveImage { pool, image, digest } => {
+            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
+            Ok(staging::remove(node, &pool, image, *digest).await?)
+        }
+        Step::Released { pool, holder, generation } => {
+            let (uid, generation) = (holder.clone(), *generation);
+            on_pool(node, pool, move |pool| Ok(pool.released(&uid, generation)?)).await
+        }
+        Step::Forget { pool, holders } => {
+            let holders = holders.clone();
+            on_pool(node, pool, move |pool| holders.iter().try_for_each(|uid| Ok(pool.forget(uid)?))).await
+        }
+        Step::AbandonImport { import, generation } => {
+            for kind in [JobKind::Probe, JobKind::Import] {
+                node.jobs.stop(&JobKey { kind, uid: import.clone(), generation: *generation }).await?;
+            }
+            Ok(imports::abandon(node, import, *generation).await?)
+        }
+        Step::StopJob { job } => Ok(node.jobs.stop(job).await?),
+        Step::FillImage { .. } | Step::StartProbe { .. } | Step::StartImport { .. } | Step::ProbeStore { .. } => {
+            start(node, step)
+        }
+    }
+}
+
+/// Starts long work.
+fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
+    let here = Arc::clone(node);
+    let key = |kind, uid: &Uid, generation| JobKey { kind, uid: uid.clone(), generation };
+    let open = |pool: &PoolName| node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()));
+    match step {
+        Step::FillImage { pool, image, generation } => {
+            let (pool, uid) = (open(pool)?, image.clone());
+            let key = key(JobKind::Fill, image, *generation);
+            node.jobs.start(key, |cancel| staging::fill(here, pool, uid, cancel));
+        }
+        Step::StartProbe { import, generation } => {
+            let uid = import.clone();
+            node.jobs.start(key(JobKind::Probe, import, *generation), |cancel| imports::probe(here, uid, cancel));
+        }
+        Step::StartImport { import, generation, pool, reservation, promised } => {
+            let (uid, generation, pool) = (import.clone(), *generation, open(pool)?);
+            let (reservation, promised) = (reservation.clone(), *promised);
+            node.jobs.start(key(JobKind::Import, import, generation), move |cancel| {
+                imports::run(here, uid, generation, pool, reservation, promised, cancel)
+            });
+        }
+        Step::ProbeStore { store, generation } => start_probe(node, store, *generation),
+        _ => {}
+    }
+    Ok(())
+}
+
+fn start_probe(node: &Arc<Node>, store: &ObjectName, generation: Generation) {
+    let Ok(object) = stores::find(node, store) else { return };
+    let Some(uid) = object.uid().map(Uid::from) else { return };
+    let (here, store) = (Arc::clone(node), store.clone());
+    let key = JobKey { kind: JobKind::Store, uid, generation };
+    node.jobs.start(key, |cancel| stores::probe(here, store, cancel));
+}
+
+/// Runs something short and blocking on an open pool.
+async fn on_pool(
+    node: &Node,
+    pool: &PoolName,
+    act: impl FnOnce(&OpenPool) -> Result<(), StepError> + Send + 'static,
+) -> Result<(), StepError> {
+    let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
+    tokio::task::spawn_blocking(move || act(&pool)).await?
+}
+
+async fn prepare(node: &Arc<Node>, name: &PoolName) -> Result<(), StepError> {
+    let spec = observe::wanted_pools(node).remove(name).ok_or_else(|| StepError::NotWanted(name.clone()))?;
+    let (node, name) = (Arc::clone(node), name.clone());
+    Ok(tokio::task::spawn_blocking(move || node.pools.prepare(&name, &spec)).await??)
+}
+
+async fn obey(
+    node: &Node,
+    pool: &PoolName,
+    lineage: &Lineage,
+    revision: u64,
+    promises: &[(Uid, Promise)],
+) -> Result<(), StepError> {
+    let position = LedgerPosition { lineage: Some(lineage.clone()), obeyed_revision: revision };
+    let entries: Vec<(Uid, PromiseEntry)> = promises.iter().map(|(uid, p)| (uid.clone(), entry(p))).collect();
+    on_pool(node, pool, move |pool| Ok(pool.obey(&position, &entries)?)).await
+}
+
+fn entry(promise: &Promise) -> PromiseEntry {
+    let holder = match &promise.holder {
+        Holder::Reservation(name) => berth_record::Holder {
+            kind: "StagingReservation".to_owned(),
+            namespace: name.namespace.clone(),
+            name: name.name.clone(),
+        },
+        Holder::Image(name) => berth_record::Holder {
+            kind: "StagedImage".to_owned(),
+            namespace: String::new(),
+            name: name.clone(),
+        },
+    };
+    let Promise { charge, generation, .. } = promise;
+    let (data, metadata): (Bytes, Bytes) = (charge.data, charge.metadata);
+    let class = match promise.class {
+        Class::Images => PromiseClass::Images,
+        Class::Volumes => PromiseClass::Volumes,
+    };
+    PromiseEntry { generation: *generation, class, data, metadata, holder, obeyed: true, released: false }
+}

@@ -1,0 +1,533 @@
+//! Imports as Kubernetes asks for them: the object into a job, the job's progress and end into its status.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_api::fields::{Progress, Source as ApiSource, Stage as ApiStage};
+use berth_api::parse::{self, InvalidField};
+use berth_api::template_import::{DurableImage, ImportPlan};
+use berth_api::{TemplateImport, defaults};
+use berth_core::ids::{Digest, ObjectName, Uid};
+use berth_core::reason::Reason;
+use berth_core::retry::{Retry, after};
+use berth_core::stages::Shape;
+use berth_core::units::{Bytes, Generation};
+use berth_objectstore::s3::{ConnectError, S3Config, S3Store};
+use berth_objectstore::source::address::{AddressPolicy, Network, NetworkError};
+use berth_objectstore::source::{HttpConfig, HttpSource, ObjectSource, RangedSource};
+use kube::ResourceExt as _;
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+
+use super::news::{ImportNews, last_error};
+use super::pools::OpenPool;
+use super::stores::{self, AccessError};
+use crate::credentials::{CredentialSource, CredentialsError, SecretCredentials};
+use crate::import::{
+    self, Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Probed, Reporter, Snapshot, probe_source,
+};
+use crate::node::{Node, now};
+use crate::telemetry::chain;
+
+/// Networks that sources may not be read from unless they are allowed: the node's own.
+const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
+/// An address of each kind, to tell whether an allowed network opens it.
+const LINK_LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254));
+/// How long traces of a deleted import are worth keeping its object for, where the store cannot be reached.
+const ABANDON_PATIENCE_MILLIS: u64 = 60_000;
+
+/// Why work on an import cannot begin or go on.
+#[derive(Debug, Error)]
+pub enum WorkError {
+    /// The object is gone.
+    #[error("there is no TemplateImport {0}")]
+    Gone(Uid),
+    /// A field of it.
+    #[error("the import is not possible")]
+    Field(#[from] InvalidField),
+    /// Its checksum.
+    #[error("spec.checksum: `{0}` is not a sha256 sum")]
+    Checksum(String),
+    /// The source's credentials.
+    #[error("no credentials for the source")]
+    Credentials(#[from] CredentialsError),
+    /// The source's client.
+    #[error("no client for the source")]
+    Connect(#[from] ConnectError),
+    /// The source's host has no address, or one that is refused.
+    #[error("spec.source.s3.endpoint: {endpoint} is at {address}, which sources may not be read from")]
+    Address {
+        /// What was asked for.
+        endpoint: String,
+        /// Where it is.
+        address: IpAddr,
+    },
+    /// Allowed networks.
+    #[error("--allow-source-cidr")]
+    Network(#[from] NetworkError),
+    /// The image store.
+    #[error("the image store cannot be used")]
+    Store(#[from] AccessError),
+    /// The import itself.
+    #[error("the import failed")]
+    Import(#[from] ImportError),
+}
+
+impl WorkError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Gone(_) => Reason::Retrying,
+            Self::Field(_) | Self::Checksum(_) | Self::Connect(_) | Self::Network(_) => Reason::InvalidSpec,
+            Self::Credentials(_) => Reason::CredentialsMissing,
+            Self::Address { .. } => Reason::SourceAddressRefused,
+            Self::Store(error) => error.reason(),
+            Self::Import(error) => error.reason(),
+        }
+    }
+
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Gone(_) | Self::Credentials(_) => true,
+            Self::Field(_) | Self::Checksum(_) | Self::Connect(_) | Self::Network(_) | Self::Address { .. } => false,
+            Self::Store(error) => error.is_transient(),
+            Self::Import(error) => error.is_transient(),
+        }
+    }
+}
+
+/// The object with this UID.
+fn find(node: &Node, uid: &Uid) -> Result<Arc<TemplateImport>, WorkError> {
+    let found = node.watches.imports.find(|import| import.metadata.uid.as_deref() == Some(uid.as_str()));
+    found.ok_or_else(|| WorkError::Gone(uid.clone()))
+}
+
+fn name_of(import: &TemplateImport) -> ObjectName {
+    ObjectName::new(import.namespace().unwrap_or_default(), import.name_any())
+}
+
+fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
+    let asked = &import.spec.limits;
+    let size = |field, quantity: &Option<_>| {
+        quantity.as_ref().map_or(Ok(Bytes(defaults::SIZE_LIMIT_BYTES)), |quantity| parse::bytes(field, quantity))
+    };
+    let stall = asked.stall_timeout.as_ref();
+    let stall = stall.map_or(Ok(defaults::STALL_TIMEOUT_SECONDS), |span| {
+        parse::seconds("spec.limits.stallTimeout", span)
+    })?;
+    Ok(Limits {
+        virtual_size: size("spec.limits.virtualSize", &asked.virtual_size)?,
+        bytes: size("spec.limits.bytes", &asked.bytes)?,
+        stall: Duration::from_secs(stall.max(1)),
+        retries: asked.retries.and_then(|n| u32::try_from(n).ok()).unwrap_or(defaults::RETRY_LIMIT),
+    })
+}
+
+/// From where sources may be read: not from the node itself and not from where clouds keep credentials, unless allowed.
+pub fn address_policy(allowed: &[String]) -> Result<AddressPolicy, NetworkError> {
+    let allowed = allowed.iter().map(|text| text.parse::<Network>()).collect::<Result<Vec<_>, _>>()?;
+    let opens = |address: IpAddr| allowed.iter().any(|network| network.contains(address));
+    let mut refused = Vec::new();
+    for network in LOOPBACK {
+        let first = network.split_once('/').map_or(network, |(first, _)| first);
+        if !first.parse().is_ok_and(opens) {
+            refused.push(network.parse()?);
+        }
+    }
+    Ok(AddressPolicy { allow_link_local: opens(LINK_LOCAL), refused })
+}
+
+async fn source(node: &Node, import: &TemplateImport, stall: Duration) -> Result<RangedSource, WorkError> {
+    let addresses = address_policy(&node.config.allow_source_cidrs)?;
+    match &import.spec.source {
+        ApiSource { http: Some(http), .. } => {
+            let config = HttpConfig {
+                url: http.url.clone(),
+                headers: Vec::new(),
+                ca_bundle: http.ca_bundle.clone().map(String::into_bytes),
+                addresses,
+                stall,
+            };
+            Ok(HttpSource::new(config).map_err(ImportError::from)?.into())
+        }
+        ApiSource { s3: Some(s3), .. } => {
+            refuse_endpoint(&s3.endpoint, &addresses).await?;
+            let secret = s3.secret_ref.as_ref().map(|reference| reference.name.as_str());
+            let namespace = import.namespace().unwrap_or_default();
+            let config = S3Config {
+                endpoint: Some(s3.endpoint.clone()),
+                region: stores::region(s3.region.as_ref()),
+                bucket: s3.bucket.clone(),
+                addressing: stores::addressing(s3.addressing),
+                credentials: SecretCredentials::new(node.client.clone()).get(&namespace, secret).await?,
+                ca_bundle: s3.ca_bundle.clone().map(String::into_bytes),
+            };
+            let store = S3Store::connect(config).await?;
+            Ok(ObjectSource::new(store, s3.key.clone(), s3.version_id.clone(), stall).into())
+        }
+        ApiSource { .. } => {
+            Err(InvalidField::Shape { field: "spec.source", problem: "no source is set".to_owned() }.into())
+        }
+    }
+}
+
+/// Refuses an endpoint whose name stands for an address that is refused. A name that changes its address afterwards is
+/// not caught: the client resolves it anew.
+async fn refuse_endpoint(endpoint: &str, addresses: &AddressPolicy) -> Result<(), WorkError> {
+    let (scheme, rest) = endpoint.split_once("://").unwrap_or(("https", endpoint));
+    let authority = rest.trim_end_matches('/');
+    let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let port = if scheme == "http" { 80 } else { 443 };
+    let target = if has_port { authority.to_owned() } else { format!("{authority}:{port}") };
+    let Ok(found) = tokio::net::lookup_host(target).await else { return Ok(()) }; // the client will say what is wrong
+    for address in found {
+        if !addresses.allows(address.ip()) {
+            return Err(WorkError::Address { endpoint: endpoint.to_owned(), address: address.ip() });
+        }
+    }
+    Ok(())
+}
+
+/// Reads the head of an import's source, until that went well or cannot.
+pub async fn probe(node: Arc<Node>, uid: Uid, cancel: CancellationToken) {
+    let mut failures = 0;
+    loop {
+        let Ok(object) = find(&node, &uid) else { return };
+        let Some(outcome) = cancel.run_until_cancelled(probe_once(&node, &object)).await else { return };
+        let error = match outcome {
+            Ok(plan) => {
+                return node.news.edit_import(&uid, &object, |news| {
+                    news.plan = Some(plan);
+                    news.last_error = None;
+                });
+            }
+            Err(error) => error,
+        };
+        failures += 1;
+        if !pause_or_end(&node, &uid, &object, &error, failures, &cancel).await {
+            return;
+        }
+    }
+}
+
+async fn probe_once(node: &Node, object: &TemplateImport) -> Result<ImportPlan, WorkError> {
+    let limits = limits(object)?;
+    checksum(object)?;
+    let store = stores::find(node, &ObjectName::new(name_of(object).namespace, object.spec.store.name.clone()))?;
+    let chunk_size = stores::chunk_size(store.spec.chunk_size.as_ref())?;
+    let source = source(node, object, limits.stall).await?;
+    let probed = probe_source(&source, &limits).await?;
+    Ok(plan(&probed, chunk_size))
+}
+
+fn plan(probed: &Probed, chunk_size: Bytes) -> ImportPlan {
+    let shape = probed.shape(chunk_size);
+    let why = if probed.converted { "a tool converts this format to raw beside the fetched source" } else {
+        "the fetched source is read as it is"
+    };
+    ImportPlan {
+        format: format!("{:?}", probed.format),
+        source_bytes: probed.source_bytes.as_i64(),
+        virtual_size: probed.virtual_size.as_i64(),
+        peak_bytes: shape.peak_bytes().as_i64(),
+        steps: shape.stages().iter().map(|stage| stage.as_str().to_owned()).collect(),
+        why: why.to_owned(),
+    }
+}
+
+/// Tells of a failure; true if the same is to be tried again, after the pause that this has made.
+async fn pause_or_end(
+    node: &Node,
+    uid: &Uid,
+    object: &TemplateImport,
+    error: &WorkError,
+    failures: u32,
+    cancel: &CancellationToken,
+) -> bool {
+    let retries = limits(object).map_or(defaults::RETRY_LIMIT, |limits| limits.retries);
+    let told = match (error.is_transient(), after(failures, retries)) {
+        (true, Retry::After(millis)) => Ok(Duration::from_millis(millis)),
+        (true, Retry::Exhausted) => {
+            let message = format!("given up after {failures} attempts: {}", chain(error));
+            Err(last_error(Reason::RetriesExhausted, message, false))
+        }
+        (false, _) => Err(last_error(error.reason(), chain(error), false)),
+    };
+    tracing::warn!(import = %name_of(object), error = chain(error), failures, "import failed");
+    let pause = match told {
+        Ok(pause) => pause,
+        Err(ended) => {
+            node.news.edit_import(uid, object, |news| {
+                news.last_error = Some(ended);
+                news.pausing = false;
+            });
+            return false;
+        }
+    };
+    node.news.edit_import(uid, object, |news| {
+        news.last_error = Some(last_error(error.reason(), chain(error), true));
+        news.pausing = true;
+    });
+    node.wake.notify_one();
+    cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_some()
+}
+
+fn checksum(object: &TemplateImport) -> Result<Option<Digest>, WorkError> {
+    let asked = object.spec.checksum.as_ref();
+    asked.map(|text| text.parse().map_err(|_| WorkError::Checksum(text.clone()))).transpose()
+}
+
+/// The job that an import is on this node.
+fn job(
+    node: &Node,
+    object: &TemplateImport,
+    uid: &Uid,
+    generation: Generation,
+    place: Option<(&OpenPool, &Uid, Bytes)>,
+) -> Result<ImportJob, WorkError> {
+    let (dir, promised) = place.map_or_else(
+        || (node.config.state_dir.join("nowhere"), Bytes::ZERO),
+        |(pool, reservation, promised)| (pool.work_dir(reservation), promised),
+    );
+    Ok(ImportJob {
+        uid: uid.clone(),
+        generation,
+        name: name_of(object),
+        node: node.name.clone(),
+        limits: limits(object)?,
+        checksum: checksum(object)?.map(|digest| digest.0),
+        dir,
+        promised,
+    })
+}
+
+/// What a running import needs to be told of.
+struct Teller {
+    node: Arc<Node>,
+    uid: Uid,
+    object: Arc<TemplateImport>,
+}
+
+impl Teller {
+    fn edit(&self, edit: impl FnOnce(&mut ImportNews)) {
+        self.node.news.edit_import(&self.uid, &self.object, edit);
+        self.node.wake.notify_one();
+    }
+}
+
+impl Reporter for Teller {
+    fn progress(&self, shape: &Shape, at: Snapshot) {
+        let percent = shape.percent(at.stage, at.done, at.total);
+        let mut news = false;
+        self.node.news.edit_import(&self.uid, &self.object, |import| {
+            let Some(said) = import.said.next(percent, at.stage, now()) else { return };
+            news = true;
+            import.said = said;
+            let (index, total) = shape.position(at.stage);
+            import.stage = Some(ApiStage { index: index.into(), total: total.into(), name: at.stage.to_string() });
+            let rate = rate(import, at.on_wire);
+            import.progress = Some(Progress {
+                percent: Some(said.percent.into()),
+                bytes_done: at.done.as_i64(),
+                bytes_total: Some(at.total.as_i64()),
+                bytes_skipped: at.skipped.as_i64(),
+                bytes_on_wire: at.on_wire.as_i64(),
+                rate,
+            });
+        });
+        if news {
+            self.node.wake.notify_one();
+        }
+    }
+}
+
+/// Bytes per second since the last report.
+fn rate(import: &mut ImportNews, on_wire: Bytes) -> i64 {
+    let now = now();
+    let before = import.wire.replace((now, on_wire));
+    let Some((then, bytes)) = before else { return 0 };
+    let millis = now.millis_since(then).max(1);
+    Bytes(on_wire.saturating_sub(bytes).0.saturating_mul(1000) / millis).as_i64()
+}
+
+impl Observer for Teller {
+    fn attempt(&self, _: u32) {
+        self.edit(|news| {
+            news.attempts = Some(news.attempts.unwrap_or_default().saturating_add(1));
+            news.pausing = false;
+        });
+    }
+
+    fn retrying(&self, error: &ImportError, _: Duration) {
+        self.edit(|news| {
+            news.last_error = Some(last_error(error.reason(), error.chain(), true));
+            news.pausing = true;
+        });
+    }
+}
+
+/// Imports until the image is durable or cannot be.
+pub async fn run(
+    node: Arc<Node>,
+    uid: Uid,
+    generation: Generation,
+    pool: Arc<OpenPool>,
+    reservation: Uid,
+    promised: Bytes,
+    cancel: CancellationToken,
+) {
+    let mut failures = 0;
+    loop {
+        let Ok(object) = find(&node, &uid) else { return };
+        let teller = Arc::new(Teller { node: Arc::clone(&node), uid: uid.clone(), object: Arc::clone(&object) });
+        let place = (&*pool, &reservation, promised);
+        let error = match run_once(&node, &teller, generation, place, &cancel).await {
+            Ok(durable) => {
+                teller.edit(|news| finish(news, &durable));
+                if let Ok(store) = stores::find(&node, &store_name(&object)) {
+                    node.news.store_changed(&store.uid().unwrap_or_default().into());
+                }
+                return tracing::info!(import = %name_of(&object), digest = %durable.digest, "import is durable");
+            }
+            Err(WorkError::Import(ImportError::Cancelled)) => return,
+            Err(error) => error,
+        };
+        if matches!(&error, WorkError::Import(error) if error.is_superseded()) {
+            tracing::warn!(import = %name_of(&object), error = chain(&error), "import goes on elsewhere");
+            // The assignment that says so is on its way; until it comes, beginning again would change nothing.
+            return drop(cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await);
+        }
+        failures += 1;
+        let retried_already = matches!(error, WorkError::Import(_));
+        if !error.is_transient() || retried_already {
+            clean_up(&node, &object, &uid, generation, place).await;
+        }
+        let failures = if retried_already { u32::MAX } else { failures };
+        if !pause_or_end(&node, &uid, &object, &error, failures, &cancel).await {
+            return;
+        }
+    }
+}
+
+fn store_name(object: &TemplateImport) -> ObjectName {
+    ObjectName::new(name_of(object).namespace, object.spec.store.name.clone())
+}
+
+async fn run_once(
+    node: &Arc<Node>,
+    teller: &Arc<Teller>,
+    generation: Generation,
+    place: (&OpenPool, &Uid, Bytes),
+    cancel: &CancellationToken,
+) -> Result<Durable, WorkError> {
+    let object = &teller.object;
+    let job = job(node, object, &teller.uid, generation, Some(place))?;
+    let source = source(node, object, job.limits.stall).await?;
+    let chunks = stores::open_or_create(node, &store_name(object)).await?;
+    let journal = Journal::new(Arc::clone(&node.record), teller.uid.clone(), generation);
+    let reporter: Arc<dyn Reporter> = Arc::clone(teller) as _;
+    let origin = Origin::Remote(source);
+    Ok(import::import(&job, &origin, &chunks, &journal, &reporter, &**teller, cancel).await?)
+}
+
+fn finish(news: &mut ImportNews, durable: &Durable) {
+    news.last_error = None;
+    news.pausing = false;
+    if let Some(progress) = &mut news.progress {
+        progress.percent = Some(100);
+    }
+    news.durable = Some(DurableImage {
+        digest: durable.digest.to_string(),
+        source_digest: durable.source_digest.to_string(),
+        size: durable.stored_bytes.as_i64(),
+        virtual_size: durable.virtual_size.as_i64(),
+        real_size: durable.real_size.as_i64(),
+        chunks: i64::try_from(durable.chunks).unwrap_or(i64::MAX),
+    });
+}
+
+/// Takes back what a failed import has left. What cannot be taken back now is taken back when the import is deleted.
+async fn clean_up(
+    node: &Arc<Node>,
+    object: &TemplateImport,
+    uid: &Uid,
+    generation: Generation,
+    place: (&OpenPool, &Uid, Bytes),
+) {
+    if let Err(error) = take_back(node, object, uid, generation, Some(place), false).await {
+        tracing::warn!(import = %name_of(object), error = chain(&error), "traces of a failed import stay for now");
+    }
+}
+
+async fn take_back(
+    node: &Arc<Node>,
+    object: &TemplateImport,
+    uid: &Uid,
+    generation: Generation,
+    place: Option<(&OpenPool, &Uid, Bytes)>,
+    published: bool,
+) -> Result<(), WorkError> {
+    let job = job(node, object, uid, generation, place)?;
+    let chunks = stores::open(node, &store_name(object)).await?;
+    let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
+    Ok(import::abandon(&job, &chunks, &journal, published).await?)
+}
+
+/// Removes every trace of an import that is being deleted, and says so. A store that is gone, or cannot be reached for
+/// a minute, does not keep the object: what stays in it is found by collection.
+pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Result<(), WorkError> {
+    let object = find(node, uid)?;
+    let name = name_of(&object);
+    let reservation_name = berth_core::ids::import_reservation_name(&name.name, uid);
+    let reservation = node.watches.assigned.find(|found| {
+        found.name_any() == reservation_name && found.namespace().as_deref() == Some(name.namespace.as_str())
+    });
+    let place = reservation.as_ref().and_then(|found| {
+        let pool = found.status.as_ref()?.assignment.as_ref()?.pool.as_deref()?;
+        Some((node.pools.get(&pool.into())?, Uid::from(found.uid()?)))
+    });
+    let place = place.as_ref().map(|(pool, uid)| (&**pool, uid, Bytes::ZERO));
+    match take_back(node, &object, uid, generation, place, true).await {
+        Err(WorkError::Store(AccessError::Missing(_) | AccessError::Open { .. })) if never_began(&object) => {}
+        Err(WorkError::Store(AccessError::Missing(_))) => {}
+        Err(error) if waited_long(&object) || !error.is_transient() => {
+            tracing::warn!(import = %name, error = chain(&error), "traces of a deleted import stay in its store");
+        }
+        other => other?,
+    }
+    let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
+    journal.forget().await?;
+    node.news.edit_import(uid, &object, |news| {
+        news.released_generation = Some(i64::try_from(generation.0).unwrap_or(i64::MAX));
+    });
+    Ok(())
+}
+
+fn never_began(object: &TemplateImport) -> bool {
+    object.status.as_ref().is_none_or(|status| status.attempts.is_none())
+}
+
+fn waited_long(object: &TemplateImport) -> bool {
+    let since = object.metadata.deletion_timestamp.as_ref();
+    since.is_some_and(|time| now().millis_since(berth_api::conditions::timestamp(time)) > ABANDON_PATIENCE_MILLIS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_itself_is_no_source_unless_allowed() {
+        let refuses = |allowed: &[&str], address: &str| {
+            let allowed: Vec<String> = allowed.iter().map(|text| (*text).to_owned()).collect();
+            !address_policy(&allowed).unwrap().allows(address.parse().unwrap())
+        };
+        for address in ["127.0.0.1", "127.8.0.1", "::1", "169.254.169.254"] {
+            assert!(refuses(&[], address), "{address}");
+        }
+        assert!(!refuses(&[], "10.0.0.1"));
+        assert!(!refuses(&["127.0.0.0/8"], "127.0.0.1") && refuses(&["127.0.0.0/8"], "::1"));
+        assert!(!refuses(&["169.254.0.0/16"], "169.254.169.254"));
+        assert!(address_policy(&["here".to_owned()]).is_err());
+    }
+}

@@ -1,0 +1,171 @@
+//! What long work has to say, between its happening and its being reported.
+//!
+//! After a restart it begins with what was reported before, so nothing that was said is taken back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use berth_api::TemplateImport;
+use berth_api::conditions::time;
+use berth_api::fields::{LastError, Progress, Stage};
+use berth_api::image_store::StoreCapabilities;
+use berth_api::template_import::{DurableImage, ImportPlan};
+use berth_core::ids::{PoolName, Uid};
+use berth_core::progress::Said;
+use berth_core::reason::Reason;
+use berth_core::units::{Bytes, Generation, Timestamp};
+
+use crate::node::now;
+
+/// What a node knows of an import: everything in its status that the node writes.
+#[derive(Clone, Debug, Default)]
+pub struct ImportNews {
+    /// What will be done.
+    pub plan: Option<ImportPlan>,
+    /// What is being done.
+    pub stage: Option<Stage>,
+    /// How far.
+    pub progress: Option<Progress>,
+    /// How often it was begun.
+    pub attempts: Option<i32>,
+    /// What went wrong last.
+    pub last_error: Option<LastError>,
+    /// The image.
+    pub durable: Option<DurableImage>,
+    /// The generation whose traces are gone.
+    pub released_generation: Option<i64>,
+    /// True while it waits to try again.
+    pub pausing: bool,
+    /// What was said of its progress.
+    pub said: Said,
+    /// Bytes on the wire when that was said, for the rate.
+    pub wire: Option<(Timestamp, Bytes)>,
+}
+
+/// What a node knows of an image that it fills.
+#[derive(Clone, Debug, Default)]
+pub struct FillNews {
+    /// How much of the image is here, in percent.
+    pub percent: u8,
+    /// Bytes of the image, from its start, that are here.
+    pub done: Bytes,
+    /// Why it does not go on.
+    pub error: Option<(Reason, String)>,
+}
+
+/// What a node found in an image store.
+#[derive(Clone, Debug)]
+pub struct StoreNews {
+    /// The object's generation that it was found for.
+    pub observed: Option<i64>,
+    /// When to look again.
+    pub due: Timestamp,
+    /// What it can do.
+    pub capabilities: Option<StoreCapabilities>,
+    /// Images, their chunks' bytes, and bytes that no image names.
+    pub usage: Option<(i64, i64, i64)>,
+    /// Why it cannot be used.
+    pub error: Option<(Reason, String)>,
+}
+
+/// All of it.
+#[derive(Default)]
+pub struct News {
+    imports: Mutex<BTreeMap<Uid, ImportNews>>,
+    fills: Mutex<BTreeMap<Uid, FillNews>>,
+    stores: Mutex<BTreeMap<Uid, StoreNews>>,
+    obeyed: Mutex<BTreeSet<(PoolName, Uid, Generation)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error as it is told to users.
+pub fn last_error(reason: Reason, message: String, retryable: bool) -> LastError {
+    LastError { reason: reason.as_str().to_owned(), message, time: time(now()), retryable }
+}
+
+impl News {
+    /// True if the API server has been told that this promise is obeyed.
+    pub fn is_obeyed(&self, pool: &PoolName, holder: &Uid, generation: Generation) -> bool {
+        lock(&self.obeyed).contains(&(pool.clone(), holder.clone(), generation))
+    }
+
+    /// Notes which promises the API server has been told of; true if some are new.
+    pub fn set_obeyed(&self, told: BTreeSet<(PoolName, Uid, Generation)>) -> bool {
+        let mut known = lock(&self.obeyed);
+        let news = !told.is_subset(&known);
+        *known = told;
+        news
+    }
+
+    /// What is known of an import.
+    pub fn import(&self, uid: &Uid, object: &TemplateImport) -> ImportNews {
+        lock(&self.imports).get(uid).cloned().unwrap_or_else(|| reported(object))
+    }
+
+    /// Changes what is known of an import.
+    pub fn edit_import(&self, uid: &Uid, object: &TemplateImport, edit: impl FnOnce(&mut ImportNews)) {
+        edit(lock(&self.imports).entry(uid.clone()).or_insert_with(|| reported(object)));
+    }
+
+    /// What is known of a fill.
+    pub fn fill(&self, uid: &Uid) -> Option<FillNews> {
+        lock(&self.fills).get(uid).cloned()
+    }
+
+    /// Changes what is known of a fill.
+    pub fn edit_fill(&self, uid: &Uid, edit: impl FnOnce(&mut FillNews)) {
+        edit(lock(&self.fills).entry(uid.clone()).or_default());
+    }
+
+    /// What is known of an image store.
+    pub fn store(&self, uid: &Uid) -> Option<StoreNews> {
+        lock(&self.stores).get(uid).cloned()
+    }
+
+    /// Notes what was found in an image store.
+    pub fn set_store(&self, uid: &Uid, news: StoreNews) {
+        lock(&self.stores).insert(uid.clone(), news);
+    }
+
+    /// When an image store is to be looked at: at once if never, or if its object has changed since.
+    pub fn store_due(&self, uid: &Uid, generation: Option<i64>) -> Timestamp {
+        let stores = lock(&self.stores);
+        stores.get(uid).filter(|news| news.observed == generation).map_or(Timestamp(0), |news| news.due)
+    }
+
+    /// Lets an image store be looked at soon, after it was written to.
+    pub fn store_changed(&self, uid: &Uid) {
+        if let Some(news) = lock(&self.stores).get_mut(uid) {
+            news.due = Timestamp(0);
+        }
+    }
+
+    /// Forgets objects that are gone.
+    pub fn retain(&self, imports: &BTreeSet<Uid>, images: &BTreeSet<Uid>, stores: &BTreeSet<Uid>) {
+        lock(&self.imports).retain(|uid, _| imports.contains(uid));
+        lock(&self.fills).retain(|uid, _| images.contains(uid));
+        lock(&self.stores).retain(|uid, _| stores.contains(uid));
+    }
+}
+
+/// What was reported before this process began.
+fn reported(object: &TemplateImport) -> ImportNews {
+    let status = object.status.clone().unwrap_or_default();
+    let percent = status.progress.as_ref().and_then(|progress| progress.percent);
+    let percent = percent.and_then(|percent| u8::try_from(percent).ok()).unwrap_or_default();
+    ImportNews {
+        plan: status.plan,
+        stage: status.stage,
+        progress: status.progress,
+        attempts: status.attempts,
+        last_error: status.last_error,
+        durable: status.durable,
+        released_generation: status.released_generation,
+        pausing: false,
+        said: Said { percent, ..Said::default() },
+        wire: None,
+    }
+}

@@ -1,0 +1,261 @@
+//! The API as it is shown ∧ the records ∧ the disk → what decisions look at.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use berth_api::staging_ledger::{HolderKind, LedgerBytes, PromiseClass, StagingLedgerSpec};
+use berth_api::staging_reservation::Access as ApiAccess;
+use berth_api::{StagingPool, StagingReservation, parse};
+use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name};
+use berth_core::ledger::{Charge, Class, Holder, Promise};
+use berth_core::node::NodeView;
+use berth_core::node::view::{
+    AreaView, HeldImage, HeldVolume, HeldWorkDir, NodeImage, NodeImport, NodeReservation, NodeStore, ObeyedPromise,
+    PoolOnNode,
+};
+use berth_core::units::{Bytes, Generation};
+use berth_core::view::{Access, LedgerCapacity, LedgerView, ObjectVersion};
+use berth_record::{ImageState, ReadError, VolumeState, tables};
+use kube::ResourceExt as _;
+use thiserror::Error;
+
+use super::pools::{OpenPool, PoolSpec};
+use crate::node::Node;
+use crate::sabotage;
+
+/// Why the view could not be made.
+#[derive(Debug, Error)]
+pub enum ObserveError {
+    /// A record cannot be read.
+    #[error("the record of pool {pool} cannot be read")]
+    Record {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: ReadError,
+    },
+    /// A worker is gone.
+    #[error("the observing worker is gone")]
+    Worker(#[from] tokio::task::JoinError),
+}
+
+/// Looks at everything.
+pub async fn observe(node: &Arc<Node>) -> Result<NodeView, ObserveError> {
+    let node = Arc::clone(node);
+    tokio::task::spawn_blocking(move || look(&node)).await?
+}
+
+fn look(node: &Node) -> Result<NodeView, ObserveError> {
+    let mut view = NodeView { node: node.name.clone(), jobs: node.jobs.keys(), ..NodeView::default() };
+    for (name, spec) in wanted_pools(node) {
+        view.pools.entry(name).or_default().wanted = Some(spec.uid);
+    }
+    for pool in node.pools.all() {
+        let area = area_view(node, &pool).map_err(|source| ObserveError::Record { pool: pool.name.clone(), source })?;
+        view.pools.entry(pool.name.clone()).or_default().area = Some(area);
+    }
+    for ledger in node.watches.ledgers.state() {
+        let parsed = ledger_view(&ledger.name_any(), ledger.resource_version(), &ledger.spec);
+        let pool = view.pools.entry(parsed.pool.clone()).or_default();
+        pool.ledger = Some(parsed);
+    }
+    let assigned = node.watches.assigned.state();
+    view.reservations = assigned.iter().filter_map(|found| reservation(node, found)).collect();
+    view.images = images(node);
+    view.imports = imports(node);
+    view.stores = stores(node);
+    if sabotage::active(sabotage::OBEY_WITHOUT_LEDGER) {
+        invent_promises(&mut view);
+    }
+    Ok(view)
+}
+
+/// Pools that select this node, by its present labels.
+pub fn wanted_pools(node: &Node) -> BTreeMap<PoolName, PoolSpec> {
+    let nodes = node.watches.node.state();
+    let Some(kube_node) = nodes.first() else { return BTreeMap::new() };
+    let labels = kube_node.labels();
+    let selects = |pool: &StagingPool| pool.spec.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value));
+    let pools = node.watches.pools.state();
+    pools.iter().filter(|pool| selects(pool)).filter_map(|pool| Some((pool.name_any().into(), spec_of(pool)?))).collect()
+}
+
+fn spec_of(pool: &StagingPool) -> Option<PoolSpec> {
+    let backend = pool.spec.backend.filesystem.as_ref()?;
+    let size = parse::bytes("spec.backend.filesystem.size", &backend.size).ok()?;
+    Some(PoolSpec { uid: pool.uid()?.into(), path: backend.path.clone().into(), size })
+}
+
+fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
+    let record = pool.record.record();
+    let (position, promises) = pool.promises()?;
+    let attached: BTreeSet<Uid> = record.entries(tables::ATTACHMENTS)?.into_iter().map(|(uid, _)| uid).collect();
+    let promises = promises.into_iter().filter(|(_, promise)| promise.obeyed);
+    let class = |class| match class {
+        berth_record::PromiseClass::Images => Class::Images,
+        berth_record::PromiseClass::Volumes => Class::Volumes,
+    };
+    let mut area = AreaView {
+        lineage: position.lineage,
+        revision: position.obeyed_revision,
+        promises: promises
+            .map(|(uid, p)| {
+                let reported = node.news.is_obeyed(&pool.name, &uid, p.generation);
+                let (generation, data, class) = (p.generation, p.data, class(p.class));
+                (uid, ObeyedPromise { generation, data, class, released: p.released, reported })
+            })
+            .collect(),
+        ..AreaView::default()
+    };
+    for (digest, image) in record.entries(tables::IMAGES)? {
+        let complete = image.state == ImageState::Complete && pool.image_file(&digest).exists();
+        area.images.insert(digest, HeldImage { holder: image.holder, complete, last_used: image.last_used });
+    }
+    for (uid, volume) in record.entries(tables::VOLUMES)? {
+        let ready = volume.state == VolumeState::Ready && pool.volume_file(&uid).exists();
+        let attached = attached.contains(&uid);
+        area.volumes.insert(uid, HeldVolume { generation: volume.generation, ready, attached });
+    }
+    for (uid, staging) in record.entries(tables::STAGING)? {
+        let made = pool.work_dir(&uid).is_dir();
+        area.work_dirs.insert(uid, HeldWorkDir { generation: staging.generation, made });
+    }
+    Ok(area)
+}
+
+fn ledger_view(name: &str, version: Option<String>, spec: &StagingLedgerSpec) -> LedgerView {
+    let charge = |bytes: &LedgerBytes| Charge {
+        data: Bytes::from_i64(bytes.data_bytes),
+        metadata: Bytes::from_i64(bytes.metadata_bytes),
+    };
+    let promises = spec.promises.iter().map(|(uid, promise)| {
+        let holder = match promise.holder.kind {
+            HolderKind::StagedImage => Holder::Image(promise.holder.name.clone()),
+            HolderKind::StagingReservation => Holder::Reservation(ObjectName::new(
+                promise.holder.namespace.clone().unwrap_or_default(),
+                promise.holder.name.clone(),
+            )),
+        };
+        let class = match promise.class {
+            PromiseClass::Images => Class::Images,
+            PromiseClass::Volumes => Class::Volumes,
+        };
+        let charge = Charge {
+            data: Bytes::from_i64(promise.data_bytes),
+            metadata: Bytes::from_i64(promise.metadata_bytes),
+        };
+        (Uid::from(uid.as_str()), Promise { holder, class, charge, generation: generation(promise.generation) })
+    });
+    LedgerView {
+        name: name.to_owned(),
+        version: ObjectVersion(version.unwrap_or_default()),
+        pool: spec.pool_name.as_str().into(),
+        node: spec.scope.node_name.as_str().into(),
+        lineage: spec.lineage.as_str().into(),
+        revision: u64::try_from(spec.revision).unwrap_or_default(),
+        capacity: LedgerCapacity {
+            images: charge(&spec.capacity.images),
+            volumes: charge(&spec.capacity.volumes),
+            total: charge(&spec.capacity.total),
+        },
+        promises: promises.collect(),
+    }
+}
+
+/// A generation as the API writes it.
+pub fn generation(value: i64) -> Generation {
+    Generation(u64::try_from(value).unwrap_or_default())
+}
+
+fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeReservation)> {
+    let status = found.status.as_ref()?;
+    let assignment = status.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
+    let image = match &status.image {
+        Some(image) => Some(image.digest.parse::<Digest>().ok()?),
+        None => None,
+    };
+    let access = match found.spec.access {
+        ApiAccess::Stream => Access::Stream,
+        ApiAccess::File => Access::File,
+        ApiAccess::Block => Access::Block,
+    };
+    let reservation = NodeReservation {
+        name: ObjectName::new(found.namespace()?, found.name_any()),
+        deleting: found.metadata.deletion_timestamp.is_some(),
+        pool: assignment.pool.as_deref()?.into(),
+        generation: generation(assignment.generation),
+        access,
+        image,
+        labels: found.labels().clone(),
+    };
+    Some((found.uid()?.into(), reservation))
+}
+
+fn images(node: &Node) -> BTreeMap<Uid, NodeImage> {
+    let images = node.watches.images.state();
+    let ours = images.iter().filter(|image| image.spec.node_name == node.name.as_str());
+    ours.filter_map(|image| {
+        let parsed = NodeImage {
+            name: image.name_any(),
+            deleting: image.metadata.deletion_timestamp.is_some(),
+            pool: image.spec.pool_name.as_str().into(),
+            digest: image.spec.digest.parse().ok()?,
+            data: Bytes::from_i64(image.spec.data_bytes),
+            virtual_size: Bytes::from_i64(image.spec.virtual_size),
+        };
+        Some((image.uid()?.into(), parsed))
+    })
+    .collect()
+}
+
+fn imports(node: &Node) -> BTreeMap<Uid, NodeImport> {
+    let imports = node.watches.imports.state();
+    imports
+        .iter()
+        .filter_map(|import| {
+            let status = import.status.as_ref()?;
+            let assignment = status.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
+            let (namespace, name, uid) = (import.namespace()?, import.name_any(), Uid::from(import.uid()?));
+            let news = node.news.import(&uid, import);
+            let failed = news.last_error.as_ref().is_some_and(|error| !error.retryable);
+            let parsed = NodeImport {
+                reservation: ObjectName::new(namespace.clone(), import_reservation_name(&name, &uid)),
+                name: ObjectName::new(namespace, name),
+                deleting: import.metadata.deletion_timestamp.is_some(),
+                generation: generation(assignment.generation),
+                planned: news.plan.is_some(),
+                ended: news.durable.is_some() || failed,
+                released: news.released_generation.map(generation),
+            };
+            Some((uid, parsed))
+        })
+        .collect()
+}
+
+fn stores(node: &Node) -> BTreeMap<ObjectName, NodeStore> {
+    let stores = node.watches.stores.state();
+    stores
+        .iter()
+        .filter_map(|store| {
+            let assignment = store.status.as_ref()?.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
+            let uid = Uid::from(store.uid()?);
+            if store.metadata.deletion_timestamp.is_some() {
+                return None;
+            }
+            let due = node.news.store_due(&uid, store.metadata.generation);
+            let parsed = NodeStore { uid, generation: generation(assignment.generation), due };
+            Some((ObjectName::new(store.namespace()?, store.name_any()), parsed))
+        })
+        .collect()
+}
+
+/// The defect `obey-without-ledger`: every assignment counts as promised.
+fn invent_promises(view: &mut NodeView) {
+    let holders = view.reservations.iter().map(|(uid, r)| (uid.clone(), r.pool.clone(), r.name.clone(), r.generation));
+    for (uid, pool, name, generation) in holders.collect::<Vec<_>>() {
+        let charge = Charge { data: Bytes::mib(64), metadata: Bytes::ZERO };
+        let promise = Promise { holder: Holder::Reservation(name), class: Class::Volumes, charge, generation };
+        let Some(PoolOnNode { ledger: Some(ledger), .. }) = view.pools.get_mut(&pool) else { continue };
+        ledger.promises.entry(uid).or_insert(promise);
+    }
+}

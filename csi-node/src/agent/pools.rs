@@ -1,0 +1,320 @@
+//! The areas that are open on this node, each with its record.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use berth_core::ids::{Digest, NodeName, PoolName, Uid};
+use berth_core::reason::Reason;
+use berth_core::units::{Bytes, Generation};
+use berth_device::files::{self, FileError};
+use berth_device::pool_area::{ClaimError, PoolArea, PoolAreaConfig, PoolIdentity};
+use berth_record::{
+    ChangeError, CreateError, LedgerPosition, OpenError, PoolRecord, PromiseEntry, ReadError, tables,
+};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::sabotage;
+
+/// Percent of an empty area that is kept back for metadata of its file system and for the record.
+const HEADROOM_PERCENT: u8 = 5;
+/// Directories of an area.
+const DIRECTORIES: [&str; 3] = ["images", "staging", "volumes"];
+
+/// Why a pool's area cannot be used.
+#[derive(Debug, Error)]
+pub enum PoolError {
+    /// The area itself.
+    #[error("the area of pool {pool} cannot be opened")]
+    Area {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: Box<ClaimError>,
+    },
+    /// Its record.
+    #[error("the record of pool {pool} cannot be opened")]
+    Record {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: OpenError,
+    },
+    /// Its record could not be made.
+    #[error("the record of pool {pool} cannot be made")]
+    NewRecord {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: CreateError,
+    },
+    /// The area holds data and no record: what lies there is not known, so nothing is done with it.
+    #[error("the area of pool {pool} holds data but its record {path} is gone")]
+    RecordGone {
+        /// The pool.
+        pool: PoolName,
+        /// The record.
+        path: PathBuf,
+    },
+    /// A directory.
+    #[error("cannot make {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The list of known pools.
+    #[error("the list of pools cannot be written")]
+    Known(#[from] FileError),
+    /// The list of known pools.
+    #[error("the list of pools {path} cannot be read: {reason}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl PoolError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Area { source, .. } => match source.as_ref() {
+                ClaimError::InUseByPool { .. } | ClaimError::InUseByNode { .. } | ClaimError::ForeignImage { .. } => {
+                    Reason::InUseByPool
+                }
+                ClaimError::TooSmall { .. } => Reason::InvalidSpec,
+                _ => Reason::PoolAreaFailed,
+            },
+            Self::Record { source: OpenError::WrongOwner { .. }, .. } => Reason::InUseByPool,
+            _ => Reason::PoolAreaFailed,
+        }
+    }
+}
+
+/// What is needed to open a pool again without the API server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolSpec {
+    /// The UID of the `StagingPool`.
+    pub uid: Uid,
+    /// The directory on this node.
+    pub path: PathBuf,
+    /// The size of the area, if it has to be made.
+    pub size: Bytes,
+}
+
+/// An open area.
+pub struct OpenPool {
+    /// The pool.
+    pub name: PoolName,
+    /// What it was opened by.
+    pub spec: PoolSpec,
+    /// The area.
+    pub area: PoolArea,
+    /// Its record.
+    pub record: PoolRecord,
+    /// What the defect `no-record` keeps from the record.
+    unrecorded: Mutex<Unrecorded>,
+}
+
+/// Promises that are obeyed without being recorded: a defect, chosen in test builds only.
+#[derive(Default)]
+struct Unrecorded {
+    position: LedgerPosition,
+    promises: BTreeMap<Uid, PromiseEntry>,
+}
+
+impl OpenPool {
+    /// Records that the ledger at this position is obeyed, with these promises.
+    pub fn obey(&self, position: &LedgerPosition, promises: &[(Uid, PromiseEntry)]) -> Result<(), ChangeError> {
+        if !sabotage::active(sabotage::NO_RECORD) {
+            return self.record.obey(position, promises);
+        }
+        let mut kept = self.unrecorded();
+        kept.position = position.clone();
+        kept.promises.extend(promises.iter().cloned());
+        Ok(())
+    }
+
+    /// Records that the bytes of a promise are gone.
+    pub fn released(&self, holder: &Uid, generation: Generation) -> Result<(), ChangeError> {
+        match self.unrecorded().promises.get_mut(holder) {
+            Some(promise) => promise.released = true,
+            None => self.record.promise_released(holder, generation)?,
+        }
+        Ok(())
+    }
+
+    /// Forgets a released promise.
+    pub fn forget(&self, holder: &Uid) -> Result<(), ChangeError> {
+        if self.unrecorded().promises.remove(holder).is_some() {
+            return Ok(());
+        }
+        self.record.forget_promise(holder)
+    }
+
+    /// Where in its ledger's history the node is, and the promises that it knows.
+    pub fn promises(&self) -> Result<(LedgerPosition, BTreeMap<Uid, PromiseEntry>), ReadError> {
+        let mut position = self.record.ledger_position()?;
+        let mut promises: BTreeMap<Uid, PromiseEntry> =
+            self.record.record().entries(tables::PROMISES)?.into_iter().collect();
+        let kept = self.unrecorded();
+        if kept.position.lineage.is_some() {
+            position = kept.position.clone();
+            promises.extend(kept.promises.iter().map(|(uid, promise)| (uid.clone(), promise.clone())));
+        }
+        Ok((position, promises))
+    }
+
+    fn unrecorded(&self) -> MutexGuard<'_, Unrecorded> {
+        self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file of a volume.
+    pub fn volume_file(&self, reservation: &Uid) -> PathBuf {
+        self.area.root.join(Self::volume_path(reservation))
+    }
+
+    /// The same, relative to the area.
+    pub fn volume_path(reservation: &Uid) -> PathBuf {
+        Path::new("volumes").join(format!("{reservation}.raw"))
+    }
+
+    /// The file of a staged image.
+    pub fn image_file(&self, digest: &Digest) -> PathBuf {
+        self.area.root.join("images").join(format!("{}.raw", digest.hex()))
+    }
+
+    /// The directory of a transfer.
+    pub fn work_dir(&self, reservation: &Uid) -> PathBuf {
+        self.area.root.join("staging").join(reservation.as_str())
+    }
+}
+
+/// The open pools, and why others are not.
+pub struct Pools {
+    node: NodeName,
+    mount_root: PathBuf,
+    known_file: PathBuf,
+    open: Mutex<BTreeMap<PoolName, Arc<OpenPool>>>,
+    failed: Mutex<BTreeMap<PoolName, (Reason, String)>>,
+}
+
+impl Pools {
+    /// None open yet.
+    pub fn new(node: NodeName, mount_root: PathBuf, state_dir: &Path) -> Self {
+        let known_file = state_dir.join("pools.json");
+        Self { node, mount_root, known_file, open: Mutex::default(), failed: Mutex::default() }
+    }
+
+    /// The pool of this name, if its area is open.
+    pub fn get(&self, name: &PoolName) -> Option<Arc<OpenPool>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// All open ones.
+    pub fn all(&self) -> Vec<Arc<OpenPool>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Why the pool's area could not be opened when that was last tried.
+    pub fn failure(&self, name: &PoolName) -> Option<(Reason, String)> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
+    /// fails is tried again once the API server shows it. Blocks.
+    pub fn reopen_known(&self) -> Result<(), PoolError> {
+        for (name, spec) in self.known()? {
+            if let Err(error) = self.prepare(&name, &spec) {
+                tracing::warn!(pool = %name, error = crate::telemetry::chain(&error), "pool not reopened");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes or opens a pool's area and its record. Blocks, for as long as making a file system takes.
+    pub fn prepare(&self, name: &PoolName, spec: &PoolSpec) -> Result<(), PoolError> {
+        if self.get(name).is_some() {
+            return Ok(());
+        }
+        let result = self.try_prepare(name, spec);
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        match &result {
+            Ok(()) => drop(failed.remove(name)),
+            Err(error) => drop(failed.insert(name.clone(), (error.reason(), crate::telemetry::chain(error)))),
+        }
+        result
+    }
+
+    fn try_prepare(&self, name: &PoolName, spec: &PoolSpec) -> Result<(), PoolError> {
+        let config = PoolAreaConfig {
+            dir: spec.path.clone(),
+            size: spec.size,
+            mount_point: self.mount_root.join(name.as_str()),
+            identity: PoolIdentity { pool: spec.uid.clone(), name: name.clone(), node: self.node.clone() },
+            headroom_percent: HEADROOM_PERCENT,
+        };
+        let area = PoolArea::open_or_create(&config)
+            .map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
+        let record = match self.open_record(name, &spec.uid, &area) {
+            Ok(record) => record,
+            Err(error) => {
+                // What is in use keeps it mounted, and is served from there again once the record is back.
+                if let Err(busy) = area.unmount_and_detach() {
+                    tracing::warn!(pool = %name, error = crate::telemetry::chain(&busy), "area stays mounted");
+                }
+                return Err(error);
+            }
+        };
+        for directory in DIRECTORIES {
+            let path = area.root.join(directory);
+            fs::create_dir_all(&path).map_err(|source| PoolError::Directory { path, source })?;
+        }
+        let mut known = self.known()?;
+        if known.insert(name.clone(), spec.clone()).as_ref() != Some(spec) {
+            let text = serde_json::to_vec_pretty(&known)
+                .map_err(|e| PoolError::Unreadable { path: self.known_file.clone(), reason: e.to_string() })?;
+            files::write_durably(&self.known_file, &text)?;
+        }
+        let pool = OpenPool { name: name.clone(), spec: spec.clone(), area, record, unrecorded: Mutex::default() };
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), Arc::new(pool));
+        tracing::info!(pool = %name, "pool open");
+        Ok(())
+    }
+
+    /// The record is made before anything else in an area, so one that is missing beside data is lost.
+    fn open_record(&self, name: &PoolName, uid: &Uid, area: &PoolArea) -> Result<PoolRecord, PoolError> {
+        let path = area.root.join("record.redb");
+        let identity = berth_record::PoolIdentity {
+            pool_uid: uid.clone(),
+            pool_name: name.clone(),
+            node: self.node.clone(),
+            pool_id: uuid::Uuid::new_v4().to_string(),
+        };
+        match PoolRecord::open(&path, Some(&identity.owner())) {
+            Err(OpenError::NotFound { .. }) => {}
+            other => return other.map_err(|source| PoolError::Record { pool: name.clone(), source }),
+        }
+        if DIRECTORIES.iter().any(|directory| area.root.join(directory).exists()) {
+            return Err(PoolError::RecordGone { pool: name.clone(), path });
+        }
+        PoolRecord::create(&path, identity).map_err(|source| PoolError::NewRecord { pool: name.clone(), source })
+    }
+
+    fn known(&self) -> Result<BTreeMap<PoolName, PoolSpec>, PoolError> {
+        let path = self.known_file.clone();
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|e| PoolError::Unreadable { path, reason: e.to_string() }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+            Err(error) => Err(PoolError::Unreadable { path, reason: error.to_string() }),
+        }
+    }
+}

@@ -1,0 +1,456 @@
+//! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use berth_api::conditions::{ConditionType, Truth, condition, time};
+use berth_api::defaults::node_manager;
+use berth_api::fields::Progress;
+use berth_api::staged_image::StagedImageState;
+use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec, Versions};
+use berth_api::{ImageStore, StagedImage, StagingNode, StagingReservation, TemplateImport};
+use berth_core::ids::{PoolName, Uid};
+use berth_core::node::view::AreaView;
+use berth_core::node::{NodeView, behind};
+use berth_core::reason::Reason;
+use berth_core::units::{Bytes, Generation};
+use berth_device::preflight::Preflight;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::{Api, Resource, ResourceExt as _};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use super::observe::{ObserveError, observe, wanted_pools};
+use crate::node::{Node, now};
+use crate::telemetry::chain;
+
+/// Used bytes are reported in units of this, so that writing alone does not write to the API server.
+const USED_UNIT: Bytes = Bytes::mib(16);
+/// Percent of an empty area that may be promised; the rest is headroom.
+const TOTAL_PERCENT: u64 = 95;
+
+/// Why something was not reported. The next pass tries again.
+#[derive(Debug, Error)]
+pub enum ReportError {
+    /// What there is to report is not known.
+    #[error("nothing is known")]
+    Observe(#[from] ObserveError),
+    /// The API server.
+    #[error("the API server refuses {what}")]
+    Api {
+        /// What was to be written.
+        what: String,
+        /// Its answer.
+        source: Box<kube::Error>,
+    },
+    /// A status cannot be written as JSON.
+    #[error("a status cannot be written")]
+    Encode(#[from] serde_json::Error),
+}
+
+/// Reports everything that has changed. True if promises were told of for the first time: work under them may begin.
+pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
+    let view = observe(node).await?;
+    let told = report_node(node, &view).await?;
+    for reservation in node.watches.assigned.state() {
+        warn(report_reservation(node, &view, &reservation).await);
+    }
+    for image in node.watches.images.state() {
+        warn(report_image(node, &view, &image).await);
+    }
+    for import in node.watches.imports.state() {
+        warn(report_import(node, &view, &import).await);
+    }
+    for store in node.watches.stores.state() {
+        warn(report_store(node, &view, &store).await);
+    }
+    let stores = view.stores.values().map(|store| store.uid.clone()).collect();
+    node.news.retain(&view.imports.keys().cloned().collect(), &view.images.keys().cloned().collect(), &stores);
+    Ok(told && node.news.set_obeyed(obeyed(&view)))
+}
+
+fn obeyed(view: &NodeView) -> BTreeSet<(PoolName, Uid, Generation)> {
+    let areas = view.pools.iter().filter_map(|(name, pool)| Some((name, pool.area.as_ref()?)));
+    areas
+        .flat_map(|(name, area)| area.promises.iter().map(move |(uid, p)| (name.clone(), uid.clone(), p.generation)))
+        .collect()
+}
+
+/// One object's trouble is not the others'.
+fn warn(result: Result<(), ReportError>) {
+    match result {
+        Err(ReportError::Api { source, .. }) if is_gone(&source) => {}
+        Err(error) => tracing::warn!(error = chain(&error), "status not reported"),
+        Ok(()) => {}
+    }
+}
+
+fn is_gone(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404 || status.code == 409)
+}
+
+/// True if `shown` differs from `wanted` in one of the `owned` fields. Times of condition changes do not count.
+fn differs(shown: &Value, wanted: &Value, owned: &[&str], conditions: &[ConditionType]) -> bool {
+    let field = |status: &Value, name: &str| status.get(name).cloned().unwrap_or(Value::Null);
+    if owned.iter().any(|name| field(shown, name) != field(wanted, name)) {
+        return true;
+    }
+    let of = |status: &Value, kind: &str| -> Option<Map<String, Value>> {
+        let list = status.get("conditions")?.as_array()?;
+        let mut found = list.iter().find(|c| c["type"] == kind)?.as_object()?.clone();
+        found.remove("lastTransitionTime");
+        Some(found)
+    };
+    conditions.iter().any(|kind| of(shown, kind.as_str()) != of(wanted, kind.as_str()))
+}
+
+/// What an object's status is to hold of this node's fields.
+struct Wanted<'a> {
+    status: Value,
+    owned: &'a [&'a str],
+    conditions: &'a [ConditionType],
+}
+
+async fn apply<K>(node: &Node, api: Api<K>, object: &K, shown: Value, wanted: Wanted<'_>) -> Result<(), ReportError>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+{
+    if !differs(&shown, &wanted.status, wanted.owned, wanted.conditions) {
+        return Ok(());
+    }
+    let name = object.name_any();
+    let mut metadata = json!({"name": name});
+    if let Some(uid) = object.uid() {
+        metadata["uid"] = json!(uid); // a later object of the same name is not ours to write to
+    }
+    let patch = json!({
+        "apiVersion": K::api_version(&()), "kind": K::kind(&()), "metadata": metadata, "status": wanted.status,
+    });
+    let params = PatchParams::apply(&node_manager(node.name.as_str())).force();
+    api.patch_status(&name, &params, &Patch::Apply(&patch)).await.map_err(|source| ReportError::Api {
+        what: format!("the status of {} {name}", K::kind(&())),
+        source: Box::new(source),
+    })?;
+    Ok(())
+}
+
+fn namespaced<K>(node: &Node, object: &K) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+{
+    Api::namespaced(node.client.clone(), &object.namespace().unwrap_or_default())
+}
+
+fn shown<T: Serialize>(status: Option<&T>) -> Result<Value, ReportError> {
+    Ok(status.map(serde_json::to_value).transpose()?.unwrap_or_else(|| json!({})))
+}
+
+async fn report_reservation(node: &Node, view: &NodeView, object: &StagingReservation) -> Result<(), ReportError> {
+    let uid = Uid::from(object.uid().unwrap_or_default());
+    let Some(reservation) = view.reservations.get(&uid) else { return Ok(()) };
+    if reservation.deleting {
+        return Ok(());
+    }
+    let area = view.pools.get(&reservation.pool).and_then(|pool| pool.area.as_ref());
+    let prepared = area.is_some_and(|area| reservation.is_prepared(&uid, area));
+    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
+    let (truth, reason, message) = if prepared {
+        (Truth::True, Reason::Ready, String::new())
+    } else {
+        let (reason, message) = why_not(node, view, reservation, area, &uid);
+        (Truth::False, reason, message)
+    };
+    let generation = object.metadata.generation;
+    let ready = condition(&previous, ConditionType::Ready, truth, reason, message, generation, now());
+    let mut status = json!({"conditions": [ready]});
+    if prepared && let Some(pool) = node.pools.get(&reservation.pool) {
+        let path = match reservation.access {
+            berth_core::view::Access::Stream => None,
+            berth_core::view::Access::File => Some(pool.work_dir(&uid)),
+            berth_core::view::Access::Block => Some(pool.volume_file(&uid)),
+        };
+        if let Some(path) = path {
+            status["path"] = json!(path.display().to_string());
+        }
+        status["preparedGeneration"] = json!(reservation.generation.0);
+    }
+    let wanted =
+        Wanted { status, owned: &["path", "preparedGeneration"], conditions: &[ConditionType::Ready] };
+    apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
+}
+
+/// What an assigned reservation waits for.
+fn why_not(
+    node: &Node,
+    view: &NodeView,
+    reservation: &berth_core::node::view::NodeReservation,
+    area: Option<&AreaView>,
+    uid: &Uid,
+) -> (Reason, String) {
+    let name = &reservation.pool;
+    let Some(area) = area else {
+        let failure = node.pools.failure(name);
+        return failure.unwrap_or((Reason::Progressing, format!("pool {name} is being opened on this node")));
+    };
+    let ledger = view.pools.get(name).and_then(|pool| pool.ledger.as_ref());
+    if let Some(problem) = ledger.and_then(|ledger| behind(ledger, area)) {
+        return (Reason::LedgerBehind, problem);
+    }
+    if !area.promises.get(uid).is_some_and(|promise| promise.generation == reservation.generation) {
+        return (Reason::Progressing, format!("waits for the ledger of pool {name}"));
+    }
+    let Some(digest) = reservation.image else {
+        return (Reason::Progressing, "is being made".to_owned());
+    };
+    let holder = view.images.iter().find(|(_, image)| image.digest == digest && image.pool == *name);
+    let fill = holder.and_then(|(uid, _)| node.news.fill(uid));
+    match fill {
+        Some(fill) => match fill.error {
+            Some((reason, message)) => (reason, format!("image {digest} is not staged: {message}")),
+            None => (Reason::Progressing, format!("image {digest} is being staged: {} %", fill.percent)),
+        },
+        None => (Reason::Progressing, format!("image {digest} is to be staged")),
+    }
+}
+
+async fn report_image(node: &Node, view: &NodeView, object: &StagedImage) -> Result<(), ReportError> {
+    let uid = Uid::from(object.uid().unwrap_or_default());
+    let Some(image) = view.images.get(&uid) else { return Ok(()) };
+    if image.deleting {
+        return Ok(());
+    }
+    let held = view.pools.get(&image.pool).and_then(|pool| pool.area.as_ref()?.images.get(&image.digest));
+    let held = held.filter(|held| held.holder == uid);
+    let complete = held.is_some_and(|held| held.complete);
+    let fill = node.news.fill(&uid).unwrap_or_default();
+    let (state, truth, reason, message) = match (complete, &fill.error) {
+        (true, _) => (StagedImageState::Ready, Truth::True, Reason::Ready, String::new()),
+        (false, Some((reason, message))) => (StagedImageState::Failed, Truth::False, *reason, message.clone()),
+        (false, None) => (StagedImageState::Filling, Truth::False, Reason::Progressing, String::new()),
+    };
+    let percent = if complete { 100 } else { fill.percent };
+    let size = image.virtual_size.as_i64();
+    let progress = Progress {
+        percent: Some(percent.into()),
+        bytes_done: if complete { size } else { fill.done.as_i64() },
+        bytes_total: Some(size),
+        ..Progress::default()
+    };
+    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
+    let ready =
+        condition(&previous, ConditionType::Ready, truth, reason, message, object.metadata.generation, now());
+    let mut status = json!({"state": state, "progress": progress, "conditions": [ready]});
+    if let Some(held) = held {
+        status["lastUsed"] = json!(time(held.last_used));
+    }
+    let owned = &["state", "progress", "lastUsed"];
+    let wanted = Wanted { status, owned, conditions: &[ConditionType::Ready] };
+    apply(node, Api::all(node.client.clone()), object, shown(object.status.as_ref())?, wanted).await
+}
+
+const IMPORT_FIELDS: &[&str] =
+    &["plan", "stage", "progress", "attempts", "lastError", "durable", "releasedGeneration"];
+
+async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) -> Result<(), ReportError> {
+    let uid = Uid::from(object.uid().unwrap_or_default());
+    if !view.imports.contains_key(&uid) {
+        return Ok(());
+    }
+    let news = node.news.import(&uid, object);
+    let mut status = Map::new();
+    let mut put = |name: &str, value: Value| drop((!value.is_null()).then(|| status.insert(name.to_owned(), value)));
+    put("plan", json!(news.plan));
+    put("stage", json!(news.stage));
+    put("progress", json!(news.progress));
+    put("attempts", json!(news.attempts));
+    put("lastError", json!(news.last_error));
+    put("durable", json!(news.durable));
+    put("releasedGeneration", json!(news.released_generation));
+    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
+    put("conditions", json!(import_conditions(view, &uid, &news, object, &previous)));
+    let conditions = &[ConditionType::Durable, ConditionType::Progressing];
+    let wanted = Wanted { status: Value::Object(status), owned: IMPORT_FIELDS, conditions };
+    apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
+}
+
+fn import_conditions(
+    view: &NodeView,
+    uid: &Uid,
+    news: &super::news::ImportNews,
+    object: &TemplateImport,
+    previous: &[Condition],
+) -> [Condition; 2] {
+    let error = news.last_error.as_ref();
+    let told = error.map(|error| (Reason::from_name(&error.reason).unwrap_or(Reason::Retrying), error));
+    let runs = view.jobs.iter().any(|job| job.uid == *uid);
+    let (durable, progressing) = match (&news.durable, told) {
+        (Some(_), _) => ((Truth::True, Reason::Durable, ""), (Truth::False, Reason::Durable, "")),
+        (None, Some((reason, error))) if !error.retryable => {
+            let message = error.message.as_str();
+            ((Truth::False, reason, message), (Truth::False, reason, message))
+        }
+        (None, Some((_, error))) if news.pausing => {
+            let message = error.message.as_str();
+            ((Truth::False, Reason::Progressing, ""), (Truth::True, Reason::Retrying, message))
+        }
+        (None, _) => {
+            let reason = match (&news.plan, runs) {
+                (None, _) => (Truth::True, Reason::Probing, ""),
+                (Some(_), true) => (Truth::True, Reason::Progressing, ""),
+                (Some(_), false) => (Truth::False, Reason::WaitingForReservation, ""),
+            };
+            ((Truth::False, Reason::Progressing, ""), reason)
+        }
+    };
+    let make = |kind, (truth, reason, message): (Truth, Reason, &str)| {
+        condition(previous, kind, truth, reason, message, object.metadata.generation, now())
+    };
+    [make(ConditionType::Durable, durable), make(ConditionType::Progressing, progressing)]
+}
+
+async fn report_store(node: &Node, view: &NodeView, object: &ImageStore) -> Result<(), ReportError> {
+    let uid = Uid::from(object.uid().unwrap_or_default());
+    if !view.stores.values().any(|store| store.uid == uid) {
+        return Ok(());
+    }
+    let Some(news) = node.news.store(&uid) else { return Ok(()) };
+    let (truth, reason, message) = match &news.error {
+        None => (Truth::True, Reason::Ready, String::new()),
+        Some((reason, message)) => (Truth::False, *reason, message.clone()),
+    };
+    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
+    let ready = condition(&previous, ConditionType::Ready, truth, reason, message, news.observed, now());
+    let mut status = json!({"conditions": [ready]});
+    if let Some(capabilities) = &news.capabilities {
+        status["capabilities"] = json!(capabilities);
+    }
+    if let Some((images, unique, unreferenced)) = news.usage {
+        status["images"] = json!(images);
+        status["uniqueBytes"] = json!(unique);
+        status["unreferencedBytes"] = json!(unreferenced);
+    }
+    let owned = &["capabilities", "images", "uniqueBytes", "unreferencedBytes"];
+    let wanted = Wanted { status, owned, conditions: &[ConditionType::Ready] };
+    apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
+}
+
+/// The node's own object, made if it is not there: then its status waits for the next pass, and false says so.
+async fn report_node(node: &Node, view: &NodeView) -> Result<bool, ReportError> {
+    let api = Api::<StagingNode>::all(node.client.clone());
+    let Some(object) = node.watches.report.state().into_iter().next() else {
+        let new = StagingNode::new(node.name.as_str(), StagingNodeSpec { node_name: node.name.to_string() });
+        return match api.create(&PostParams::default(), &new).await {
+            Err(source) if !is_gone(&source) => {
+                Err(ReportError::Api { what: format!("StagingNode {}", node.name), source: Box::new(source) })
+            }
+            _ => {
+                node.wake.notify_one();
+                Ok(false)
+            }
+        };
+    };
+    let pools = pools(node, view);
+    let preflight = node.preflight.get();
+    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
+    let missing: Vec<&str> =
+        preflight.failures().filter(|check| check.required).map(|check| check.detail.as_str()).collect();
+    let (truth, reason) =
+        if missing.is_empty() { (Truth::True, Reason::Ready) } else { (Truth::False, Reason::PreflightFailed) };
+    let generation = object.metadata.generation;
+    let ready = condition(&previous, ConditionType::Ready, truth, reason, missing.join("; "), generation, now());
+    let checks: Vec<PreflightCheck> = preflight
+        .checks
+        .iter()
+        .map(|c| PreflightCheck { name: c.name.into(), ok: c.ok, required: c.required, detail: c.detail.clone() })
+        .collect();
+    let status = json!({
+        "pools": pools, "preflight": checks, "versions": versions(&preflight), "conditions": [ready],
+    });
+    let wanted =
+        Wanted { status, owned: &["pools", "preflight", "versions"], conditions: &[ConditionType::Ready] };
+    apply(node, api, &*object, shown(object.status.as_ref())?, wanted).await?;
+    Ok(true)
+}
+
+fn versions(preflight: &Preflight) -> Versions {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let qemu = preflight.checks.iter().find(|check| check.name == "qemu-img" && check.ok);
+    Versions {
+        agent: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: kernel.trim().to_owned(),
+        qemu_img: qemu.map(|check| check.detail.clone()),
+    }
+}
+
+fn pools(node: &Node, view: &NodeView) -> Vec<NodePool> {
+    let wanted = wanted_pools(node);
+    let names: BTreeSet<&PoolName> = wanted.keys().chain(view.pools.keys()).collect();
+    let shown = |name: &&PoolName| {
+        wanted.contains_key(*name) || view.pools.get(*name).is_some_and(|pool| pool.area.is_some())
+    };
+    names.into_iter().filter(shown).map(|name| pool(node, view, name, wanted.get(name).map(|spec| &spec.uid))).collect()
+}
+
+fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> NodePool {
+    let mut told = NodePool { name: name.to_string(), ..NodePool::default() };
+    let (Some(open), Some(area)) = (node.pools.get(name), view.pools.get(name).and_then(|pool| pool.area.as_ref()))
+    else {
+        let (reason, message) =
+            node.pools.failure(name).unwrap_or((Reason::Progressing, "is being prepared".to_owned()));
+        told.uid = wanted.map(ToString::to_string).unwrap_or_default();
+        told.reason = reason.as_str().to_owned();
+        told.message = message;
+        return told;
+    };
+    told.uid = open.spec.uid.to_string();
+    let same = wanted == Some(&open.spec.uid);
+    (told.usable, told.reason) = match (same, wanted) {
+        (true, _) => (true, Reason::Ready.to_string()),
+        (false, Some(_)) => (false, Reason::InUseByPool.to_string()),
+        (false, None) => (false, Reason::NoMatchingNode.to_string()),
+    };
+    told.message = match (&open.area.advisory, wanted) {
+        (Some(advisory), Some(_)) if same => advisory.to_string(),
+        (_, Some(_)) if !same => format!("the area belongs to an earlier pool of this name (uid {})", open.spec.uid),
+        (_, None) => "the pool does not select this node any more".to_owned(),
+        _ => String::new(),
+    };
+    told.advisory = open.area.advisory.is_some();
+    told.total_bytes = open.area.total.as_i64();
+    let empty = Bytes(open.area.total.0.saturating_mul(100) / TOTAL_PERCENT);
+    let free = open.area.free().unwrap_or_default();
+    told.used_bytes = empty.saturating_sub(free).round_up(USED_UNIT).as_i64();
+    told.lineage = area.lineage.as_ref().map(ToString::to_string);
+    told.obeyed_revision = i64::try_from(area.revision).unwrap_or(i64::MAX);
+    for (uid, promise) in &area.promises {
+        let generation = i64::try_from(promise.generation.0).unwrap_or(i64::MAX);
+        let entry = Released { uid: uid.to_string(), generation };
+        if promise.released { told.released.push(entry) } else { told.obeyed.push(entry) }
+    }
+    let obeyed: Bytes = area.promises.values().filter(|p| !p.released).map(|p| p.data).sum();
+    node.metrics.pool(&told.name, told.total_bytes, told.used_bytes, obeyed.as_i64());
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_own_fields_and_conditions_count() {
+        let ready = |status: &str, time: &str| json!({"type": "Ready", "status": status, "lastTransitionTime": time});
+        let shown = json!({"state": "Promised", "path": "/a", "conditions": [ready("True", "1"), {"type": "Promised"}]});
+        let same = json!({"path": "/a", "conditions": [ready("True", "2")]});
+        let differs = |wanted: &Value| differs(&shown, wanted, &["path", "preparedGeneration"], &[ConditionType::Ready]);
+        assert!(!differs(&same), "times and others' fields do not count");
+        assert!(differs(&json!({"path": "/b", "conditions": [ready("True", "1")]})));
+        assert!(differs(&json!({"path": "/a", "conditions": [ready("False", "1")]})));
+        assert!(differs(&json!({"conditions": [ready("True", "1")]})), "a field that is to go");
+        assert!(differs(&json!({"path": "/a"})), "a condition that is to go");
+    }
+}

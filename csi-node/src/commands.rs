@@ -1,0 +1,4 @@
+//! The commands that work without Kubernetes, on the same library as the agent.
+
+pub mod preflight;
+pub mod template;

@@ -1,0 +1,321 @@
+//! Why an import failed, and what users are told of it.
+
+use std::io;
+use std::path::PathBuf;
+
+use berth_core::ids::Sha256Sum;
+use berth_core::reason::{Reason, ReasonClass};
+use berth_core::units::Bytes;
+use berth_device::qemu::{ConvertError, UnknownDriver};
+use berth_image::{ProbeError, ReadError, Refusal};
+use berth_objectstore::StoreError;
+use berth_objectstore::chunks::publish::PublishError;
+use berth_objectstore::chunks::session::SessionError;
+use berth_objectstore::chunks::store::OpenError;
+use berth_objectstore::chunks::upload::UploadError;
+use berth_objectstore::chunks::verify::VerifyError;
+use berth_objectstore::source::SourceError;
+use berth_record::{ChangeError, ReadError as RecordReadError};
+use thiserror::Error;
+
+/// What ended an attempt.
+#[derive(Debug, Error)]
+pub enum ImportError {
+    /// The image is not one that is imported.
+    #[error("the source is refused")]
+    Refused(#[from] Refusal),
+    /// The fetched file is not one that is imported.
+    #[error("the fetched source is refused")]
+    Probe(#[from] ProbeError),
+    /// The disk is larger than allowed.
+    #[error("the image's virtual size is {found}, more than the {limit} that `spec.limits.virtualSize` allows")]
+    VirtualSize {
+        /// What it is.
+        found: Bytes,
+        /// What it may be.
+        limit: Bytes,
+    },
+    /// The source is larger than allowed.
+    #[error("the source has {found}, more than the {limit} that `spec.limits.bytes` allows")]
+    SourceSize {
+        /// What it has.
+        found: Bytes,
+        /// What it may have.
+        limit: Bytes,
+    },
+    /// The source's bytes are not those that were expected.
+    #[error("the source's bytes have sha256:{found}, not sha256:{expected}")]
+    Checksum {
+        /// What `spec.checksum` says.
+        expected: Sha256Sum,
+        /// What came.
+        found: Sha256Sum,
+    },
+    /// The source does not say how many bytes it has.
+    #[error("the source does not say how many bytes it has")]
+    NoSize,
+    /// The source ended early.
+    #[error("the source ended after {found} of {expected}")]
+    Short {
+        /// What came.
+        found: Bytes,
+        /// What was to come.
+        expected: Bytes,
+    },
+    /// The source.
+    #[error("failed to read the source")]
+    Source(#[from] SourceError),
+    /// The image in the reservation.
+    #[error("failed to read the image")]
+    Read(#[from] ReadError),
+    /// The conversion.
+    #[error("failed to convert the image")]
+    Convert(#[from] ConvertError),
+    /// The tool that would read the format is not one that is run.
+    #[error("no tool reads this format")]
+    Driver(#[from] UnknownDriver),
+    /// The image store.
+    #[error("failed to open the image store")]
+    Open(#[from] OpenError),
+    /// The writer's session.
+    #[error("failed to keep the upload's session")]
+    Session(#[from] SessionError),
+    /// The upload.
+    #[error("failed to upload the image")]
+    Upload(#[from] UploadError),
+    /// The verification.
+    #[error("failed to verify the image in its store")]
+    Verify(#[from] VerifyError),
+    /// The publication.
+    #[error("failed to publish the image")]
+    Publish(#[from] PublishError),
+    /// The object store itself.
+    #[error("the object store failed")]
+    Store(#[from] StoreError),
+    /// The promise does not cover what the work needs.
+    #[error("{needed} are needed where {promised} are promised")]
+    Promise {
+        /// What is needed.
+        needed: Bytes,
+        /// What is promised.
+        promised: Bytes,
+    },
+    /// A file of the reservation.
+    #[error("failed to {action} {}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The node's record cannot be read.
+    #[error("failed to read the record of the import")]
+    RecordRead(#[from] RecordReadError),
+    /// The node's record cannot be written.
+    #[error("failed to write the record of the import")]
+    RecordChange(#[from] ChangeError),
+    /// The record is not readable as a job.
+    #[error("the record of the import is damaged")]
+    RecordCorrupt(#[source] serde_json::Error),
+    /// The work was told to stop.
+    #[error("stopped")]
+    Cancelled,
+    /// A worker is gone: the program is shutting down, or it panicked.
+    #[error("a worker of the import is gone")]
+    Worker(#[from] tokio::task::JoinError),
+    /// It was tried as often as allowed.
+    #[error("given up after {attempts} attempts")]
+    Exhausted {
+        /// How often.
+        attempts: u32,
+        /// What went wrong last.
+        source: Box<ImportError>,
+    },
+}
+
+impl ImportError {
+    /// A file error of the reservation.
+    pub(crate) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { action, path, source }
+    }
+
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Refused(refusal) | Self::Probe(ProbeError::Refused { source: refusal, .. }) => refusal.reason(),
+            Self::VirtualSize { .. } => Reason::VirtualSizeTooLarge,
+            Self::SourceSize { .. } => Reason::SourceTooLarge,
+            Self::Checksum { .. } => Reason::ChecksumMismatch,
+            Self::Short { .. } => Reason::SourceUnavailable,
+            Self::NoSize => Reason::SourceUnusable,
+            Self::Source(error) => source_reason(error),
+            Self::Read(error) => read_reason(error),
+            Self::Convert(error) => convert_reason(error),
+            Self::Driver(_) => Reason::ImageFormatUnsupported,
+            Self::Open(error) => open_reason(error),
+            Self::Session(error) => session_reason(error),
+            Self::Upload(error) => upload_reason(error),
+            Self::Verify(error) => verify_reason(error),
+            Self::Publish(error) => publish_reason(error),
+            Self::Store(error) => store_reason(error),
+            Self::Promise { .. } => Reason::PromiseBroken,
+            Self::File { source, .. } => io_reason(source),
+            Self::RecordChange(ChangeError::StaleGeneration { .. }) => Reason::Superseded,
+            Self::Exhausted { .. } => Reason::RetriesExhausted,
+            Self::Probe(ProbeError::Io { .. })
+            | Self::RecordRead(_)
+            | Self::RecordChange(_)
+            | Self::RecordCorrupt(_)
+            | Self::Cancelled
+            | Self::Worker(_) => Reason::Retrying,
+        }
+    }
+
+    /// True if the same may succeed later without anyone doing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Cancelled => false,
+            Self::Convert(ConvertError::Stalled { .. }) => true,
+            other => other.reason().class() == ReasonClass::Transient,
+        }
+    }
+
+    /// True if another generation of the same work goes on elsewhere: nothing may be touched any more.
+    pub fn is_superseded(&self) -> bool {
+        self.reason() == Reason::Superseded
+    }
+
+    /// The whole chain of causes, on one line.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            let said = error.to_string();
+            if !text.ends_with(&said) {
+                text.push_str(": ");
+                text.push_str(&said);
+            }
+            cause = error.source();
+        }
+        text
+    }
+}
+
+fn source_reason(error: &SourceError) -> Reason {
+    match error {
+        SourceError::Refused { .. } => Reason::SourceAddressRefused,
+        SourceError::NotFound { .. } => Reason::SourceNotFound,
+        SourceError::Forbidden { .. } => Reason::SourceForbidden,
+        SourceError::Changed { .. } => Reason::SourceChanged,
+        SourceError::Stalled { .. } => Reason::SourceStalled,
+        SourceError::Unavailable { .. } => Reason::SourceUnavailable,
+        SourceError::Url { .. }
+        | SourceError::Unusable { .. }
+        | SourceError::Redirects { .. }
+        | SourceError::Client { .. } => Reason::SourceUnusable,
+    }
+}
+
+fn read_reason(error: &ReadError) -> Reason {
+    match error {
+        ReadError::Truncated { .. } => Reason::ImageTruncated,
+        ReadError::Corrupt { .. } | ReadError::OutOfRange { .. } => Reason::ImageCorrupt,
+        ReadError::NotNative { .. } => Reason::ImageFormatUnsupported,
+        ReadError::Probe(ProbeError::Refused { source, .. }) => source.reason(),
+        ReadError::Io { .. } | ReadError::Changed { .. } | ReadError::Probe(_) => Reason::Retrying,
+    }
+}
+
+fn open_reason(error: &OpenError) -> Reason {
+    match error {
+        OpenError::ChunkSize { .. } | OpenError::NewerVersion { .. } | OpenError::Corrupt { .. } => {
+            Reason::ImageStoreIncompatible
+        }
+        OpenError::Absent { .. } => Reason::ImageStoreNotFound,
+        OpenError::Store { source, .. } => store_reason(source),
+    }
+}
+
+fn convert_reason(error: &ConvertError) -> Reason {
+    match error {
+        ConvertError::NotInstalled => Reason::PreflightFailed,
+        ConvertError::Failed { .. } | ConvertError::Stalled { .. } => Reason::ConversionFailed,
+        ConvertError::Guard(_) => Reason::ImageFormatUnsupported,
+        ConvertError::File { source, .. } | ConvertError::Run { source, .. } => io_reason(source),
+    }
+}
+
+fn session_reason(error: &SessionError) -> Reason {
+    match error {
+        SessionError::Superseded { .. } | SessionError::Gone { .. } => Reason::Superseded,
+        SessionError::Corrupt { .. } => Reason::ImageStoreIncompatible,
+        SessionError::Uid(_) => Reason::InvalidSpec,
+        SessionError::Store { source, .. } => store_reason(source),
+        SessionError::Upload(source) => upload_reason(source),
+        SessionError::Index(source) => index_reason(source),
+        SessionError::Contended { .. } | SessionError::Worker(_) => Reason::Retrying,
+    }
+}
+
+fn upload_reason(error: &UploadError) -> Reason {
+    match error {
+        UploadError::Chunk { source, .. } => store_reason(source),
+        UploadError::Index(source) => index_reason(source),
+        UploadError::Compress { .. } | UploadError::Misaligned { .. } | UploadError::Worker(_) => Reason::Retrying,
+    }
+}
+
+/// Of the local index: what the system said of its files decides.
+fn index_reason(error: &dyn std::error::Error) -> Reason {
+    error.source().and_then(|source| source.downcast_ref()).map_or(Reason::Retrying, io_reason)
+}
+
+fn verify_reason(error: &VerifyError) -> Reason {
+    match error {
+        VerifyError::Missing { .. } | VerifyError::Size { .. } | VerifyError::Damaged { .. } => {
+            Reason::VerificationFailed
+        }
+        VerifyError::Store(source) => store_reason(source),
+        VerifyError::Index(source) => index_reason(source),
+        VerifyError::Worker(_) => Reason::Retrying,
+    }
+}
+
+fn publish_reason(error: &PublishError) -> Reason {
+    match error {
+        PublishError::Conflict { .. } => Reason::NameTaken,
+        PublishError::Superseded { .. } => Reason::Superseded,
+        PublishError::DamagedIndex { .. } => Reason::VerificationFailed,
+        PublishError::Corrupt { .. } => Reason::ImageStoreIncompatible,
+        PublishError::Name(_) => Reason::InvalidSpec,
+        PublishError::Store(source) => store_reason(source),
+        PublishError::Contended { .. } => Reason::Retrying,
+    }
+}
+
+/// A full file system inside of a promise is a broken promise; everything else may pass.
+fn io_reason(error: &io::Error) -> Reason {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Reason::PromiseBroken,
+        _ => Reason::Retrying,
+    }
+}
+
+/// What a store's refusal means to a user.
+pub fn store_reason(error: &StoreError) -> Reason {
+    match error {
+        StoreError::NoSuchBucket { .. } => Reason::BucketNotFound,
+        StoreError::AccessDenied { .. } | StoreError::InvalidRequest { .. } | StoreError::Unsupported { .. } => {
+            Reason::ObjectStoreDenied
+        }
+        StoreError::Unavailable { .. }
+        | StoreError::BadDigest { .. }
+        | StoreError::PreconditionFailed { .. }
+        | StoreError::NotFound { .. } => Reason::ObjectStoreUnavailable,
+        StoreError::TooLarge { .. } => Reason::ImageStoreIncompatible,
+        StoreError::LocalFile { .. } => Reason::Retrying,
+    }
+}

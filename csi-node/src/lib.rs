@@ -1,0 +1,14 @@
+//! The node's program: the agent that stages images, the CSI services, and commands that work without Kubernetes.
+
+pub mod agent;
+pub mod args;
+pub mod commands;
+pub mod credentials;
+pub mod csi;
+pub mod import;
+pub mod metrics;
+pub mod node;
+pub mod rpc;
+pub mod run;
+pub mod sabotage;
+pub mod telemetry;

@@ -1,0 +1,157 @@
+//! Counters and gauges of the agent, and the endpoint that shows them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use berth_core::node::Step;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+use crate::node::Node;
+
+/// Which step, and whether it went well.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct StepLabels {
+    step: &'static str,
+    result: &'static str,
+}
+
+/// Which RPC, and how it was answered.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RpcLabels {
+    method: &'static str,
+    code: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct PoolLabels {
+    pool: String,
+}
+
+/// All metrics of the agent.
+pub struct Metrics {
+    registry: Registry,
+    steps: Family<StepLabels, Counter>,
+    rpcs: Family<RpcLabels, Counter>,
+    total: Family<PoolLabels, Gauge>,
+    used: Family<PoolLabels, Gauge>,
+    obeyed: Family<PoolLabels, Gauge>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::default();
+        let (steps, rpcs) = (Family::default(), Family::default());
+        let (total, used, obeyed) = (Family::default(), Family::default(), Family::default());
+        registry.register("berth_node_steps", "Steps taken, by kind and result", Family::clone(&steps));
+        registry.register("berth_node_rpcs", "CSI calls answered, by method and code", Family::clone(&rpcs));
+        registry.register("berth_node_pool_total_bytes", "What may be promised in a pool here", Family::clone(&total));
+        registry.register("berth_node_pool_used_bytes", "What is written in a pool here", Family::clone(&used));
+        registry.register("berth_node_pool_obeyed_bytes", "Promises obeyed and not released", Family::clone(&obeyed));
+        Self { registry, steps, rpcs, total, used, obeyed }
+    }
+}
+
+impl Metrics {
+    /// Counts a step.
+    pub fn step(&self, step: &Step, ok: bool) {
+        let result = if ok { "ok" } else { "error" };
+        self.steps.get_or_create(&StepLabels { step: step_name(step), result }).inc();
+    }
+
+    /// Counts an answered call.
+    pub fn rpc(&self, method: &'static str, code: tonic::Code) {
+        self.rpcs.get_or_create(&RpcLabels { method, code: format!("{code:?}") }).inc();
+    }
+
+    /// Shows a pool: what may be promised, what is written, what is promised and obeyed, in bytes.
+    pub fn pool(&self, name: &str, total: i64, used: i64, obeyed: i64) {
+        let labels = PoolLabels { pool: name.to_owned() };
+        self.total.get_or_create(&labels).set(total);
+        self.used.get_or_create(&labels).set(used);
+        self.obeyed.get_or_create(&labels).set(obeyed);
+    }
+
+    /// All of it, in the OpenMetrics text format.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        drop(encode(&mut text, &self.registry));
+        text
+    }
+}
+
+fn step_name(step: &Step) -> &'static str {
+    match step {
+        Step::PreparePool { .. } => "PreparePool",
+        Step::Obey { .. } => "Obey",
+        Step::MakeWorkDir { .. } => "MakeWorkDir",
+        Step::MakeVolume { .. } => "MakeVolume",
+        Step::FillImage { .. } => "FillImage",
+        Step::RemoveWorkDir { .. } => "RemoveWorkDir",
+        Step::RemoveVolume { .. } => "RemoveVolume",
+        Step::RemoveImage { .. } => "RemoveImage",
+        Step::Released { .. } => "Released",
+        Step::Forget { .. } => "Forget",
+        Step::StartProbe { .. } => "StartProbe",
+        Step::StartImport { .. } => "StartImport",
+        Step::AbandonImport { .. } => "AbandonImport",
+        Step::StopJob { .. } => "StopJob",
+        Step::ProbeStore { .. } => "ProbeStore",
+    }
+}
+
+/// Serves `/metrics`, `/healthz` and `/readyz` until `stop`.
+///
+/// # Errors
+/// If the address cannot be listened on.
+pub async fn serve(node: Arc<Node>, address: SocketAddr, stop: CancellationToken) -> io::Result<()> {
+    let listener = tokio::net::TcpListener::bind(address).await?;
+    tracing::info!(address = %listener.local_addr()?, "metrics listening");
+    let metrics = Arc::clone(&node.metrics);
+    let router = Router::new()
+        .route("/healthz", get(|| async { "ok" }))
+        .route("/readyz", get(move || ready(Arc::clone(&node))))
+        .route("/metrics", get(move || show(Arc::clone(&metrics))));
+    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+}
+
+async fn ready(node: Arc<Node>) -> impl IntoResponse {
+    if node.watches.synced() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "watches are not synced") }
+}
+
+async fn show(metrics: Arc<Metrics>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.text())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_counted_is_shown() {
+        let metrics = Metrics::default();
+        metrics.step(&Step::PreparePool { pool: "p".into() }, false);
+        metrics.rpc("CreateVolume", tonic::Code::Aborted);
+        metrics.pool("fast", 10, 5, 7);
+        let text = metrics.text();
+        for line in [
+            r#"berth_node_steps_total{step="PreparePool",result="error"} 1"#,
+            r#"berth_node_rpcs_total{method="CreateVolume",code="Aborted"} 1"#,
+            r#"berth_node_pool_obeyed_bytes{pool="fast"} 7"#,
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+    }
+}

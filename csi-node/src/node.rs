@@ -1,0 +1,93 @@
+//! What the agent and the CSI services of one node share.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use berth_core::ids::NodeName;
+use berth_core::units::Timestamp;
+use berth_device::preflight::Preflight;
+use berth_record::NodeRecord;
+use kube::Client;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::jobs::Jobs;
+use crate::agent::news::News;
+use crate::agent::pools::Pools;
+use crate::agent::watches::Watches;
+use crate::metrics::Metrics;
+
+/// Settings that do not change while the program runs.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The node's own directory.
+    pub state_dir: PathBuf,
+    /// Where pools are mounted.
+    pub mount_root: PathBuf,
+    /// The namespace of Berth's own objects.
+    pub system_namespace: String,
+    /// Addresses that sources may have though they would be refused.
+    pub allow_source_cidrs: Vec<String>,
+}
+
+/// One node.
+pub struct Node {
+    /// Its name.
+    pub name: NodeName,
+    /// The API server.
+    pub client: Client,
+    /// Settings.
+    pub config: Config,
+    /// What the API server shows.
+    pub watches: Watches,
+    /// Open pools.
+    pub pools: Pools,
+    /// Long work.
+    pub jobs: Jobs,
+    /// What long work has to say.
+    pub news: News,
+    /// The agent's own record.
+    pub record: Arc<NodeRecord>,
+    /// What the machine has and lacks.
+    pub preflight: LastPreflight,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// Rung whenever there may be something to do.
+    pub wake: Arc<Notify>,
+    /// Cancelled when the program ends.
+    pub stop: CancellationToken,
+}
+
+/// The last look at what the machine has and lacks: looking starts programs, so it is not done for every report.
+pub struct LastPreflight(RwLock<(Instant, Preflight)>);
+
+/// For how long a look is good.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(300);
+
+impl LastPreflight {
+    /// Looks now. Blocks for well under a second.
+    pub fn take() -> Self {
+        Self(RwLock::new((Instant::now(), Preflight::run())))
+    }
+
+    /// What was found.
+    pub fn get(&self) -> Preflight {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// Looks again, if it was long ago. Blocks for well under a second.
+    pub fn refresh(&self) {
+        let old = self.0.read().unwrap_or_else(PoisonError::into_inner).0.elapsed() > PREFLIGHT_AGE;
+        if old {
+            let found = Preflight::run();
+            *self.0.write().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), found);
+        }
+    }
+}
+
+/// The time, for decisions: they never read a clock themselves.
+pub fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

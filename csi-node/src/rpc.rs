@@ -1,0 +1,116 @@
+//! The CSI services of this node, and its registration with kubelet.
+//!
+//! Every call is: parse into a type, take the volume's in-flight guard, look, answer if it is so already, else take one
+//! short step. Long work is recorded as intent and done by the agent; the call says what it waits for.
+
+pub mod attach;
+pub mod controller;
+pub mod identity;
+pub mod in_flight;
+pub mod node;
+pub mod registration;
+pub mod request;
+pub mod status;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::{Response, Status};
+
+use crate::csi::registration::registration_server::RegistrationServer;
+use crate::csi::v1::controller_server::ControllerServer;
+use crate::csi::v1::identity_server::IdentityServer;
+use crate::csi::v1::node_server::NodeServer;
+use crate::node::Node;
+use crate::telemetry::chain;
+use in_flight::InFlight;
+use status::RpcError;
+
+/// The CSI services.
+#[derive(Clone)]
+pub struct Services {
+    node: Arc<Node>,
+    in_flight: InFlight,
+}
+
+impl Services {
+    /// Of this node.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, in_flight: InFlight::default() }
+    }
+
+    /// Logs, counts and translates the outcome of a call.
+    fn answer<T>(&self, method: &'static str, outcome: Result<T, RpcError>) -> Result<Response<T>, Status> {
+        match outcome {
+            Ok(reply) => {
+                self.node.metrics.rpc(method, tonic::Code::Ok);
+                Ok(Response::new(reply))
+            }
+            Err(error) => {
+                let status = Status::from(&error);
+                self.node.metrics.rpc(method, status.code());
+                if error.is_wait() {
+                    tracing::debug!(method, code = ?status.code(), error = chain(&error), "not yet");
+                } else {
+                    tracing::warn!(method, code = ?status.code(), error = chain(&error), "call failed");
+                }
+                Err(status)
+            }
+        }
+    }
+}
+
+/// Serves the CSI services on `socket` until `stop`.
+///
+/// # Errors
+/// If the socket cannot be made, or serving fails.
+pub async fn serve(services: Services, socket: PathBuf, stop: CancellationToken) -> io::Result<()> {
+    let listener = listen(&socket)?;
+    tracing::info!(socket = %socket.display(), "csi listening");
+    Server::builder()
+        .add_service(IdentityServer::new(services.clone()))
+        .add_service(ControllerServer::new(services.clone()))
+        .add_service(NodeServer::new(services))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
+        .await
+        .map_err(io::Error::other)
+}
+
+/// Serves the registration on a socket in kubelet's directory until `stop`, then removes it.
+///
+/// # Errors
+/// If the socket cannot be made, or serving fails.
+pub async fn register(directory: PathBuf, endpoint: PathBuf, stop: CancellationToken) -> io::Result<()> {
+    let socket = directory.join(format!("{}-reg.sock", berth_api::defaults::DRIVER));
+    let listener = listen(&socket)?;
+    tracing::info!(socket = %socket.display(), "registration listening");
+    let service = RegistrationServer::new(registration::Registrar::new(&endpoint, stop.clone()));
+    let served = Server::builder()
+        .add_service(service)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.cancelled_owned())
+        .await
+        .map_err(io::Error::other);
+    drop(fs::remove_file(&socket)); // kubelet forgets the plugin when the socket goes; one that stays is replaced
+    served
+}
+
+/// Listens on a socket, in place of what an earlier process left there. Anything else there is left alone.
+fn listen(socket: &Path) -> io::Result<UnixListener> {
+    if let Some(parent) = socket.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::symlink_metadata(socket) {
+        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(socket)?,
+        Ok(_) => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something else than a socket lies there")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    UnixListener::bind(socket)
+}

@@ -1,0 +1,228 @@
+//! What staging and publishing do on the machine: loop devices, file systems and mounts. Blocks.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use berth_core::ids::Uid;
+use berth_device::files;
+use berth_device::filesystem::{self, Consent, Signature};
+use berth_device::loop_device::{self, LoopDevice, LoopOptions};
+use berth_device::mounts::{self, FsType, MountOptions};
+use berth_device::partition::partition_of;
+use berth_record::{Attachment, AttachmentMode, VolumeEntry, VolumeState, tables};
+
+use super::request::Use;
+use super::status::RpcError;
+use crate::agent::pools::OpenPool;
+use crate::agent::volumes::format_mark;
+use crate::node::Node;
+
+/// A volume on this node.
+pub struct FoundVolume {
+    /// Its handle, for messages.
+    pub id: String,
+    /// Its reservation.
+    pub uid: Uid,
+    /// Where it lies.
+    pub pool: Arc<OpenPool>,
+    /// What is recorded of it.
+    pub entry: VolumeEntry,
+}
+
+/// How imported content may be mounted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ImportedContent {
+    /// Whether at all.
+    pub host_mount: bool,
+    /// Which partition; the whole device if absent.
+    pub partition: Option<u32>,
+}
+
+/// The volume of this reservation, if it is usable here.
+pub fn find(node: &Node, id: &str, uid: &Uid) -> Result<FoundVolume, RpcError> {
+    for pool in node.pools.all() {
+        let entry = pool.record.record().get(tables::VOLUMES, uid);
+        let entry = entry.map_err(|source| RpcError::Record { pool: pool.name.clone(), source })?;
+        if let Some(entry) = entry.filter(|entry| entry.state == VolumeState::Ready)
+            && pool.volume_file(uid).exists()
+        {
+            return Ok(FoundVolume { id: id.to_owned(), uid: uid.clone(), pool, entry });
+        }
+    }
+    Err(RpcError::NoVolume(id.to_owned()))
+}
+
+impl FoundVolume {
+    fn attachment(&self) -> Result<Option<Attachment>, RpcError> {
+        let found = self.pool.record.record().get(tables::ATTACHMENTS, &self.uid);
+        found.map_err(|source| RpcError::Record { pool: self.pool.name.clone(), source })
+    }
+
+    fn not_staged(&self, path: &Path) -> RpcError {
+        RpcError::NotStaged { volume: self.id.clone(), path: path.display().to_string() }
+    }
+
+    /// Makes the volume available at `path`: a loop device, and for a file system its mount there.
+    pub fn stage(&self, path: &Path, wanted: Use, content: ImportedContent) -> Result<(), RpcError> {
+        let mode = match wanted {
+            Use::Block => AttachmentMode::Block,
+            Use::Filesystem(_) => AttachmentMode::Filesystem,
+        };
+        if mode == AttachmentMode::Filesystem && self.entry.origin.is_some() && !content.host_mount {
+            return Err(RpcError::HostMount(self.id.clone()));
+        }
+        if let Some(old) = self.attachment()? {
+            if old.mode != mode {
+                return Err(RpcError::Different { volume: self.id.clone(), what: "use" });
+            }
+            if old.staged_path != path {
+                return Err(RpcError::InUse(self.id.clone()));
+            }
+        }
+        let file = self.pool.volume_file(&self.uid);
+        let mut attachment =
+            Attachment { loop_device: None, backing_file: file.clone(), staged_path: path.to_owned(), mode };
+        self.pool.record.attach(&self.uid, &attachment)?;
+        let extent = match (wanted, content.partition) {
+            (Use::Filesystem(_), Some(number)) if self.entry.origin.is_some() => Some(partition_of(&file, number)?),
+            _ => None,
+        };
+        let options = LoopOptions { direct_io: true, extent, ..LoopOptions::default() };
+        let device = loop_device::attach(&file, options)?;
+        attachment.loop_device = Some(device.path.clone());
+        self.pool.record.attach(&self.uid, &attachment)?;
+        match wanted {
+            Use::Block => Ok(()),
+            Use::Filesystem(asked) => self.mount(&device, path, asked),
+        }
+    }
+
+    fn mount(&self, device: &LoopDevice, path: &Path, asked: FsType) -> Result<(), RpcError> {
+        let fs_type = if self.entry.origin.is_none() { self.format_if_blank(device, asked)? } else {
+            self.mountable(filesystem::probe_signature(&device.path)?)?
+        };
+        // Every clone of an image has the file system UUID of the image.
+        let options = MountOptions { duplicate_uuid: true, ..MountOptions::default() };
+        Ok(mounts::mount_device(&device.path, path, fs_type, options)?)
+    }
+
+    /// Makes a file system where there is nothing of any kind. That it begins is noted first, so that a formatting that
+    /// was cut off is not taken for somebody's data.
+    fn format_if_blank(&self, device: &LoopDevice, asked: FsType) -> Result<FsType, RpcError> {
+        let mark = format_mark(&self.pool, &self.uid);
+        let interrupted = mark.exists();
+        match filesystem::probe_signature(&device.path)? {
+            Some(found) if !interrupted => return self.mountable(Some(found)),
+            _ => {}
+        }
+        let consent = if interrupted { Consent::ResumeInterrupted } else { Consent::OnlyIfBlank };
+        files::write_durably(&mark, b"")?;
+        filesystem::mkfs(&device.path, asked, consent)?;
+        device.flush()?;
+        files::remove_if_there(&mark)?;
+        files::sync_parent(&mark)?;
+        Ok(asked)
+    }
+
+    fn mountable(&self, found: Option<Signature>) -> Result<FsType, RpcError> {
+        let advice = match found {
+            Some(Signature::Ext) => return Ok(FsType::Ext4),
+            Some(Signature::Xfs) => return Ok(FsType::Xfs),
+            Some(Signature::Gpt | Signature::Mbr) => "set `partition` in the StorageClass",
+            _ => "only ext4 and XFS are; use the volume as a block device",
+        };
+        Err(RpcError::NotMountable { volume: self.id.clone(), found, advice })
+    }
+
+    /// Shows the staged volume at `target`.
+    pub fn publish(&self, staged: &Path, target: &Path, wanted: Use, read_only: bool) -> Result<(), RpcError> {
+        let attachment = self.attachment()?.filter(|found| found.staged_path == staged);
+        let attachment = attachment.ok_or_else(|| self.not_staged(staged))?;
+        let node = attachment.loop_device.clone().ok_or_else(|| self.not_staged(staged))?;
+        let file = self.pool.volume_file(&self.uid);
+        let device = loop_device::find(&file)?.into_iter().find(|device| device.path == node);
+        let device = device.ok_or_else(|| self.not_staged(staged))?; // recorded, but the kernel has it no more
+        match (wanted, attachment.mode) {
+            (Use::Block, AttachmentMode::Block) if read_only => {
+                // A read-only mount of a device node would not keep anyone from writing to the device.
+                let options = LoopOptions { direct_io: true, read_only: true, ..LoopOptions::default() };
+                let device = loop_device::attach(&file, options)?;
+                Ok(mounts::bind_mount(&device.path, target, false)?)
+            }
+            (Use::Block, AttachmentMode::Block) => Ok(mounts::bind_mount(&device.path, target, false)?),
+            (Use::Filesystem(_), AttachmentMode::Filesystem) => {
+                let mounted = mounts::is_mounted(staged)?.filter(|mount| mount.source == device.path);
+                mounted.ok_or_else(|| self.not_staged(staged))?;
+                Ok(mounts::bind_mount(staged, target, read_only)?)
+            }
+            _ => Err(RpcError::Different { volume: self.id.clone(), what: "use" }),
+        }
+    }
+}
+
+/// Takes away what is shown at `target`, and the place itself.
+pub fn unpublish(target: &Path) -> Result<(), RpcError> {
+    mounts::unmount(target)?;
+    let removed = match fs::symlink_metadata(target) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir(target),
+        Ok(_) => fs::remove_file(target),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(RpcError::Io { action: "remove", path: target.display().to_string(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes a volume back from `staged`: mount, loop devices, record, in this order. Nothing there: nothing to do.
+pub fn unstage(node: &Node, uid: &Uid, staged: &Path) -> Result<(), RpcError> {
+    if mounts::is_mounted(staged)?.is_some() {
+        mounts::unmount(staged)?;
+    }
+    for pool in node.pools.all() {
+        let file = pool.volume_file(uid);
+        for device in loop_device::find(&file)? {
+            loop_device::detach(&device)?;
+        }
+        if pool.record.detached(uid)? {
+            tracing::info!(volume = %uid, "detached");
+        }
+    }
+    Ok(())
+}
+
+/// Total, used and free bytes of the file system at a path, then inodes; or the size of the device there alone.
+pub struct Stats {
+    /// Bytes: total, used, available.
+    pub bytes: (u64, Option<(u64, u64)>),
+    /// Inodes: total, used, available.
+    pub inodes: Option<(u64, u64, u64)>,
+}
+
+/// Looks at a published volume.
+pub fn stats(volume: &FoundVolume, path: &Path) -> Result<Stats, RpcError> {
+    let nothing = || RpcError::NoPath { volume: volume.id.clone(), path: path.display().to_string() };
+    let metadata = fs::metadata(path).map_err(|_| nothing())?;
+    if mounts::is_mounted(path)?.is_none() {
+        return Err(nothing());
+    }
+    if metadata.file_type().is_block_device() {
+        return Ok(Stats { bytes: (volume.entry.size.0, None), inodes: None });
+    }
+    let stat = nix::sys::statvfs::statvfs(path).map_err(|errno| RpcError::Io {
+        action: "examine",
+        path: path.display().to_string(),
+        source: errno.into(),
+    })?;
+    let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+    let used = stat.blocks().saturating_sub(stat.blocks_free());
+    Ok(Stats {
+        bytes: (bytes(stat.blocks()), Some((bytes(used), bytes(stat.blocks_available())))),
+        inodes: Some((stat.files(), stat.files().saturating_sub(stat.files_free()), stat.files_available())),
+    })
+}

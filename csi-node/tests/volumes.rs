@@ -1,0 +1,165 @@
+//! Volumes and directories of an area, with their record, through repeats, half-done work and restarts.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use berth_core::ids::{Digest, PoolName, Sha256Sum, Uid};
+use berth_core::node::Origin;
+use berth_core::reason::Reason;
+use berth_core::units::{Bytes, Generation, Timestamp};
+use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
+use berth_node::agent::volumes::{self, VolumeError, format_mark};
+use berth_record::{Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeState, tables};
+
+const FIRST: Generation = Generation(1);
+
+/// The UID is another one for each test: no two file systems with one UUID can be mounted at once.
+fn spec(dir: &Path, prefix: &str) -> PoolSpec {
+    let uid = format!("{prefix}-{}", dir.file_name().unwrap().display());
+    PoolSpec { uid: uid.into(), path: dir.join("area"), size: Bytes::mib(512) }
+}
+
+fn pools(dir: &Path) -> Pools {
+    Pools::new("n1".into(), dir.join("mnt"), dir)
+}
+
+/// An area is an XFS image where this machine can make one, and a plain directory where it cannot; both are meant here.
+fn open(dir: &Path) -> (Pools, Arc<OpenPool>) {
+    let pools = pools(dir);
+    let name = PoolName::from("fast");
+    pools.prepare(&name, &spec(dir, "pool-uid")).unwrap();
+    let pool = pools.get(&name).unwrap();
+    (pools, pool)
+}
+
+fn close(pool: Arc<OpenPool>, pools: Pools) {
+    drop(pools);
+    let pool = Arc::into_inner(pool).expect("the last one");
+    let OpenPool { area, record, .. } = pool;
+    drop(record);
+    area.unmount_and_detach().unwrap();
+}
+
+fn make(pool: &OpenPool, uid: &Uid, origin: &Origin) -> Result<(), VolumeError> {
+    volumes::make(pool, uid, FIRST, Bytes::mib(8), origin, &BTreeMap::new())
+}
+
+fn volume(pool: &OpenPool, uid: &Uid) -> Option<VolumeEntry> {
+    pool.record.record().get(tables::VOLUMES, uid).unwrap()
+}
+
+#[test]
+fn a_blank_volume_is_sparse_made_once_and_removed_without_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r1");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    let file = pool.volume_file(&uid);
+    let metadata = fs::metadata(&file).unwrap();
+    assert_eq!((metadata.len(), metadata.blocks()), (8 << 20, 0));
+    fs::write(&file, b"a guest's data").unwrap();
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    assert_eq!(fs::read(&file).unwrap(), b"a guest's data", "made once");
+
+    let attachment = Attachment {
+        loop_device: None,
+        backing_file: file.clone(),
+        staged_path: "/staged".into(),
+        mode: AttachmentMode::Block,
+    };
+    pool.record.attach(&uid, &attachment).unwrap();
+    let refused = volumes::remove(&pool, &uid).unwrap_err();
+    assert!(matches!(refused, VolumeError::Record(ChangeError::State { .. })), "{refused}");
+    assert!(file.exists(), "one in use stays");
+    pool.record.detached(&uid).unwrap();
+    fs::write(format_mark(&pool, &uid), b"").unwrap();
+    volumes::remove(&pool, &uid).unwrap();
+    volumes::remove(&pool, &uid).unwrap();
+    assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 0);
+    assert_eq!(volume(&pool, &uid), None);
+    close(pool, pools);
+}
+
+#[test]
+fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let digest = Digest(Sha256Sum::of(b"index"));
+    let mut content = vec![0; 3 << 20];
+    content[1 << 20..][..5].copy_from_slice(b"image");
+    fs::write(pool.image_file(&digest), &content).unwrap();
+    let image = Uid::from("img");
+    pool.record.begin_fill(&digest, &image, Bytes::mib(3), Bytes::mib(1), Timestamp(1)).unwrap();
+    pool.record.fill_complete(&digest).unwrap();
+
+    let uid = Uid::from("r2");
+    let entry = VolumeEntry {
+        generation: FIRST,
+        path: OpenPool::volume_path(&uid),
+        size: Bytes::mib(8),
+        origin: Some(digest),
+        state: VolumeState::Creating,
+        labels: BTreeMap::new(),
+    };
+    pool.record.begin_volume(&uid, &entry).unwrap();
+    fs::write(pool.volume_file(&uid), b"cut off").unwrap();
+    make(&pool, &uid, &Origin::Image(digest)).unwrap();
+    let clone = fs::read(pool.volume_file(&uid)).unwrap();
+    assert_eq!(clone.len(), 8 << 20);
+    assert!(clone.starts_with(&content) && clone[content.len()..].iter().all(|byte| *byte == 0));
+    assert_eq!(volume(&pool, &uid).map(|volume| volume.state), Some(VolumeState::Ready));
+    let used = pool.record.record().get(tables::IMAGES, &digest).unwrap().unwrap().last_used;
+    assert!(used > Timestamp(1), "the image was used");
+    close(pool, pools);
+}
+
+#[test]
+fn work_directories_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r3");
+    for _ in 0..2 {
+        volumes::make_work_dir(&pool, &uid, FIRST, Bytes::mib(1)).unwrap();
+    }
+    fs::write(pool.work_dir(&uid).join("source"), b"x").unwrap();
+    for _ in 0..2 {
+        volumes::remove_work_dir(&pool, &uid).unwrap();
+    }
+    assert!(!pool.work_dir(&uid).exists());
+    assert_eq!(pool.record.record().entries(tables::STAGING).unwrap(), []);
+    close(pool, pools);
+}
+
+#[test]
+fn a_pool_is_reopened_without_the_api_and_never_taken_from_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, pool) = open(dir.path());
+    make(&pool, &Uid::from("r1"), &Origin::Blank).unwrap();
+    close(pool, first);
+
+    let again = pools(dir.path());
+    again.reopen_known().unwrap();
+    let pool = again.get(&"fast".into()).expect("known from before");
+    assert!(volume(&pool, &Uid::from("r1")).is_some() && pool.volume_file(&Uid::from("r1")).exists());
+    close(pool, again);
+
+    let other = pools(dir.path());
+    let error = other.prepare(&"other".into(), &spec(dir.path(), "other-uid")).unwrap_err();
+    assert_eq!(error.reason(), Reason::InUseByPool, "{error}");
+    assert_eq!(other.failure(&"other".into()).map(|(reason, _)| reason), Some(Reason::InUseByPool));
+}
+
+#[test]
+fn data_without_its_record_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, pool) = open(dir.path());
+    make(&pool, &Uid::from("r1"), &Origin::Blank).unwrap();
+    fs::remove_file(pool.area.root.join("record.redb")).unwrap();
+    close(pool, first);
+    let again = pools(dir.path());
+    let error = again.prepare(&"fast".into(), &spec(dir.path(), "pool-uid")).unwrap_err();
+    assert!(matches!(error, PoolError::RecordGone { .. }), "{error}");
+}

@@ -1,0 +1,21 @@
+//! The node's hands: loop devices, mounts, XFS pool images, reflink, `mkfs` and `qemu-img`.
+//!
+//! The only crate with `unsafe` (in `sys` for ioctls and `confine` for children, nowhere else) and the only one whose
+//! product code starts child processes. Functions are synchronous and may block, except where they are `async`.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod cgroup;
+mod confine;
+pub mod files;
+pub mod filesystem;
+pub mod loop_device;
+pub mod mounts;
+pub mod partition;
+pub mod pool_area;
+pub mod preflight;
+mod program;
+pub mod qemu;
+mod sys;
+
+pub use program::{RunError, find_program};

@@ -1,0 +1,213 @@
+//! Who talks to the test control plane: the administrator and service accounts, as kubeconfig files.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Node, ServiceAccount};
+use kube::api::PostParams;
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Api, Client, Config, ResourceExt};
+use serde_json::{Value, json};
+
+use super::{Cluster, Pki};
+use crate::wait::WaitError;
+
+/// How long a service account's token is good for: longer than any test. Unit: seconds.
+const TOKEN_SECONDS: i64 = 8 * 3600;
+
+/// Why somebody's kubeconfig or client could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The kubeconfig could not be written.
+    #[error("failed to write kubeconfig {path}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The kubeconfig could not be read.
+    #[error("failed to read kubeconfig {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: KubeconfigError,
+    },
+    /// No client could be made from the kubeconfig.
+    #[error("failed to make a client from kubeconfig {path}")]
+    Client {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: kube::Error,
+    },
+    /// The API server refused a request.
+    #[error("failed to {action}")]
+    Request {
+        /// What was asked for.
+        action: String,
+        /// What it answered.
+        source: kube::Error,
+    },
+    /// The API server issued no token.
+    #[error("the API server issued no token for service account {namespace}/{name}")]
+    NoToken {
+        /// Namespace of the account.
+        namespace: String,
+        /// Name of the account.
+        name: String,
+    },
+    /// The account's namespace did not come about.
+    #[error(transparent)]
+    Namespace(#[from] WaitError<kube::Error>),
+}
+
+impl Cluster {
+    /// The kubeconfig of the administrator; usable by `kubectl` as long as the cluster's folder exists.
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        admin_path(&self.dir)
+    }
+
+    /// A kubeconfig with a token, good for 8 hours, of a service account; account and namespace are created if need
+    /// be. The account has no right that RBAC does not give it.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub async fn service_account_kubeconfig(
+        &self,
+        namespace: &str,
+        name: &str,
+    ) -> Result<PathBuf, IdentityError> {
+        self.ensure_account(namespace, name).await?;
+        self.token_kubeconfig(namespace, name, None).await
+    }
+
+    /// Like [`Cluster::service_account_kubeconfig`], with a token bound to the Node object `node` (created if need
+    /// be), as a pod's token on that node is: policies see `authentication.kubernetes.io/node-name`.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub async fn node_bound_kubeconfig(
+        &self,
+        namespace: &str,
+        name: &str,
+        node: &str,
+    ) -> Result<PathBuf, IdentityError> {
+        self.ensure_account(namespace, name).await?;
+        let nodes: Api<Node> = Api::all(self.admin());
+        let mut wanted = Node::default();
+        wanted.metadata.name = Some(node.to_owned());
+        created(nodes.create(&PostParams::default(), &wanted).await, || format!("create node {node}"))?;
+        let get_error = |source| IdentityError::Request { action: format!("read node {node}"), source };
+        let found = nodes.get(node).await.map_err(get_error)?;
+        self.token_kubeconfig(namespace, name, Some(&found)).await
+    }
+
+    /// A client of whoever a kubeconfig file stands for.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub async fn client_for(&self, kubeconfig: &Path) -> Result<Client, IdentityError> {
+        client(kubeconfig).await
+    }
+
+    async fn ensure_account(&self, namespace: &str, name: &str) -> Result<(), IdentityError> {
+        self.ensure_namespace(namespace).await?;
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.admin(), namespace);
+        let mut account = ServiceAccount::default();
+        account.metadata.name = Some(name.to_owned());
+        let action = || format!("create service account {namespace}/{name}");
+        created(accounts.create(&PostParams::default(), &account).await, action)
+    }
+
+    async fn token_kubeconfig(
+        &self,
+        namespace: &str,
+        name: &str,
+        node: Option<&Node>,
+    ) -> Result<PathBuf, IdentityError> {
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.admin(), namespace);
+        let bound_object_ref = node.map(|node| BoundObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: Some(node.name_any()),
+            uid: node.uid(),
+        });
+        let request = TokenRequest {
+            spec: TokenRequestSpec {
+                // Empty: the audience of the API server itself.
+                audiences: Vec::new(),
+                expiration_seconds: Some(TOKEN_SECONDS),
+                bound_object_ref,
+            },
+            ..TokenRequest::default()
+        };
+        let issued: TokenRequest = accounts
+            .create_subresource("token", name, &PostParams::default(), &request)
+            .await
+            .map_err(|source| IdentityError::Request {
+                action: format!("request a token for service account {namespace}/{name}"),
+                source,
+            })?;
+        let no_token = || IdentityError::NoToken { namespace: namespace.to_owned(), name: name.to_owned() };
+        let token = issued.status.ok_or_else(no_token)?.token;
+        let suffix = node.map(|node| format!(".{}", node.name_any())).unwrap_or_default();
+        let path = self.dir.join(format!("{namespace}.{name}{suffix}.kubeconfig"));
+        write_kubeconfig(&path, &self.pki, self.ports.apiserver, &json!({ "token": token }))?;
+        Ok(path)
+    }
+}
+
+/// Writes the administrator's kubeconfig into the cluster's folder and returns its path.
+pub(super) fn write_admin_kubeconfig(dir: &Path, pki: &Pki, port: u16) -> Result<PathBuf, IdentityError> {
+    let path = admin_path(dir);
+    let user = json!({ "client-certificate": pki.file("admin.crt"), "client-key": pki.file("admin.key") });
+    write_kubeconfig(&path, pki, port, &user)?;
+    Ok(path)
+}
+
+/// A client of whoever `kubeconfig` stands for.
+pub(super) async fn client(kubeconfig: &Path) -> Result<Client, IdentityError> {
+    let path = || kubeconfig.to_owned();
+    let read_error = |source| IdentityError::Read { path: path(), source };
+    let parsed = Kubeconfig::read_from(kubeconfig).map_err(read_error)?;
+    let config = Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default()).await;
+    let mut config = config.map_err(read_error)?;
+    // Loopback is never behind the proxy that the environment may name.
+    config.proxy_url = None;
+    Client::try_from(config).map_err(|source| IdentityError::Client { path: path(), source })
+}
+
+fn admin_path(dir: &Path) -> PathBuf {
+    dir.join("admin.kubeconfig")
+}
+
+/// Writes a kubeconfig, as JSON, which is YAML too.
+fn write_kubeconfig(path: &Path, pki: &Pki, port: u16, user: &Value) -> Result<(), IdentityError> {
+    let server = format!("https://127.0.0.1:{port}");
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{
+            "name": "berth",
+            "cluster": { "server": server, "certificate-authority": pki.file("ca.crt") },
+        }],
+        "users": [{ "name": "user", "user": user }],
+        "contexts": [{ "name": "berth", "context": { "cluster": "berth", "user": "user" } }],
+        "current-context": "berth",
+    });
+    let write_error = |source| IdentityError::Write { path: path.to_owned(), source };
+    fs::write(path, format!("{config:#}\n")).map_err(write_error)
+}
+
+/// Takes "it exists already" for success.
+fn created<T>(outcome: kube::Result<T>, action: impl FnOnce() -> String) -> Result<(), IdentityError> {
+    match outcome {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+        Err(source) => Err(IdentityError::Request { action: action(), source }),
+    }
+}

@@ -1,0 +1,332 @@
+//! A small client of the Container Storage Interface. It plays external-provisioner and kubelet: the calls in their
+//! order, repeated as they repeat them. What those two do beside calling (binding, attaching, pods) does not happen.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status};
+use tower::service_fn;
+
+use self::v1::controller_client::ControllerClient;
+use self::v1::identity_client::IdentityClient;
+use self::v1::node_client::NodeClient;
+use self::v1::volume_capability::access_mode::Mode;
+use self::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+use self::v1::{CapacityRange, Topology, TopologyRequirement, VolumeCapability};
+
+/// The messages and stubs, generated.
+#[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("csi.v1");
+}
+
+/// Between two tries of a call that may succeed later.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// How long one call may take, as the sidecars allow it.
+const CALL_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why a call did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum CsiError {
+    /// The plugin refused it.
+    #[error("{call} of {subject} was refused: {code:?}: {message}")]
+    Refused {
+        /// The call.
+        call: &'static str,
+        /// The volume, by name or handle.
+        subject: String,
+        /// The code.
+        code: Code,
+        /// What the plugin says.
+        message: String,
+    },
+    /// It was still undecided at the limit.
+    #[error("{call} of {subject} was undecided for {limit:?}, last: {code:?}: {message}")]
+    Undecided {
+        /// The call.
+        call: &'static str,
+        /// The volume, by name or handle.
+        subject: String,
+        /// How long it was repeated.
+        limit: Duration,
+        /// The last code.
+        code: Code,
+        /// What the plugin said last.
+        message: String,
+    },
+    /// The answer lacks something that every answer has.
+    #[error("{call} of {subject} was answered without {missing}")]
+    Answer {
+        /// The call.
+        call: &'static str,
+        /// The volume, by name or handle.
+        subject: String,
+        /// What is missing.
+        missing: &'static str,
+    },
+    /// A directory that kubelet would make could not be made or removed.
+    #[error("failed to prepare {path}")]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl CsiError {
+    /// The plugin's code, if it answered.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            Self::Refused { code, .. } | Self::Undecided { code, .. } => Some(*code),
+            Self::Answer { .. } | Self::Directory { .. } => None,
+        }
+    }
+}
+
+/// How a pod is to see a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// A mounted file system.
+    Filesystem,
+    /// A block device.
+    Block,
+}
+
+/// What a claim and its class ask for.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// The volume's name, as external-provisioner makes it: `pvc-<uid>`.
+    pub volume: String,
+    /// The claim's namespace.
+    pub namespace: String,
+    /// The claim's name.
+    pub name: String,
+    /// Bytes asked for.
+    pub bytes: u64,
+    /// How it is seen.
+    pub view: View,
+    /// The parameters of the class.
+    pub parameters: HashMap<String, String>,
+}
+
+/// A volume that was made.
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// Its handle.
+    pub id: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// How it is seen.
+    pub view: View,
+    /// What the plugin wants to be told again.
+    pub context: HashMap<String, String>,
+}
+
+/// A client of one node's plugin; it connects anew when the plugin was restarted.
+#[derive(Debug, Clone)]
+pub struct Csi {
+    node: String,
+    channel: Channel,
+    limit: Duration,
+}
+
+impl Csi {
+    /// A client of the plugin of `node` that listens on `socket`. Calls that may succeed later are repeated for
+    /// `limit`. Nothing is sent yet.
+    ///
+    /// # Panics
+    /// Never: the address that is parsed is a constant.
+    pub fn new(node: &str, socket: &Path, limit: Duration) -> Self {
+        let socket = socket.to_owned();
+        let endpoint = Endpoint::from_static("http://plugin.invalid").timeout(CALL_LIMIT);
+        let channel = endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        }));
+        Self { node: node.to_owned(), channel, limit }
+    }
+
+    /// The driver's name and version.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn plugin(&self) -> Result<(String, String), CsiError> {
+        let mut client = IdentityClient::new(self.channel.clone());
+        let info = self.repeat("GetPluginInfo", &self.node, async || {
+            client.get_plugin_info(v1::GetPluginInfoRequest::default()).await
+        });
+        let info = info.await?;
+        Ok((info.name, info.vendor_version))
+    }
+
+    /// `CreateVolume`, as external-provisioner does for a claim whose pod was scheduled to this node.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn create(&self, claim: &Claim) -> Result<Volume, CsiError> {
+        let mut parameters = claim.parameters.clone();
+        let details =
+            [("pvc/name", &claim.name), ("pvc/namespace", &claim.namespace), ("pv/name", &claim.volume)];
+        parameters.extend(details.map(|(key, value)| (format!("csi.storage.k8s.io/{key}"), value.clone())));
+        let here = Topology {
+            segments: HashMap::from([(berth_api::defaults::TOPOLOGY_KEY.to_owned(), self.node.clone())]),
+        };
+        let request = v1::CreateVolumeRequest {
+            name: claim.volume.clone(),
+            capacity_range: Some(CapacityRange {
+                required_bytes: i64::try_from(claim.bytes).unwrap_or(i64::MAX),
+                limit_bytes: 0,
+            }),
+            volume_capabilities: vec![capability(claim.view)],
+            parameters,
+            accessibility_requirements: Some(TopologyRequirement {
+                requisite: vec![here.clone()],
+                preferred: vec![here],
+            }),
+            ..v1::CreateVolumeRequest::default()
+        };
+        let mut client = ControllerClient::new(self.channel.clone());
+        let call = "CreateVolume";
+        let answer =
+            self.repeat(call, &claim.volume, async || client.create_volume(request.clone()).await).await?;
+        let missing = |missing| CsiError::Answer { call, subject: claim.volume.clone(), missing };
+        let volume = answer.volume.ok_or_else(|| missing("a volume"))?;
+        if volume.volume_id.is_empty() {
+            return Err(missing("a handle"));
+        }
+        let bytes = u64::try_from(volume.capacity_bytes).unwrap_or_default();
+        Ok(Volume { id: volume.volume_id, bytes, view: claim.view, context: volume.volume_context })
+    }
+
+    /// `NodeStageVolume`, with the directory that kubelet makes for it.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn stage(&self, volume: &Volume, at: &Path) -> Result<(), CsiError> {
+        make_directory(at)?;
+        let request = v1::NodeStageVolumeRequest {
+            volume_id: volume.id.clone(),
+            staging_target_path: text(at),
+            volume_capability: Some(capability(volume.view)),
+            volume_context: volume.context.clone(),
+            ..v1::NodeStageVolumeRequest::default()
+        };
+        let mut client = NodeClient::new(self.channel.clone());
+        self.repeat("NodeStageVolume", &volume.id, async || client.node_stage_volume(request.clone()).await)
+            .await?;
+        Ok(())
+    }
+
+    /// `NodePublishVolume`; kubelet makes the directory above `target`, the plugin `target` itself.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn publish(&self, volume: &Volume, staged: &Path, target: &Path) -> Result<(), CsiError> {
+        if let Some(parent) = target.parent() {
+            make_directory(parent)?;
+        }
+        let request = v1::NodePublishVolumeRequest {
+            volume_id: volume.id.clone(),
+            staging_target_path: text(staged),
+            target_path: text(target),
+            volume_capability: Some(capability(volume.view)),
+            volume_context: volume.context.clone(),
+            ..v1::NodePublishVolumeRequest::default()
+        };
+        let mut client = NodeClient::new(self.channel.clone());
+        let call = "NodePublishVolume";
+        self.repeat(call, &volume.id, async || client.node_publish_volume(request.clone()).await).await?;
+        Ok(())
+    }
+
+    /// `NodeUnpublishVolume`.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn unpublish(&self, volume: &Volume, target: &Path) -> Result<(), CsiError> {
+        let request =
+            v1::NodeUnpublishVolumeRequest { volume_id: volume.id.clone(), target_path: text(target) };
+        let mut client = NodeClient::new(self.channel.clone());
+        let call = "NodeUnpublishVolume";
+        self.repeat(call, &volume.id, async || client.node_unpublish_volume(request.clone()).await).await?;
+        Ok(())
+    }
+
+    /// `NodeUnstageVolume`.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn unstage(&self, volume: &Volume, at: &Path) -> Result<(), CsiError> {
+        let request =
+            v1::NodeUnstageVolumeRequest { volume_id: volume.id.clone(), staging_target_path: text(at) };
+        let mut client = NodeClient::new(self.channel.clone());
+        let call = "NodeUnstageVolume";
+        self.repeat(call, &volume.id, async || client.node_unstage_volume(request.clone()).await).await?;
+        Ok(())
+    }
+
+    /// `DeleteVolume`.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn delete(&self, id: &str) -> Result<(), CsiError> {
+        let request =
+            v1::DeleteVolumeRequest { volume_id: id.to_owned(), ..v1::DeleteVolumeRequest::default() };
+        let mut client = ControllerClient::new(self.channel.clone());
+        self.repeat("DeleteVolume", id, async || client.delete_volume(request.clone()).await).await?;
+        Ok(())
+    }
+
+    /// Repeats a call while its code says that the outcome is open, as the sidecars and kubelet do.
+    async fn repeat<T>(
+        &self,
+        call: &'static str,
+        subject: &str,
+        mut once: impl AsyncFnMut() -> Result<tonic::Response<T>, Status>,
+    ) -> Result<T, CsiError> {
+        let deadline = Instant::now() + self.limit;
+        loop {
+            let status = match once().await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            let (subject, code, message) = (subject.to_owned(), status.code(), status.message().to_owned());
+            // The client's own time-out shows as Cancelled.
+            let open = [Code::Aborted, Code::DeadlineExceeded, Code::Unavailable, Code::Cancelled];
+            if !open.contains(&code) {
+                return Err(CsiError::Refused { call, subject, code, message });
+            }
+            if Instant::now() >= deadline {
+                return Err(CsiError::Undecided { call, subject, limit: self.limit, code, message });
+            }
+            sleep(PAUSE).await;
+        }
+    }
+}
+
+fn capability(view: View) -> VolumeCapability {
+    let access_type = match view {
+        View::Filesystem => AccessType::Mount(MountVolume::default()),
+        View::Block => AccessType::Block(BlockVolume::default()),
+    };
+    VolumeCapability {
+        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
+        access_type: Some(access_type),
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), CsiError> {
+    std::fs::create_dir_all(path).map_err(|source| CsiError::Directory { path: path.to_owned(), source })
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}

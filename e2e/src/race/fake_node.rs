@@ -1,0 +1,287 @@
+//! Nodes that exist as API objects only. They follow the protocol of a node's agent: renew a Lease, report pools, obey
+//! a promise only when ledger and assignment agree, and report a release some time after the deletion was seen.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use berth_api::defaults::{NODE_LEASE_DURATION_SECONDS, SYSTEM_NAMESPACE, node_manager};
+use berth_api::staging_node::{NodePool, Released, StagingNodeSpec};
+use berth_api::{StagingLedger, StagingNode, StagingReservation};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use super::follow::{Seen, follow};
+use crate::seeded::Seeded;
+
+/// How often a node renews its Lease: fast, so that a restarted operator soon admits again.
+const RENEW: Duration = Duration::from_millis(700);
+/// How often a node looks whether something is to be done.
+const LOOK: Duration = Duration::from_millis(15);
+
+/// A pool on a node.
+#[derive(Debug, Clone, Default)]
+struct Carried {
+    uid: String,
+    total: i64,
+    lineage: Option<String>,
+    revision: i64,
+    promised: BTreeMap<String, i64>,
+    obeyed: BTreeMap<String, i64>,
+    released: BTreeMap<String, i64>,
+}
+
+/// A reservation that is assigned to one of the nodes.
+#[derive(Debug, Clone)]
+struct Work {
+    name: String,
+    uid: String,
+    pool: String,
+    node: String,
+    generation: i64,
+    /// When the bytes will be gone; set when the deletion was seen.
+    gone_at: Option<Instant>,
+    given_back: bool,
+    prepared: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By node and pool.
+    pools: BTreeMap<(String, String), Carried>,
+    work: BTreeMap<String, Work>,
+    /// Nodes whose report is to be written anew.
+    dirty: BTreeMap<String, bool>,
+}
+
+/// The nodes; their tasks end when this is dropped.
+pub struct FakeNodes {
+    state: Arc<Mutex<State>>,
+    _tasks: JoinSet<()>,
+}
+
+/// A node that could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("could not make StagingNode {node}")]
+pub struct FakeNodeError {
+    /// Its name.
+    pub node: String,
+    /// What the API server answered.
+    pub source: kube::Error,
+}
+
+impl FakeNodes {
+    /// Makes `names` and lets them work for the reservations of `namespace`.
+    ///
+    /// # Errors
+    /// [`FakeNodeError`].
+    pub async fn start(
+        client: &Client,
+        namespace: &str,
+        names: &[String],
+        seed: u64,
+    ) -> Result<Self, FakeNodeError> {
+        let state = Arc::new(Mutex::new(State::default()));
+        let mut tasks = JoinSet::new();
+        let nodes: Api<StagingNode> = Api::all(client.clone());
+        for node in names {
+            let object = StagingNode::new(node, StagingNodeSpec { node_name: node.clone() });
+            let made = nodes.create(&PostParams::default(), &object).await;
+            made.map_err(|source| FakeNodeError { node: node.clone(), source })?;
+            lock(&state).dirty.insert(node.clone(), true);
+            tasks.spawn(renew(client.clone(), node.clone()));
+            tasks.spawn(serve(client.clone(), namespace.to_owned(), node.clone(), state.clone()));
+        }
+        let (into, api) = (state.clone(), Api::<StagingLedger>::all(client.clone()));
+        tasks.spawn(async move {
+            follow("StagingLedger", api, |seen| lock(&into).ledger(seen)).await;
+        });
+        let (into, api) = (state.clone(), Api::<StagingReservation>::namespaced(client.clone(), namespace));
+        let mut seeded = Seeded::part(seed, 0x6e6f_6465);
+        tasks.spawn(async move {
+            follow("StagingReservation", api, |seen| lock(&into).reservation(seen, &mut seeded)).await;
+        });
+        Ok(Self { state, _tasks: tasks })
+    }
+
+    /// Lets `node` carry a pool of `total` bytes.
+    pub fn carry(&self, node: &str, pool: &str, uid: &str, total: i64) {
+        let mut state = lock(&self.state);
+        let carried = Carried { uid: uid.to_owned(), total, ..Carried::default() };
+        state.pools.insert((node.to_owned(), pool.to_owned()), carried);
+        state.dirty.insert(node.to_owned(), true);
+    }
+
+    /// Takes a pool off every node.
+    pub fn drop_pool(&self, pool: &str) {
+        let mut state = lock(&self.state);
+        let nodes: Vec<_> = state.pools.keys().filter(|(_, name)| name == pool).cloned().collect();
+        for key in nodes {
+            state.pools.remove(&key);
+            state.dirty.insert(key.0, true);
+        }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn ledger(&mut self, seen: Seen<StagingLedger>) {
+        let Seen::Now(ledger) = seen else { return };
+        let spec = ledger.spec;
+        let key = (spec.scope.node_name, spec.pool_name);
+        let Some(pool) = self.pools.get_mut(&key) else { return };
+        let lineage = pool.lineage.get_or_insert_with(|| spec.lineage.clone());
+        if *lineage != spec.lineage || spec.revision < pool.revision {
+            return;
+        }
+        pool.revision = spec.revision;
+        pool.promised = spec.promises.into_iter().map(|(uid, promise)| (uid, promise.generation)).collect();
+        // What the ledger no longer has need not be acknowledged any more.
+        let promised = &pool.promised;
+        pool.released.retain(|uid, _| promised.contains_key(uid));
+        self.dirty.insert(key.0, true);
+    }
+
+    fn reservation(&mut self, seen: Seen<StagingReservation>, seeded: &mut Seeded) {
+        let reservation = match seen {
+            Seen::Now(reservation) => reservation,
+            Seen::Gone(reservation) => {
+                self.work.remove(&reservation.uid().unwrap_or_default());
+                return;
+            }
+        };
+        let uid = reservation.uid().unwrap_or_default();
+        let Some(assignment) = reservation.status.as_ref().and_then(|status| status.assignment.clone()) else {
+            return;
+        };
+        let work = self.work.entry(uid.clone()).or_insert_with(|| Work {
+            name: reservation.name_any(),
+            uid,
+            pool: assignment.pool.clone().unwrap_or_default(),
+            node: assignment.node.clone(),
+            generation: assignment.generation,
+            gone_at: None,
+            given_back: false,
+            prepared: false,
+        });
+        if reservation.metadata.deletion_timestamp.is_some() && work.gone_at.is_none() {
+            work.gone_at = Some(Instant::now() + seeded.millis(10, 120));
+        }
+    }
+
+    /// Obeys and releases what is due on `node`; returns whether its report has to be written.
+    fn act(&mut self, node: &str) -> bool {
+        let mut dirty = self.dirty.insert(node.to_owned(), false).unwrap_or_default();
+        for work in self.work.values_mut().filter(|work| work.node == node) {
+            let Some(pool) = self.pools.get_mut(&(node.to_owned(), work.pool.clone())) else { continue };
+            match work.gone_at {
+                Some(at) if at <= Instant::now() && !work.given_back => {
+                    work.given_back = true;
+                    pool.obeyed.remove(&work.uid);
+                    pool.released.insert(work.uid.clone(), work.generation);
+                    dirty = true;
+                }
+                None if pool.promised.get(&work.uid) == Some(&work.generation) => {
+                    dirty |= pool.obeyed.insert(work.uid.clone(), work.generation).is_none();
+                }
+                _ => {}
+            }
+        }
+        dirty
+    }
+
+    fn report(&self, node: &str) -> Vec<NodePool> {
+        let list = |map: &BTreeMap<String, i64>| -> Vec<Released> {
+            map.iter().map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation }).collect()
+        };
+        let pools = self.pools.iter().filter(|((carrier, _), _)| carrier == node);
+        pools
+            .map(|((_, name), pool)| NodePool {
+                name: name.clone(),
+                uid: pool.uid.clone(),
+                usable: true,
+                reason: "Ready".to_owned(),
+                total_bytes: pool.total,
+                lineage: pool.lineage.clone(),
+                obeyed_revision: pool.revision,
+                released: list(&pool.released),
+                obeyed: list(&pool.obeyed),
+                ..NodePool::default()
+            })
+            .collect()
+    }
+
+    /// What is obeyed on `node` and not yet said to be ready.
+    fn unprepared(&mut self, node: &str) -> Vec<Work> {
+        let pools = &self.pools;
+        let obeyed = |work: &Work| {
+            let pool = pools.get(&(node.to_owned(), work.pool.clone()));
+            pool.is_some_and(|pool| pool.obeyed.contains_key(&work.uid))
+        };
+        let due = self.work.values_mut().filter(|work| work.node == node && !work.prepared && obeyed(work));
+        due.map(|work| {
+            work.prepared = true;
+            work.clone()
+        })
+        .collect()
+    }
+}
+
+/// The node's loop. What is obeyed is reported before anything is said to be ready.
+async fn serve(client: Client, namespace: String, node: String, state: Arc<Mutex<State>>) {
+    let nodes: Api<StagingNode> = Api::all(client.clone());
+    let reservations: Api<StagingReservation> = Api::namespaced(client, &namespace);
+    let manager = node_manager(&node);
+    loop {
+        let dirty = lock(&state).act(&node);
+        if dirty {
+            let report = json!({ "status": { "pools": lock(&state).report(&node) } });
+            if nodes.patch_status(&node, &PatchParams::default(), &Patch::Merge(&report)).await.is_err() {
+                lock(&state).dirty.insert(node.clone(), true);
+            }
+        }
+        let unprepared = lock(&state).unprepared(&node);
+        for work in unprepared {
+            let ready = json!({
+                "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+                "metadata": { "name": work.name, "uid": work.uid },
+                "status": { "preparedGeneration": work.generation, "path": format!("/none/{}", work.uid) },
+            });
+            // A reservation that went meanwhile needs nothing any more.
+            reservations.patch_status(&work.name, &PatchParams::apply(&manager).force(), &Patch::Apply(&ready)).await.ok();
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// Renews the node's Lease.
+async fn renew(client: Client, node: String) {
+    let leases: Api<Lease> = Api::namespaced(client, SYSTEM_NAMESPACE);
+    let name = lease_name(&node);
+    loop {
+        let lease = json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": { "name": name },
+            "spec": {
+                "holderIdentity": node, "leaseDurationSeconds": NODE_LEASE_DURATION_SECONDS,
+                "renewTime": format!("{:.6}", jiff::Timestamp::now()),
+            },
+        });
+        leases.patch(&name, &PatchParams::apply("berth-node").force(), &Patch::Apply(&lease)).await.ok();
+        sleep(RENEW).await;
+    }
+}
+
+/// `berth-node-` and the first 16 hexadecimal digits of the name's SHA-256.
+fn lease_name(node: &str) -> String {
+    let sum = Sha256::digest(node.as_bytes());
+    let hex: String = sum.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    format!("berth-node-{hex}")
+}

@@ -1,0 +1,31 @@
+//! The end-to-end suite: one program, so that its trials share a runtime and the programs they run.
+//!
+//! A file here is a list of [`scenario::Scenario`]s; adding one means a `mod` line and a line in [`scenarios`].
+//! What the machine cannot run is reported as ignored, with the reason.
+
+mod cluster;
+mod manifests;
+mod minio;
+mod operator;
+mod process;
+mod scenario;
+mod volume;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+use crate::scenario::Scenario;
+
+/// Every scenario of the suite.
+fn scenarios() -> Vec<Scenario> {
+    [process::scenarios(), cluster::scenarios(), manifests::scenarios(), minio::scenarios(), operator::scenarios(), volume::scenarios()].into_iter().flatten().collect()
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = process::play_parent() {
+        return code;
+    }
+    let arguments = Arguments::from_args();
+    libtest_mimic::run(&arguments, scenarios().into_iter().map(Scenario::into_trial).collect()).exit_code()
+}

@@ -1,0 +1,251 @@
+//! A control plane with Berth's kinds and rights, one pool, operators as processes, and fake nodes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use berth_api::staging_reservation::ReservationState;
+use berth_api::{StagingLedger, StagingReservation};
+use berth_e2e::cluster::{Cluster, SYSTEM_NAMESPACE};
+use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE, Ours};
+use berth_e2e::process::{Process, Program};
+use berth_e2e::wait::{self, Look};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, ResourceExt as _};
+use kube::api::{ListParams, PostParams};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::fake_node::FakeNode;
+use super::state_of;
+
+/// One GiB.
+pub const GIB: i64 = 1 << 30;
+/// How long anything may take to come about.
+pub const MOMENT: Duration = Duration::from_secs(40);
+
+/// What a scenario stands on.
+pub struct Bed {
+    operators: BTreeMap<&'static str, Process>,
+    /// The control plane.
+    pub cluster: Cluster,
+    /// The operator's own rights, and no more.
+    pub operator_kubeconfig: PathBuf,
+    program: PathBuf,
+    sabotage: &'static str,
+    dir: TempDir,
+}
+
+impl Bed {
+    /// A control plane with kinds, rights and the pool `p`.
+    pub async fn start() -> anyhow::Result<Self> {
+        Self::with(OPERATOR, "").await
+    }
+
+    /// The same with operators that have this defect.
+    pub async fn sabotaged(sabotage: &'static str) -> anyhow::Result<Self> {
+        Self::with(OPERATOR_SABOTAGE, sabotage).await
+    }
+
+    async fn with(program: Ours, sabotage: &'static str) -> anyhow::Result<Self> {
+        let program = tokio::task::spawn_blocking(move || program.obtain()).await??;
+        let dir = tempfile::tempdir()?;
+        let cluster = Cluster::start(&dir.path().join("cluster")).await?;
+        let tree = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        cluster.install_crds(&tree.join("crds")).await?;
+        for file in ["operator.yaml", "node.yaml"] {
+            cluster.apply_file(&tree.join("charts/berth/files/rbac").join(file)).await?;
+        }
+        let pool = "apiVersion: staging.berth.dev/v1alpha1\nkind: StagingPool\nmetadata: {name: p}\n\
+                    spec: {backend: {filesystem: {path: /staging, size: 10Gi}}}\n";
+        cluster.apply_yaml(pool).await?;
+        let operator_kubeconfig = cluster.service_account_kubeconfig(SYSTEM_NAMESPACE, "berth-operator").await?;
+        Ok(Self { operators: BTreeMap::new(), cluster, operator_kubeconfig, program, sabotage, dir })
+    }
+
+    /// Starts a replica of this name.
+    pub fn start_operator(&mut self, identity: &'static str) -> anyhow::Result<()> {
+        let program = Program::new("berth-operator", &self.program, &self.log(identity))
+            .args(["--identity", identity, "--metrics-addr", "127.0.0.1:0", "--kubeconfig"])
+            .args([&self.operator_kubeconfig])
+            .env("BERTH_SABOTAGE", self.sabotage)
+            .env("RUST_LOG", "info,berth_operator=debug");
+        self.operators.insert(identity, program.spawn()?);
+        Ok(())
+    }
+
+    /// Ends a replica as a crash would.
+    pub fn kill_operator(&mut self, identity: &str) -> anyhow::Result<()> {
+        self.operators.remove(identity).context("no such operator")?.kill9()?;
+        Ok(())
+    }
+
+    /// Asks a replica to end; its exit code.
+    pub fn stop_operator(&mut self, identity: &str) -> anyhow::Result<Option<i32>> {
+        let mut operator = self.operators.remove(identity).context("no such operator")?;
+        Ok(operator.stop(Duration::from_secs(15))?.code())
+    }
+
+    /// Starts a node that carries the pool, with a node's rights and no more.
+    pub async fn node(&self, name: &str, total: i64) -> anyhow::Result<FakeNode> {
+        let kubeconfig = self.cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", name).await?;
+        let client = self.cluster.client_for(&kubeconfig).await?;
+        FakeNode::start(client, name, "p", total).await
+    }
+
+    /// Asks for `size` bytes.
+    pub async fn reserve(&self, name: &str, size: i64, when_full: &str) -> anyhow::Result<()> {
+        let reservation = serde_json::from_value(json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+            "metadata": {"name": name}, "spec": {"poolName": "p", "maxSize": size, "whenFull": when_full},
+        }))?;
+        self.reservations().create(&PostParams::default(), &reservation).await?;
+        Ok(())
+    }
+
+    /// The reservations of the scenario.
+    pub fn reservations(&self) -> Api<StagingReservation> {
+        Api::namespaced(self.cluster.admin(), "default")
+    }
+
+    /// The state of a reservation.
+    pub async fn state(&self, name: &str) -> anyhow::Result<Option<ReservationState>> {
+        Ok(state_of(&self.reservations().get(name).await?))
+    }
+
+    /// Waits for a state.
+    pub async fn wait_state(&self, name: &str, wanted: ReservationState) -> anyhow::Result<StagingReservation> {
+        let api = self.reservations();
+        let what = format!("{name} to be {wanted:?}");
+        let waited = wait::until(&what, MOMENT, || async {
+            match api.get(name).await {
+                Ok(found) if state_of(&found) == Some(wanted) => Look::Done(found),
+                Ok(found) => Look::NotYet(format!("{:?}", found.status)),
+                Err(error) => Look::Failed(error),
+            }
+        });
+        waited.await.with_context(|| self.logs())
+    }
+
+    /// Waits until a reservation is gone.
+    pub async fn wait_gone(&self, name: &str) -> anyhow::Result<()> {
+        let api = self.reservations();
+        let what = format!("{name} to be gone");
+        let waited = wait::until(&what, MOMENT, || async {
+            match api.get_opt(name).await {
+                Ok(None) => Look::Done(()),
+                Ok(Some(found)) => Look::NotYet(format!("{:?} {:?}", found.metadata.finalizers, found.status)),
+                Err(error) => Look::Failed(error),
+            }
+        });
+        waited.await.with_context(|| self.logs())
+    }
+
+    /// The ledger of the pool on a node.
+    pub async fn ledger(&self, node: &str) -> anyhow::Result<Option<StagingLedger>> {
+        let api: Api<StagingLedger> = Api::all(self.cluster.admin());
+        let ledgers = api.list(&ListParams::default().fields(&format!("spec.scope.nodeName={node}"))).await?;
+        ensure!(ledgers.items.len() <= 1, "{} ledgers of one pool on {node}", ledgers.items.len());
+        Ok(ledgers.items.into_iter().next())
+    }
+
+    /// Every reservation with a place has its promise in the ledger of that place, at the same generation.
+    pub async fn check_promises(&self) -> anyhow::Result<()> {
+        // In this order: a promise comes before the placement, and goes after the release.
+        let reservations = self.reservations().list(&ListParams::default()).await?;
+        for reservation in reservations.iter().filter(|r| r.metadata.deletion_timestamp.is_none()) {
+            let Some(place) = reservation.status.as_ref().and_then(|status| status.assignment.as_ref()) else { continue };
+            let ledger = self.ledger(&place.node).await?.context("a placement without a ledger")?;
+            let uid = reservation.uid().unwrap_or_default();
+            let generation = ledger.spec.promises.get(&uid).map(|promise| promise.generation);
+            let name = reservation.name_any();
+            ensure!(generation == Some(place.generation), "{name} at {place:?}, promised at {generation:?}");
+        }
+        Ok(())
+    }
+
+    /// The promised bytes on a node, which must not be above the capacity in the same object.
+    pub async fn check_sum(&self, node: &str) -> anyhow::Result<i64> {
+        let Some(ledger) = self.ledger(node).await? else { return Ok(0) };
+        let sum: i64 = ledger.spec.promises.values().map(|promise| promise.data_bytes).sum();
+        let capacity = ledger.spec.capacity.total.data_bytes;
+        ensure!(sum <= capacity, "{node}: {sum} bytes promised of {capacity}");
+        Ok(sum)
+    }
+
+    /// Waits until a replica has seen every list.
+    pub async fn wait_ready(&self, identity: &str) -> anyhow::Result<()> {
+        let waited = wait::until("readiness", MOMENT, || async {
+            match self.fetch(identity, "readyz").await {
+                Ok((200, _)) => Look::<(), std::convert::Infallible>::Done(()),
+                Ok((code, body)) => Look::NotYet(format!("{code} {body}")),
+                Err(error) => Look::NotYet(error.to_string()),
+            }
+        });
+        waited.await.with_context(|| self.logs())?;
+        let (code, _) = self.fetch(identity, "healthz").await?;
+        ensure!(code == 200, "healthz: {code}");
+        Ok(())
+    }
+
+    /// The sum of a metric of a replica over all labels.
+    pub async fn metric(&self, identity: &str, name: &str) -> anyhow::Result<i64> {
+        let (code, body) = self.fetch(identity, "metrics").await?;
+        ensure!(code == 200, "metrics: {code}");
+        let values = body.lines().filter_map(|line| {
+            let rest = line.strip_prefix(name)?;
+            let value = rest.strip_prefix(' ').or_else(|| rest.starts_with('{').then(|| rest.rsplit(' ').next())?)?;
+            value.parse::<i64>().ok()
+        });
+        Ok(values.sum())
+    }
+
+    /// Waits until the operators' Lease has this holder.
+    pub async fn wait_lease(&self, holder: &str) -> anyhow::Result<()> {
+        let leases: Api<Lease> = Api::namespaced(self.cluster.admin(), SYSTEM_NAMESPACE);
+        wait::until("the Lease", MOMENT, || async {
+            match leases.get_opt("berth-operator").await {
+                Ok(lease) => {
+                    let found = lease.and_then(|lease| lease.spec).and_then(|spec| spec.holder_identity);
+                    if found.as_deref() == Some(holder) { Look::Done(()) } else { Look::NotYet(format!("{found:?}")) }
+                }
+                Err(error) => Look::Failed(error),
+            }
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The operators' rights were enough: nothing was forbidden.
+    pub fn no_denials(&self) -> anyhow::Result<()> {
+        for identity in ["one", "two"] {
+            let log = std::fs::read_to_string(self.log(identity)).unwrap_or_default();
+            if let Some(line) = log.lines().find(|line| line.contains("forbidden")) {
+                bail!("operator {identity}: {line}");
+            }
+        }
+        Ok(())
+    }
+
+    async fn fetch(&self, identity: &str, path: &str) -> anyhow::Result<(u16, String)> {
+        let log = std::fs::read_to_string(self.log(identity))?;
+        let line = log.lines().rfind(|line| line.contains("metrics listening")).context("not listening yet")?;
+        let address = line.rsplit("address=").next().context("no address in the log")?.trim();
+        let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
+        let answer = client.get(format!("http://{address}/{path}")).send().await?;
+        Ok((answer.status().as_u16(), answer.text().await?))
+    }
+
+    fn log(&self, identity: &str) -> PathBuf {
+        self.dir.path().join(format!("operator-{identity}.log"))
+    }
+
+    fn logs(&self) -> String {
+        let tails = self.operators.iter().map(|(identity, operator)| {
+            let state = if operator.is_running() { "running" } else { "ended" };
+            format!("operator {identity} ({state}):\n{}", operator.log_tail())
+        });
+        tails.collect::<Vec<_>>().join("\n")
+    }
+}

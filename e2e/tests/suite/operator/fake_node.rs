@@ -1,0 +1,196 @@
+//! A node made of API objects alone: it reports, renews its Lease, obeys its ledger, and releases when told to.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use berth_api::staging_node::{NodePool, Released, StagingNodeSpec, StagingNodeStatus};
+use berth_api::{StagingLedger, StagingNode, StagingReservation};
+use berth_e2e::cluster::SYSTEM_NAMESPACE;
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use tokio::task::JoinHandle;
+
+/// Between two looks of the node.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// A running fake node; dropping it silences it.
+pub struct FakeNode {
+    releases: Arc<AtomicBool>,
+    task: JoinHandle<anyhow::Error>,
+}
+
+/// What the node remembers, as its record would.
+struct Memory {
+    client: Client,
+    name: String,
+    pool: String,
+    total: i64,
+    lineage: Option<String>,
+    revision: i64,
+    obeyed: BTreeMap<String, i64>,
+    released: BTreeMap<String, i64>,
+}
+
+impl FakeNode {
+    /// Makes the node's objects and starts it: it carries `pool` with `total` bytes.
+    pub async fn start(client: Client, name: &str, pool: &str, total: i64) -> anyhow::Result<Self> {
+        let mut memory = Memory {
+            client,
+            name: name.to_owned(),
+            pool: pool.to_owned(),
+            total,
+            lineage: None,
+            revision: 0,
+            obeyed: BTreeMap::new(),
+            released: BTreeMap::new(),
+        };
+        let nodes: Api<StagingNode> = Api::all(memory.client.clone());
+        let node = StagingNode::new(name, StagingNodeSpec { node_name: name.to_owned() });
+        nodes.create(&PostParams::default(), &node).await.context("make the StagingNode")?;
+        let releases = Arc::new(AtomicBool::new(true));
+        let may_release = releases.clone();
+        memory.round(&releases).await?;
+        let task = tokio::spawn(async move {
+            loop {
+                if let Err(error) = memory.round(&may_release).await {
+                    return error;
+                }
+                tokio::time::sleep(PERIOD).await;
+            }
+        });
+        Ok(Self { releases, task })
+    }
+
+    /// Whether it gives bytes back when a reservation is deleted.
+    pub fn set_releases(&self, releases: bool) {
+        self.releases.store(releases, Ordering::SeqCst);
+    }
+
+    /// The fault that ended it, if one did.
+    pub async fn fault(self) -> Option<anyhow::Error> {
+        if self.task.is_finished() {
+            return Some((&mut { self }.task).await.unwrap_or_else(anyhow::Error::from));
+        }
+        None
+    }
+}
+
+impl Drop for FakeNode {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Memory {
+    /// One look: obey, release, report, and only then renew the Lease.
+    async fn round(&mut self, releases: &AtomicBool) -> anyhow::Result<()> {
+        let ledgers: Api<StagingLedger> = Api::all(self.client.clone());
+        let fields = ListParams::default().fields(&format!("spec.scope.nodeName={}", self.name));
+        let ledgers = ledgers.list(&fields).await.context("list ledgers")?;
+        let reservations: Api<StagingReservation> = Api::all(self.client.clone());
+        let fields = ListParams::default().fields(&format!("status.assignment.node={}", self.name));
+        let reservations = reservations.list(&fields).await.context("list reservations")?;
+        if let Some(ledger) = ledgers.iter().find(|ledger| ledger.spec.pool_name == self.pool) {
+            // Read after what was listed: a deletion seen there came after the order to keep the bytes.
+            self.obey(ledger, &reservations.items, releases.load(Ordering::SeqCst));
+        }
+        self.report().await.context("report")?;
+        self.prepare(&reservations.items).await.context("prepare")?;
+        self.renew().await.context("renew the Lease")
+    }
+
+    fn obey(&mut self, ledger: &StagingLedger, reservations: &[StagingReservation], releases: bool) {
+        let spec = &ledger.spec;
+        if self.lineage.get_or_insert_with(|| spec.lineage.clone()) != &spec.lineage || spec.revision < self.revision {
+            return;
+        }
+        self.revision = spec.revision;
+        self.released.retain(|uid, _| spec.promises.contains_key(uid));
+        for reservation in reservations {
+            let uid = reservation.uid().unwrap_or_default();
+            let assigned = reservation.status.as_ref().and_then(|status| status.assignment.as_ref());
+            let Some(assigned) = assigned.filter(|a| a.pool.as_ref() == Some(&self.pool)) else { continue };
+            if reservation.metadata.deletion_timestamp.is_some() {
+                if releases && spec.promises.contains_key(&uid) {
+                    self.obeyed.remove(&uid);
+                    self.released.insert(uid, assigned.generation);
+                }
+            } else if spec.promises.get(&uid).is_some_and(|promise| promise.generation == assigned.generation) {
+                self.obeyed.insert(uid, assigned.generation);
+            }
+        }
+    }
+
+    async fn report(&self) -> kube::Result<()> {
+        let list = |map: &BTreeMap<String, i64>| {
+            map.iter().map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation }).collect()
+        };
+        let pool = NodePool {
+            name: self.pool.clone(),
+            usable: true,
+            reason: "Ready".to_owned(),
+            total_bytes: self.total,
+            lineage: self.lineage.clone(),
+            obeyed_revision: self.revision,
+            released: list(&self.released),
+            obeyed: list(&self.obeyed),
+            ..NodePool::default()
+        };
+        let status = StagingNodeStatus { pools: vec![pool], ..StagingNodeStatus::default() };
+        let body = json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingNode",
+            "metadata": {"name": self.name}, "status": status,
+        });
+        let nodes: Api<StagingNode> = Api::all(self.client.clone());
+        nodes.patch_status(&self.name, &self.manager(), &Patch::Apply(body)).await.map(drop)
+    }
+
+    /// Says of what it has obeyed that it is ready.
+    async fn prepare(&self, reservations: &[StagingReservation]) -> kube::Result<()> {
+        for reservation in reservations {
+            let Some(generation) = self.obeyed.get(&reservation.uid().unwrap_or_default()) else { continue };
+            let namespace = reservation.namespace().unwrap_or_default();
+            let status = reservation.status.clone().unwrap_or_default();
+            if status.prepared_generation == Some(*generation) || reservation.metadata.deletion_timestamp.is_some() {
+                continue;
+            }
+            let body = json!({
+                "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+                "metadata": {"name": reservation.name_any(), "uid": reservation.uid()},
+                "status": {"preparedGeneration": generation, "path": "/staging"},
+            });
+            let api: Api<StagingReservation> = Api::namespaced(self.client.clone(), &namespace);
+            match api.patch_status(&reservation.name_any(), &self.manager(), &Patch::Apply(body)).await {
+                Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => {}
+                other => other.map(drop)?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn renew(&self) -> kube::Result<()> {
+        let hash = Sha256::digest(self.name.as_bytes());
+        let hex: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let name = format!("berth-node-{hex}");
+        let now = jiff::Timestamp::now();
+        let body = json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name},
+            "spec": {
+                "holderIdentity": self.name, "leaseDurationSeconds": 40,
+                "renewTime": format!("{now:.6}"),
+            },
+        });
+        let leases: Api<Lease> = Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE);
+        leases.patch(&name, &self.manager(), &Patch::Apply(body)).await.map(drop)
+    }
+
+    fn manager(&self) -> PatchParams {
+        PatchParams::apply(&format!("berth-node/{}", self.name)).force()
+    }
+}

@@ -1,0 +1,120 @@
+//! One end-to-end scenario: its name, what it needs of the machine, its limit of time, what it does.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use berth_e2e::ours::{NODE, OPERATOR, Ours, TEST_HTTP, TEST_S3};
+use berth_e2e::site::Site;
+use berth_e2e::tools::Tool;
+use futures::FutureExt as _;
+use futures::future::LocalBoxFuture;
+use libtest_mimic::{Completion, Failed, Trial};
+use tokio::runtime::Runtime;
+
+/// The runtime of all scenarios: clients keep a task on the runtime that made them.
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("the runtime starts"));
+
+/// How long a scenario may run, unless it says otherwise. Building missing programs does not count.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// What a scenario needs of the machine; without it the scenario is skipped.
+#[derive(Debug, Clone, Copy)]
+pub enum Need {
+    /// A program that the suite finds or builds.
+    Tool(Tool),
+    /// A command on `PATH`.
+    Command(&'static str),
+    /// A program of ours, built if it is not up to date.
+    Program(Ours),
+    /// A machine that can run a whole site.
+    Site,
+}
+
+/// etcd and kube-apiserver.
+pub const CONTROL_PLANE: &[Need] = &[Need::Tool(Tool::Etcd), Need::Tool(Tool::KubeApiserver)];
+
+/// Why a scenario does not run.
+enum Obstacle {
+    Missing(String),
+    Broken(String),
+}
+
+impl Need {
+    /// A whole site with the test S3 server.
+    pub const SITE: &[Self] = &[
+        Self::Site,
+        Self::Tool(Tool::Etcd),
+        Self::Tool(Tool::KubeApiserver),
+        Self::Command("curl"),
+        Self::Command("losetup"),
+        Self::Command("nsenter"),
+        Self::Program(OPERATOR),
+        Self::Program(NODE),
+        Self::Program(TEST_S3),
+        Self::Program(TEST_HTTP),
+    ];
+
+    fn meet(self) -> Result<(), Obstacle> {
+        match self {
+            Self::Tool(tool) => match tool.obtain() {
+                Ok(_) => Ok(()),
+                Err(error) if error.is_missing_prerequisite() => Err(Obstacle::Missing(error.to_string())),
+                Err(error) => Err(Obstacle::Broken(format!("{:#}", anyhow::Error::from(error)))),
+            },
+            Self::Program(program) => match program.obtain() {
+                Ok(_) => Ok(()),
+                Err(error) => Err(Obstacle::Broken(format!("{:#}", anyhow::Error::from(error)))),
+            },
+            Self::Site => Site::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
+            Self::Command(name) => {
+                let path = std::env::var_os("PATH").unwrap_or_default();
+                let mut dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+                let found = dirs.any(|dir| dir.join(name).is_file());
+                found.then_some(()).ok_or_else(|| Obstacle::Missing(format!("{name} is not on PATH")))
+            }
+        }
+    }
+}
+
+type Body = Box<dyn FnOnce() -> LocalBoxFuture<'static, anyhow::Result<()>> + Send>;
+
+/// One scenario of the suite.
+pub struct Scenario {
+    name: &'static str,
+    needs: Vec<Need>,
+    limit: Duration,
+    body: Body,
+}
+
+impl Scenario {
+    /// A scenario called `file::what_it_shows`; `body` fails by error or by panic.
+    pub fn new<F, Fut>(name: &'static str, needs: &[Need], body: F) -> Self
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = anyhow::Result<()>> + 'static,
+    {
+        Self { name, needs: needs.to_vec(), limit: LIMIT, body: Box::new(|| body().boxed_local()) }
+    }
+
+    /// Turns it into a trial of the test runner.
+    pub fn into_trial(self) -> Trial {
+        let Self { name, needs, limit, body } = self;
+        Trial::ignorable_test(name, move || {
+            for need in needs {
+                match need.meet() {
+                    Ok(()) => {}
+                    Err(Obstacle::Missing(reason)) => {
+                        return Ok(Completion::ignored_with(format!("SKIPPED {name}: {reason}")));
+                    }
+                    Err(Obstacle::Broken(reason)) => return Err(Failed::from(reason)),
+                }
+            }
+            let outcome = RUNTIME.block_on(async { tokio::time::timeout(limit, body()).await });
+            match outcome {
+                Ok(Ok(())) => Ok(Completion::Completed),
+                Ok(Err(error)) => Err(Failed::from(format!("{error:#}"))),
+                Err(_) => Err(Failed::from(format!("not finished after {limit:?}"))),
+            }
+        })
+    }
+}

@@ -1,0 +1,21 @@
+//! Chunked images: content-addressed, compressed chunks and indexes in the casync layout.
+//!
+//! Writing goes [`session::Session::begin`] → [`upload::ChunkUploader`] → [`verify::verify`] → [`publish`]; reading is
+//! [`read::ImageReader`].
+
+pub mod caibx;
+pub mod publish;
+pub mod read;
+pub mod session;
+pub mod store;
+pub mod upload;
+pub mod usage;
+pub mod verify;
+pub mod zeros;
+
+mod frame;
+mod index_file;
+mod local_index;
+
+#[cfg(test)]
+mod tests;

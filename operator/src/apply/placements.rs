@@ -1,0 +1,116 @@
+//! Placements: fixed by replacing the status under the version that was seen.
+
+use std::fmt::Debug;
+
+use berth_api::fields::Assignment;
+use berth_api::staging_reservation::AssignedImage as ApiImage;
+use berth_api::{ImageStore, StagingReservation, TemplateImport};
+use berth_core::ids::{NodeName, ObjectName};
+use berth_core::metric::Metric;
+use berth_core::units::Generation;
+use berth_core::view::{AssignedImage, ObjectVersion, Placement};
+use kube::ResourceExt as _;
+use kube::core::NamespaceResourceScope;
+use serde::Serialize;
+
+use super::error::swapped;
+use super::{Applier, ApplyError};
+use crate::observe::Observed;
+use crate::sabotage;
+
+impl Applier {
+    /// Where a reservation is, and what it starts from.
+    pub(super) async fn assign_reservation(
+        &self,
+        name: &ObjectName,
+        version: &ObjectVersion,
+        placement: &Placement,
+        image: Option<&AssignedImage>,
+        reused: bool,
+    ) -> Result<bool, ApplyError> {
+        self.assign(name, version, |reservation: &mut StagingReservation| {
+            let status = reservation.status.get_or_insert_default();
+            status.assignment = Some(assignment_of(placement));
+            status.image = image.map(|image| ApiImage {
+                digest: image.digest.to_string(),
+                staged_image: image.staged_image.clone(),
+                virtual_size: image.virtual_size.as_i64(),
+            });
+            status.reused = image.is_some().then_some(reused);
+        })
+        .await?;
+        tracing::info!(reservation = %name, pool = %placement.pool, node = %placement.node,
+            generation = %placement.generation, "reservation assigned");
+        self.metrics.add(Metric::AdmissionsTotal, &[("pool", placement.pool.as_str())], 1);
+        Ok(true)
+    }
+
+    /// Which node works on an import.
+    pub(super) async fn assign_import(
+        &self,
+        name: &ObjectName,
+        version: &ObjectVersion,
+        placement: &Placement,
+    ) -> Result<bool, ApplyError> {
+        self.assign(name, version, |import: &mut TemplateImport| {
+            import.status.get_or_insert_default().assignment = Some(assignment_of(placement));
+        })
+        .await?;
+        tracing::info!(import = %name, node = %placement.node, generation = %placement.generation, "import assigned");
+        Ok(true)
+    }
+
+    /// Which node looks after an image store.
+    pub(super) async fn assign_store(
+        &self,
+        name: &ObjectName,
+        version: &ObjectVersion,
+        node: &NodeName,
+        generation: Generation,
+    ) -> Result<bool, ApplyError> {
+        self.assign(name, version, |store: &mut ImageStore| {
+            let generation = generation.0.try_into().unwrap_or(i64::MAX);
+            store.status.get_or_insert_default().assignment =
+                Some(Assignment { pool: None, node: node.0.clone(), generation });
+        })
+        .await?;
+        tracing::info!(store = %name, %node, %generation, "image store assigned");
+        Ok(true)
+    }
+
+    /// Compare-and-swap: the object must still be at `version`.
+    async fn assign<K>(
+        &self,
+        name: &ObjectName,
+        version: &ObjectVersion,
+        place: impl Fn(&mut K),
+    ) -> Result<(), ApplyError>
+    where
+        K: Observed<Scope = NamespaceResourceScope> + Serialize + Debug,
+    {
+        let object = || format!("{} {name}", K::kind(&()));
+        let conflict = || ApplyError::Conflict { operation: "assign", object: object() };
+        let seen = self.observer.stored::<K>(name).ok_or_else(conflict)?;
+        if seen.resource_version().as_deref() != Some(version.0.as_str()) {
+            return Err(conflict());
+        }
+        let api = self.namespaced::<K>(name);
+        let mut changed = K::clone(&seen);
+        if sabotage::active(sabotage::ASSIGN_WITHOUT_VERSION) {
+            changed = swapped("read", object(), api.get(&name.name).await)?;
+        }
+        changed.meta_mut().managed_fields = None;
+        place(&mut changed);
+        let result = api.replace_status(&name.name, &self.as_replica(), &changed).await;
+        self.observer.absorb(swapped("assign", object(), result)?);
+        Ok(())
+    }
+}
+
+fn assignment_of(placement: &Placement) -> Assignment {
+    Assignment {
+        pool: Some(placement.pool.0.clone()),
+        node: placement.node.0.clone(),
+        generation: placement.generation.0.try_into().unwrap_or(i64::MAX),
+    }
+}

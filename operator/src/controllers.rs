@@ -1,0 +1,146 @@
+//! One file per kind: which changes concern its objects, and which decision is asked. Nothing else.
+
+mod image_store;
+mod image_transfer;
+mod pool;
+mod reservation;
+mod staged_image;
+mod template_import;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_api::{ImageStore, ImageTransfer, StagedImage, StagingPool, StagingReservation, TemplateImport};
+use berth_core::change::Change;
+use berth_core::metric::Metric;
+use berth_core::units::Timestamp;
+use berth_core::view::View;
+use futures::{FutureExt as _, StreamExt as _};
+use kube::runtime::controller::{Action, Config, Error, applier};
+use kube::runtime::reflector::ObjectRef;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::apply::ApplyError;
+use crate::context::{Context, now};
+use crate::observe::{Observed, Observer, Touched, name_of};
+use crate::telemetry::chain;
+
+/// How many objects of one kind are worked on at once.
+const CONCURRENCY: u16 = 8;
+/// Everything is looked at again after this long, whatever happens.
+const SLOW: Duration = Duration::from_mins(1);
+/// How often one pass may look again at once, after writes of its own.
+const ROUNDS: usize = 8;
+/// The longest pause after faults in a row.
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+
+/// A kind whose objects are decided about.
+pub trait Controlled: Observed {
+    /// Its name in logs and metrics.
+    const KIND: &'static str;
+    /// False for a kind of which this version can only say that it does nothing with it.
+    const CARRIED_OUT: bool = true;
+    /// The writes that the view calls for.
+    fn decide(&self, view: &View, now: Timestamp) -> Vec<Change>;
+    /// Its objects that a change of something concerns.
+    fn affected(view: &View, touched: &Touched) -> Vec<ObjectRef<Self>>;
+}
+
+/// Queues every object of every kind that this concerns.
+pub fn queue_affected(observer: &Observer, view: &View, touched: &Touched) {
+    queue::<StagingPool>(observer, view, touched);
+    queue::<StagingReservation>(observer, view, touched);
+    queue::<TemplateImport>(observer, view, touched);
+    queue::<StagedImage>(observer, view, touched);
+    queue::<ImageStore>(observer, view, touched);
+    queue::<ImageTransfer>(observer, view, touched);
+}
+
+fn queue<K: Controlled>(observer: &Observer, view: &View, touched: &Touched) {
+    let objects = match touched {
+        Touched::Everything => K::objects(observer).all().iter().map(|object| ObjectRef::from_obj(&**object)).collect(),
+        _ => K::affected(view, touched),
+    };
+    objects.into_iter().for_each(|object| K::objects(observer).queue(object));
+}
+
+/// Starts every controller. On `stop` they finish what they are at and take nothing new.
+pub fn start(context: &Arc<Context>, tasks: &TaskTracker, stop: &CancellationToken) {
+    spawn::<StagingPool>(context, tasks, stop);
+    spawn::<StagingReservation>(context, tasks, stop);
+    spawn::<TemplateImport>(context, tasks, stop);
+    spawn::<StagedImage>(context, tasks, stop);
+    spawn::<ImageStore>(context, tasks, stop);
+    spawn::<ImageTransfer>(context, tasks, stop);
+}
+
+fn spawn<K: Controlled>(context: &Arc<Context>, tasks: &TaskTracker, stop: &CancellationToken) {
+    let Some(queued) = K::objects(&context.observer).take_queue() else { return };
+    let queue = queued.map(Ok::<_, std::convert::Infallible>).take_until(stop.clone().cancelled_owned());
+    let (context, stop) = (context.clone(), stop.clone());
+    tasks.spawn(async move {
+        if stop.run_until_cancelled(context.observer.wait_until_synced()).await.is_none() {
+            return;
+        }
+        let store = K::objects(&context.observer).reader.clone();
+        let config = Config::default().concurrency(CONCURRENCY);
+        applier(|object, context| reconcile(object, context).boxed(), after_error, context.clone(), store, queue, config)
+            .for_each(|result| {
+                report(K::KIND, &context, result.map(drop));
+                futures::future::ready(())
+            })
+            .await;
+    });
+}
+
+fn report<Q: std::error::Error + 'static>(kind: &str, context: &Context, result: Result<(), Error<ApplyError, Q>>) {
+    let outcome = match &result {
+        Ok(()) => "ok",
+        Err(Error::ReconcilerFailed(ApplyError::Conflict { .. }, _)) => "conflict",
+        Err(Error::ObjectNotFound(_)) => return,
+        Err(_) => "error",
+    };
+    context.metrics.add(Metric::ReconcileTotal, &[("kind", kind), ("outcome", outcome)], 1);
+    match result {
+        Err(Error::ReconcilerFailed(error @ ApplyError::Conflict { .. }, _)) => {
+            tracing::debug!(kind, error = chain(&error), "looked at again");
+        }
+        Err(error) => tracing::warn!(kind, error = chain(&error), "could not be carried out; tried again"),
+        Ok(()) => {}
+    }
+}
+
+/// Decides and applies until nothing more is to be written, or somebody else was faster.
+async fn reconcile<K: Controlled>(object: Arc<K>, context: Arc<Context>) -> Result<Action, ApplyError> {
+    if !K::CARRIED_OUT {
+        context.applier.refuse(&name_of(object.meta())).await?;
+    }
+    let mut after = SLOW;
+    for _ in 0..ROUNDS {
+        let outcome = context.decide_and_apply(|view, now| object.decide(view, now)).await?;
+        after = outcome.retry.map_or(SLOW, |millis| Duration::from_millis(millis).min(SLOW));
+        if !outcome.wrote {
+            break;
+        }
+    }
+    context.forget_failures(K::KIND, &name_of(object.meta()));
+    Ok(Action::requeue(after))
+}
+
+/// A conflict is looked at again at once, with a little jitter; anything else after pauses that double.
+fn after_error<K: Controlled>(object: Arc<K>, error: &ApplyError, context: Arc<Context>) -> Action {
+    let jitter = Duration::from_millis(5 + now().0 % 40);
+    if matches!(error, ApplyError::Conflict { .. }) {
+        return Action::requeue(jitter);
+    }
+    let failures = context.count_failure(K::KIND, &name_of(object.meta()));
+    let pause = Duration::from_millis(500).saturating_mul(1 << failures.min(8));
+    Action::requeue(pause.min(LONGEST_PAUSE) + jitter)
+}
+
+/// A reference to a namespaced object, or, without a namespace, to a cluster-scoped one.
+fn reference<K: Controlled>(name: &berth_core::ids::ObjectName) -> ObjectRef<K> {
+    let reference = ObjectRef::new(&name.name);
+    if name.namespace.is_empty() { reference } else { reference.within(&name.namespace) }
+}

@@ -1,0 +1,33 @@
+//! Staged images: swept when nothing refers to them, released.
+
+use berth_api::StagedImage;
+use berth_core::change::Change;
+use berth_core::ids::ObjectName;
+use berth_core::units::Timestamp;
+use berth_core::view::View;
+use kube::ResourceExt as _;
+use kube::runtime::reflector::ObjectRef;
+
+use super::{Controlled, reference};
+use crate::observe::Touched;
+
+impl Controlled for StagedImage {
+    const KIND: &'static str = "StagedImage";
+
+    fn decide(&self, view: &View, now: Timestamp) -> Vec<Change> {
+        berth_core::image::decide(view, &self.name_any(), now)
+    }
+
+    fn affected(view: &View, touched: &Touched) -> Vec<ObjectRef<Self>> {
+        let own = match touched {
+            Touched::Image(name) => Some(reference(&ObjectName::new("", name))),
+            _ => None,
+        };
+        let releasing = view.images.values().filter(|image| match touched {
+            Touched::Node(node) => image.deleting && image.node == *node,
+            Touched::Ledger(pool, node) => image.deleting && image.node == *node && image.pool == *pool,
+            _ => false,
+        });
+        releasing.map(|image| reference(&ObjectName::new("", &image.name))).chain(own).collect()
+    }
+}

@@ -1,0 +1,249 @@
+//! Metrics of the operator, and the endpoints that serve them: `/metrics`, `/healthz`, `/readyz`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use berth_core::metric::{Metric, MetricKind, Program};
+use berth_core::units::Bytes;
+use berth_core::view::{ImportState, ReservationState, View};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::context::now;
+use crate::observe::Observer;
+
+type Labels = Vec<(String, String)>;
+
+/// What the operator counts: every metric of the table that an operator can know.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    counters: BTreeMap<Metric, Family<Labels, Counter>>,
+    gauges: BTreeMap<Metric, Family<Labels, Gauge>>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut metrics = Self { registry: Registry::default(), counters: BTreeMap::new(), gauges: BTreeMap::new() };
+        for metric in Metric::ALL.iter().filter(|metric| metric.program() == Program::Operator) {
+            metrics.register(*metric);
+        }
+        metrics.set(Metric::ProcessStartTimeSeconds, &[], seconds(now().0));
+        metrics
+    }
+}
+
+impl Metrics {
+    fn register(&mut self, metric: Metric) {
+        let help = metric.help().trim_end_matches('.');
+        match metric.kind() {
+            MetricKind::Counter => {
+                let family = Family::default();
+                // The encoder appends the suffix itself.
+                self.registry.register(metric.name().trim_end_matches("_total"), help, family.clone());
+                self.counters.insert(metric, family);
+                if metric.labels().is_empty() {
+                    self.add(metric, &[], 0);
+                }
+            }
+            MetricKind::Gauge => {
+                let family = Family::default();
+                self.registry.register(metric.name(), help, family.clone());
+                self.gauges.insert(metric, family);
+            }
+        }
+    }
+
+    /// Adds to a counter.
+    pub fn add(&self, metric: Metric, labels: &[(&str, &str)], by: u64) {
+        debug_assert!(metric.labels().iter().eq(labels.iter().map(|(name, _)| name)), "labels of {metric:?}");
+        if let Some(family) = self.counters.get(&metric) {
+            family.get_or_create(&owned(labels)).inc_by(by);
+        }
+    }
+
+    fn set(&self, metric: Metric, labels: &[(&str, &str)], value: i64) {
+        debug_assert!(metric.labels().iter().eq(labels.iter().map(|(name, _)| name)), "labels of {metric:?}");
+        if let Some(family) = self.gauges.get(&metric) {
+            family.get_or_create(&owned(labels)).set(value);
+        }
+    }
+
+    fn clear(&self, metric: Metric) {
+        if let Some(family) = self.gauges.get(&metric) {
+            family.clear();
+        }
+    }
+
+    /// Brings the gauges in line with what is seen.
+    fn look(&self, view: &View) {
+        self.look_at_pools(view);
+        for state in RESERVATION_STATES {
+            let count = view.reservations.values().filter(|reservation| reservation.state == *state).count();
+            self.set(Metric::Reservations, &[("state", &format!("{state:?}"))], size(count));
+        }
+        for state in IMPORT_STATES {
+            let count = view.imports.values().filter(|import| import.state == *state).count();
+            self.set(Metric::Imports, &[("state", &format!("{state:?}"))], size(count));
+        }
+        self.clear(Metric::NodeReady);
+        for node in view.nodes.values() {
+            self.set(Metric::NodeReady, &[("node", node.name.as_str())], i64::from(node.live && node.reported));
+        }
+        let queued = view.reservations.values().filter(|r| r.state == ReservationState::Queued).count();
+        self.set(Metric::QueueLength, &[], size(queued));
+    }
+
+    fn look_at_pools(&self, view: &View) {
+        let gauges =
+            [Metric::PoolTotalBytes, Metric::PoolPromisedBytes, Metric::PoolUsedBytes, Metric::PoolUnreferencedBytes];
+        gauges.into_iter().for_each(|metric| self.clear(metric));
+        for ledger in view.ledgers.values() {
+            let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
+            let promised: Bytes = ledger.promises.values().map(|promise| promise.charge.data).sum();
+            let used = view.nodes.get(&ledger.node).and_then(|node| node.pools.get(&ledger.pool)).map(|pool| pool.used);
+            self.set(Metric::PoolTotalBytes, &labels, ledger.capacity.total.data.as_i64());
+            self.set(Metric::PoolPromisedBytes, &labels, promised.as_i64());
+            self.set(Metric::PoolUsedBytes, &labels, used.unwrap_or_default().as_i64());
+        }
+    }
+
+    fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+const RESERVATION_STATES: &[ReservationState] = &[
+    ReservationState::Pending,
+    ReservationState::Queued,
+    ReservationState::Promised,
+    ReservationState::Ready,
+    ReservationState::Releasing,
+    ReservationState::Refused,
+];
+
+const IMPORT_STATES: &[ImportState] = &[
+    ImportState::Pending,
+    ImportState::Probing,
+    ImportState::Queued,
+    ImportState::Importing,
+    ImportState::Ready,
+    ImportState::Failed,
+];
+
+fn owned(labels: &[(&str, &str)]) -> Labels {
+    labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+fn size(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn seconds(millis: u64) -> i64 {
+    i64::try_from(millis / 1000).unwrap_or(i64::MAX)
+}
+
+/// Why the endpoints could not be served.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The address is taken, or not one of this machine.
+    #[error("could not listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+#[derive(Clone)]
+struct Served {
+    metrics: Arc<Metrics>,
+    observer: Arc<Observer>,
+}
+
+/// Serves the endpoints until `stop`, in a task of its own.
+///
+/// # Errors
+/// [`ServeError::Listen`] if the address cannot be bound.
+pub async fn serve(
+    address: SocketAddr,
+    metrics: Arc<Metrics>,
+    observer: Arc<Observer>,
+    tasks: &tokio_util::task::TaskTracker,
+    stop: &CancellationToken,
+) -> Result<(), ServeError> {
+    let failed = |source| ServeError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    tracing::info!(address = %bound, "metrics listening");
+    let routes = Router::new()
+        .route("/metrics", get(show))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .with_state(Served { metrics, observer });
+    let stop = stop.clone().cancelled_owned();
+    tasks.spawn(async move {
+        if let Err(error) = axum::serve(listener, routes).with_graceful_shutdown(stop).await {
+            tracing::error!(%error, "the metrics endpoint ended");
+        }
+    });
+    Ok(())
+}
+
+async fn show(State(served): State<Served>) -> Response {
+    served.observer.view(|view| served.metrics.look(view));
+    for pool in served.observer.pools.all() {
+        let name = pool.metadata.name.as_deref().unwrap_or_default();
+        let unreferenced = pool.status.as_ref().map_or(0, |status| status.capacity.unreferenced);
+        served.metrics.set(Metric::PoolUnreferencedBytes, &[("pool", name)], unreferenced);
+    }
+    served.metrics.set(Metric::LastEventTimestampSeconds, &[], seconds(served.observer.last_event_millis()));
+    match served.metrics.encode() {
+        Ok(text) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+async fn ready(State(served): State<Served>) -> Response {
+    if served.observer.synced() {
+        "ok\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not every list has been seen yet\n").into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_served_under_their_names_in_the_table() {
+        let metrics = Metrics::default();
+        metrics.add(Metric::LedgerConflictsTotal, &[], 3);
+        metrics.look(&View::default());
+        let text = metrics.encode().expect("writes to a string");
+        assert!(text.contains("berth_ledger_conflicts_total{} 3"), "{text}");
+        assert!(text.contains("berth_reservations{state=\"Queued\"} 0"), "{text}");
+        for metric in Metric::ALL.iter().filter(|m| m.program() == Program::Operator && m.labels().is_empty()) {
+            assert!(text.contains(&format!("\n{}{{}} ", metric.name())) || *metric == Metric::LastEventTimestampSeconds);
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The only reader of the API: watches every kind, and keeps the view that decisions look at.
+//!
+//! **Guarantees.** An error of a watch never looks like an empty list. An object that cannot be read is that object's
+//! problem: the others go on, its last readable form stays, and sweeps pause while it is there. **Assumptions.** None
+//! about freshness: what is seen here may be old, and only compare-and-swap on the way out makes decisions safe.
+
+mod kind;
+mod kinds;
+mod nodes;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use berth_api::{
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
+};
+use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
+use berth_core::view::View;
+use kube::Client;
+use kube::runtime::reflector::ObjectRef;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use kind::{Kind, Observed, name_of};
+use nodes::Heard;
+
+use crate::controllers;
+
+/// Something that changed, for the controllers to tell which of their objects it concerns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// A pool.
+    Pool(PoolName),
+    /// A node's report, or whether it is live.
+    Node(NodeName),
+    /// A ledger.
+    Ledger(PoolName, NodeName),
+    /// A reservation; it may be gone.
+    Reservation(ObjectName, Uid),
+    /// An import; it may be gone.
+    Import(ObjectName),
+    /// A staged image; it may be gone.
+    Image(String),
+    /// An image store.
+    Store(ObjectName),
+    /// An image transfer.
+    Transfer(ObjectName),
+    /// Anything: after the first lists, after a new list, after the Lease changed hands.
+    Everything,
+}
+
+/// What is known, beside the objects themselves.
+#[derive(Debug, Default)]
+pub struct State {
+    /// What decisions look at.
+    pub view: View,
+    /// Node Leases by name.
+    heard: BTreeMap<String, Heard>,
+    /// Nodes whose report was read again after their Lease was seen to be renewed.
+    confirmed: BTreeSet<NodeName>,
+    /// Objects that cannot be read: kind and name.
+    unreadable: BTreeSet<(String, ObjectName)>,
+    /// True while this process holds the Lease.
+    leader: bool,
+}
+
+impl State {
+    /// Sweeps need the whole truth: they rest while any object cannot be read.
+    fn settle_leader(&mut self) {
+        self.view.leader = self.leader && self.unreadable.is_empty();
+    }
+}
+
+/// The watches, and what they have shown.
+pub struct Observer {
+    client: Client,
+    namespace: String,
+    state: RwLock<State>,
+    /// The pools.
+    pub pools: Kind<StagingPool>,
+    /// The reservations.
+    pub reservations: Kind<StagingReservation>,
+    /// The imports.
+    pub imports: Kind<TemplateImport>,
+    /// The staged images.
+    pub images: Kind<StagedImage>,
+    /// The image stores.
+    pub stores: Kind<ImageStore>,
+    /// The ledgers.
+    pub ledgers: Kind<StagingLedger>,
+    /// The nodes' reports.
+    pub nodes: Kind<StagingNode>,
+    /// The transfers.
+    pub transfers: Kind<ImageTransfer>,
+    unsynced: watch::Sender<usize>,
+    confirm: mpsc::Sender<NodeName>,
+    last_event: AtomicU64,
+}
+
+/// Nodes to be confirmed, for [`Observer::start`].
+pub type Confirmations = mpsc::Receiver<NodeName>;
+
+/// Eight kinds and the node Leases.
+const WATCHES: usize = 9;
+/// How many nodes may wait to be confirmed; the others are asked for again a second later.
+const CONFIRMATIONS: usize = 1024;
+
+impl Observer {
+    /// Watches nothing yet.
+    pub fn new(client: Client, namespace: String) -> (Self, Confirmations) {
+        let (confirm, confirmations) = mpsc::channel(CONFIRMATIONS);
+        let observer = Self {
+            client,
+            namespace,
+            state: RwLock::default(),
+            pools: Kind::default(),
+            reservations: Kind::default(),
+            imports: Kind::default(),
+            images: Kind::default(),
+            stores: Kind::default(),
+            ledgers: Kind::default(),
+            nodes: Kind::default(),
+            transfers: Kind::default(),
+            unsynced: watch::Sender::new(WATCHES),
+            confirm,
+            last_event: AtomicU64::new(0),
+        };
+        (observer, confirmations)
+    }
+
+    /// Starts every watch; they end with `stop`.
+    pub fn start(self: &Arc<Self>, confirmations: Confirmations, tasks: &TaskTracker, stop: &CancellationToken) {
+        self.clone().spawn::<StagingPool>(tasks, stop);
+        self.clone().spawn::<StagingReservation>(tasks, stop);
+        self.clone().spawn::<TemplateImport>(tasks, stop);
+        self.clone().spawn::<StagedImage>(tasks, stop);
+        self.clone().spawn::<ImageStore>(tasks, stop);
+        self.clone().spawn::<StagingLedger>(tasks, stop);
+        self.clone().spawn::<StagingNode>(tasks, stop);
+        self.clone().spawn::<ImageTransfer>(tasks, stop);
+        nodes::spawn(self, confirmations, tasks, stop);
+    }
+
+    fn spawn<K: Observed>(self: Arc<Self>, tasks: &TaskTracker, stop: &CancellationToken) {
+        let stop = stop.clone();
+        tasks.spawn(async move {
+            stop.run_until_cancelled(kind::watch::<K>(&self)).await;
+        });
+    }
+
+    /// Looks at the view. Nothing else is seen while `look` runs: it must be short.
+    pub fn view<R>(&self, look: impl FnOnce(&View) -> R) -> R {
+        look(&self.read().view)
+    }
+
+    /// True once every watch has shown its first list.
+    pub fn synced(&self) -> bool {
+        *self.unsynced.borrow() == 0
+    }
+
+    /// Waits until every watch has shown its first list.
+    pub async fn wait_until_synced(&self) {
+        let mut unsynced = self.unsynced.subscribe();
+        // The sender lives in `self`, so it cannot be gone.
+        drop(unsynced.wait_for(|left| *left == 0).await);
+    }
+
+    /// When something was last seen: milliseconds since 1970, 0 before the first time.
+    pub fn last_event_millis(&self) -> u64 {
+        self.last_event.load(Ordering::Relaxed)
+    }
+
+    /// Tells decisions whether this process holds the Lease.
+    pub fn set_leader(&self, leader: bool) {
+        {
+            let mut state = self.write();
+            state.leader = leader;
+            state.settle_leader();
+        }
+        self.touch(&Touched::Everything);
+    }
+
+    /// The stored form of an object, as it was last seen.
+    pub fn stored<K: Observed>(&self, name: &ObjectName) -> Option<Arc<K>> {
+        let reference = ObjectRef::<K>::new(&name.name);
+        let reference = if name.namespace.is_empty() { reference } else { reference.within(&name.namespace) };
+        K::objects(self).reader.get(&reference)
+    }
+
+    /// Takes in the answer to a write of our own, so that the next decision need not wait for the watch.
+    pub fn absorb<K: Observed>(&self, object: K) {
+        kind::enter(self, object, kind::Source::Answer);
+    }
+
+    /// Lets every controller queue what this concerns. Nothing is queued before everything was seen once.
+    fn touch(&self, touched: &Touched) {
+        self.last_event.store(crate::context::now().0, Ordering::Relaxed);
+        if !self.synced() {
+            return;
+        }
+        let state = self.read();
+        controllers::queue_affected(self, &state.view, touched);
+    }
+
+    /// One more watch has shown its first list.
+    fn one_synced(&self) {
+        self.unsynced.send_modify(|left| *left = left.saturating_sub(1));
+        if self.synced() {
+            self.touch(&Touched::Everything);
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,234 @@
+//! Which nodes are live, and whose reports may be trusted.
+//!
+//! A node is live while its Lease is seen to change, on this process's own clock: clocks are never compared. A node has
+//! *reported* once its Lease was seen to be renewed since this operator began to watch, and its report was read again,
+//! from the API server's current state, after that. A node writes its report before it renews its Lease, so what is
+//! read then is at least as new as this operator's start.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use berth_api::StagingNode;
+use berth_api::defaults::NODE_LEASE_DURATION_SECONDS;
+use berth_core::ids::{NodeName, node_lease_name};
+use futures::TryStreamExt as _;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::jiff::Timestamp;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
+use kube::{Api, ResourceExt as _};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::kind::Source;
+use super::{Confirmations, Observer, State, Touched, kind};
+use crate::telemetry::chain;
+
+/// What all node Leases' names begin with.
+const PREFIX: &str = "berth-node-";
+/// How long one request may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is checked whether a node fell silent.
+const CHECK: Duration = Duration::from_secs(1);
+
+/// A node's Lease, as it was heard.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    renewed: Option<Timestamp>,
+    lasts: Duration,
+    /// When the renewal was seen; `None` while only its first form is known, which may be of any age.
+    at: Option<Instant>,
+}
+
+impl Heard {
+    fn is_live(&self, now: Instant) -> bool {
+        self.at.is_some_and(|at| now.duration_since(at) < self.lasts)
+    }
+
+    /// `lease` after this, seen at `now`. A form never seen before proves life only if it was not there at the start.
+    fn next(before: Option<&Self>, lease: &Lease, listed: bool, now: Instant) -> Self {
+        let spec = lease.spec.clone().unwrap_or_default();
+        let renewed = spec.renew_time.map(|time| time.0);
+        let seconds = spec.lease_duration_seconds.unwrap_or(NODE_LEASE_DURATION_SECONDS).clamp(1, 300);
+        let lasts = Duration::from_secs(u64::from(seconds.unsigned_abs()));
+        let at = match before {
+            Some(before) if before.renewed == renewed => before.at,
+            Some(_) => Some(now),
+            None => (!listed).then_some(now),
+        };
+        Self { renewed, lasts, at }
+    }
+}
+
+/// Starts the watch of node Leases, the check for silent nodes, and the confirmation of reports.
+pub fn spawn(
+    observer: &Arc<Observer>,
+    confirmations: Confirmations,
+    tasks: &TaskTracker,
+    stop: &CancellationToken,
+) {
+    let (one, token) = (observer.clone(), stop.clone());
+    tasks.spawn(async move { token.run_until_cancelled(watch(&one)).await });
+    let (one, token) = (observer.clone(), stop.clone());
+    tasks.spawn(async move { token.run_until_cancelled(check(&one)).await });
+    let (one, token) = (observer.clone(), stop.clone());
+    tasks.spawn(async move { token.run_until_cancelled(confirm(&one, confirmations)).await });
+}
+
+/// Brings `live` and `reported` of a node that has just been entered up to date.
+pub fn judge(state: &mut State, node: &NodeName) {
+    let now = Instant::now();
+    let live = state.heard.get(&node_lease_name(node)).is_some_and(|heard| heard.is_live(now));
+    let reported = state.confirmed.contains(node);
+    if let Some(entry) = state.view.nodes.get_mut(node) {
+        entry.live = live;
+        entry.reported = reported;
+    }
+}
+
+/// After the API server went back in time: no report counts until it was made anew.
+pub fn forget_reports(state: &mut State) {
+    state.confirmed.clear();
+    for heard in state.heard.values_mut() {
+        heard.at = None;
+    }
+    for node in state.view.nodes.values_mut() {
+        node.live = false;
+        node.reported = false;
+    }
+}
+
+async fn watch(observer: &Observer) {
+    let api: Api<Lease> = Api::namespaced(observer.client.clone(), &observer.namespace);
+    let events = watch_objects(api, watcher::Config::default()).default_backoff();
+    let mut events = std::pin::pin!(events);
+    let (mut first, mut listing) = (true, Vec::new());
+    loop {
+        match events.try_next().await {
+            Ok(Some(Event::Init)) => listing.clear(),
+            Ok(Some(Event::InitApply(lease))) => listing.push(lease),
+            Ok(Some(Event::InitDone)) => {
+                observer.write().heard.retain(|name, _| listing.iter().any(|lease| lease.name_any() == *name));
+                listing.drain(..).for_each(|lease| hear(observer, &lease, true));
+                if std::mem::take(&mut first) {
+                    observer.one_synced();
+                }
+            }
+            Ok(Some(Event::Apply(lease))) => hear(observer, &lease, false),
+            Ok(Some(Event::Delete(lease))) => {
+                observer.write().heard.remove(&lease.name_any());
+            }
+            Ok(None) => return,
+            Err(error) => tracing::warn!(kind = "Lease", error = chain(&error), "watch interrupted"),
+        }
+    }
+}
+
+fn hear(observer: &Observer, lease: &Lease, listed: bool) {
+    let name = lease.name_any();
+    if !name.starts_with(PREFIX) {
+        return;
+    }
+    let now = Instant::now();
+    {
+        let mut state = observer.write();
+        let heard = Heard::next(state.heard.get(&name), lease, listed, now);
+        state.heard.insert(name, heard);
+    }
+    settle(observer);
+}
+
+/// Compares every node with its Lease; tells what changed, and asks for reports to be confirmed.
+fn settle(observer: &Observer) {
+    let now = Instant::now();
+    let mut changed = Vec::new();
+    {
+        let mut state = observer.write();
+        let State { view, heard, confirmed, .. } = &mut *state;
+        for (name, node) in &mut view.nodes {
+            let live = heard.get(&node_lease_name(name)).is_some_and(|heard| heard.is_live(now));
+            if live && !confirmed.contains(name) && observer.confirm.try_send(name.clone()).is_err() {
+                tracing::debug!(node = %name, "confirmed a second later");
+            }
+            if std::mem::replace(&mut node.live, live) != live {
+                tracing::info!(node = %name, live, "node liveness changed");
+                changed.push(name.clone());
+            }
+        }
+    }
+    for node in changed {
+        observer.touch(&Touched::Node(node));
+    }
+}
+
+async fn check(observer: &Observer) {
+    let mut ticks = tokio::time::interval(CHECK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        settle(observer);
+    }
+}
+
+async fn confirm(observer: &Observer, mut confirmations: Confirmations) {
+    let api: Api<StagingNode> = Api::all(observer.client.clone());
+    while let Some(node) = confirmations.recv().await {
+        if observer.read().confirmed.contains(&node) {
+            continue;
+        }
+        let answer = match tokio::time::timeout(PATIENCE, api.get(node.as_str())).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) => {
+                tracing::warn!(%node, error = chain(&error), "the node's report could not be read again");
+                continue;
+            }
+            Err(_) => {
+                tracing::warn!(%node, "the API server did not answer about the node's report");
+                continue;
+            }
+        };
+        kind::enter(observer, answer, Source::Answer);
+        {
+            let mut state = observer.write();
+            state.confirmed.insert(node.clone());
+            judge(&mut state, &node);
+        }
+        tracing::info!(%node, "node has reported");
+        observer.touch(&Touched::Node(node));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::coordination::v1::LeaseSpec;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+
+    fn lease(second: i64) -> Lease {
+        let renew_time = Some(MicroTime(Timestamp::from_second(second).expect("in range")));
+        Lease {
+            spec: Some(LeaseSpec { renew_time, lease_duration_seconds: Some(40), ..LeaseSpec::default() }),
+            ..Lease::default()
+        }
+    }
+
+    #[test]
+    fn a_lease_found_at_the_start_proves_nothing_until_it_changes() {
+        let start = Instant::now();
+        let found = Heard::next(None, &lease(100), true, start);
+        assert!(!found.is_live(start));
+        let again = Heard::next(Some(&found), &lease(100), false, start);
+        assert!(!again.is_live(start), "the same renewal seen twice is no renewal");
+        let renewed = Heard::next(Some(&again), &lease(50), false, start);
+        assert!(renewed.is_live(start), "a change counts, whatever the node's clock says");
+        assert!(renewed.is_live(start + Duration::from_secs(39)));
+        assert!(!renewed.is_live(start + Duration::from_secs(40)));
+    }
+
+    #[test]
+    fn a_lease_made_while_we_watch_proves_life() {
+        let now = Instant::now();
+        assert!(Heard::next(None, &lease(1), false, now).is_live(now));
+    }
+}

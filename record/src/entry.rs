@@ -1,0 +1,151 @@
+//! The saved forms of what a record holds. They are kept apart from live types, so that changing those cannot change the
+//! format unnoticed; a change here that an older program would misread raises [`crate::FORMAT_VERSION`].
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use berth_core::ids::{Digest, Uid};
+use berth_core::units::{Bytes, Generation, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// Which share of a pool a promise is charged to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PromiseClass {
+    /// Staged images, templates and scratch.
+    Images,
+    /// Writable volumes and snapshots.
+    Volumes,
+}
+
+/// The object that a promise was made to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// `StagingReservation` or `StagedImage`.
+    pub kind: String,
+    /// Empty for a cluster-scoped kind.
+    pub namespace: String,
+    /// The object's name.
+    pub name: String,
+}
+
+/// A promise of the ledger that this node has seen, keyed by its holder's UID.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromiseEntry {
+    /// The generation of the placement it belongs to.
+    pub generation: Generation,
+    /// The share it is charged to.
+    pub class: PromiseClass,
+    /// Data bytes promised.
+    pub data: Bytes,
+    /// Metadata bytes promised.
+    pub metadata: Bytes,
+    /// Whom it was made to.
+    pub holder: Holder,
+    /// The node may have used bytes under it, so a ledger without it is behind.
+    pub obeyed: bool,
+    /// The node has seen its bytes gone. Kept until the ledger has dropped the promise.
+    pub released: bool,
+}
+
+/// How much of a staged image is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageState {
+    /// Being filled; the first `offset` bytes are on stable storage.
+    Filling {
+        /// Bytes of the image, from its start, that need not be fetched again.
+        offset: Bytes,
+    },
+    /// Complete and verified against the digest.
+    Complete,
+}
+
+/// A staged image, keyed by its digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageEntry {
+    /// The UID of the `StagedImage` that holds its promise.
+    pub holder: Uid,
+    /// How far it is.
+    pub state: ImageState,
+    /// The size a machine sees.
+    pub virtual_size: Bytes,
+    /// Bytes that it takes when complete.
+    pub data: Bytes,
+    /// When it was last wanted. Ranks what may be evicted, decides nothing else.
+    pub last_used: Timestamp,
+}
+
+/// How far a volume's making or removal has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeState {
+    /// The file or device may exist in part: make it again from the start.
+    Creating,
+    /// Usable.
+    Ready,
+    /// Must not be used again; its file or device may be gone already.
+    Deleting,
+}
+
+/// A writable volume, keyed by the UID of its reservation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeEntry {
+    /// The generation of the placement it was made for.
+    pub generation: Generation,
+    /// Where it lies, relative to the pool's area.
+    pub path: PathBuf,
+    /// The size a machine sees.
+    pub size: Bytes,
+    /// The staged image it was cloned from.
+    pub origin: Option<Digest>,
+    /// How far it is.
+    pub state: VolumeState,
+    /// What people know it by: namespace and name of its claim and the like. Never decides anything.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What a workload was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AttachmentMode {
+    /// A block device.
+    Block,
+    /// A mounted file system.
+    Filesystem,
+}
+
+/// A volume made available on this node, keyed by the UID of its reservation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The loop device; `None` while it is being set up.
+    pub loop_device: Option<PathBuf>,
+    /// The file behind it.
+    pub backing_file: PathBuf,
+    /// Where it was staged for its workloads.
+    pub staged_path: PathBuf,
+    /// As what.
+    pub mode: AttachmentMode,
+}
+
+/// Space given to a transfer, keyed by the UID of its reservation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagingEntry {
+    /// The generation of the placement it belongs to.
+    pub generation: Generation,
+    /// The directory, relative to the pool's area.
+    pub dir: PathBuf,
+    /// The bound of what may lie in it.
+    pub bytes: Bytes,
+}
+
+/// Work under way, keyed by the UID of the object that asks for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobEntry {
+    /// The generation of the assignment; a lower one can change nothing.
+    pub generation: Generation,
+    /// The kind of the object that asks for it.
+    pub kind: String,
+    /// The stage it is in.
+    pub stage: String,
+    /// The stage's checkpoint, in the agent's own form.
+    pub payload: serde_json::Value,
+    /// When it last changed.
+    pub updated: Timestamp,
+}

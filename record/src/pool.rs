@@ -1,0 +1,295 @@
+//! The record of one pool's area on one node.
+
+use std::path::Path;
+
+use berth_core::ids::{Digest, Lineage, Uid};
+use berth_core::units::{Bytes, Generation, Timestamp};
+
+use crate::entry::{
+    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, VolumeEntry, VolumeState,
+};
+use crate::error::{ChangeError, CreateError, OpenError, ReadError};
+use crate::schema::{KEY_LEDGER, KEY_POOL, Owner, PoolIdentity, SavedPosition, tables};
+use crate::store::{Change, Record};
+
+/// Where in its ledger's history the node is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LedgerPosition {
+    /// The lineage of the last ledger obeyed; `None` before the first.
+    pub lineage: Option<Lineage>,
+    /// The revision of the last ledger obeyed.
+    pub obeyed_revision: u64,
+}
+
+/// What one pool's area holds, and on whose promise.
+pub struct PoolRecord {
+    record: Record,
+    identity: PoolIdentity,
+}
+
+impl PoolRecord {
+    /// Makes the record of a new area.
+    pub fn create(path: &Path, identity: PoolIdentity) -> Result<Self, CreateError> {
+        let header = [(KEY_POOL, crate::store::to_json(&identity))];
+        Ok(Self { record: Record::create(path, &identity.owner(), &header)?, identity })
+    }
+
+    /// Opens the record of an area. With `expected`, only if it is that pool's on that node; without, as recovery does.
+    pub fn open(path: &Path, expected: Option<&Owner>) -> Result<Self, OpenError> {
+        let record = Record::open(path, expected)?;
+        let damaged = |reason| OpenError::Corrupt { path: path.to_owned(), reason };
+        match record.header::<PoolIdentity>(KEY_POOL) {
+            Ok(Some(identity)) => Ok(Self { record, identity }),
+            Ok(None) => Err(damaged("it has no pool identity".into())),
+            Err(e) => Err(damaged(e.to_string())),
+        }
+    }
+
+    /// Which area it is.
+    pub fn identity(&self) -> &PoolIdentity {
+        &self.identity
+    }
+
+    /// Reading of every table, and transactions of several entries.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Where in its ledger's history the node is.
+    pub fn ledger_position(&self) -> Result<LedgerPosition, ReadError> {
+        let saved: SavedPosition = self.record.header(KEY_LEDGER)?.unwrap_or_default();
+        Ok(LedgerPosition { lineage: saved.lineage, obeyed_revision: saved.revision })
+    }
+
+    /// Records that the ledger with this lineage and revision is obeyed from now on, together with the promises taken
+    /// from it: before anything is done under them. Refused with [`ChangeError::StaleGeneration`] for a promise that
+    /// the record knows at a later generation.
+    pub fn obey(
+        &self,
+        position: &LedgerPosition,
+        promises: &[(Uid, PromiseEntry)],
+    ) -> Result<(), ChangeError> {
+        let saved = SavedPosition { lineage: position.lineage.clone(), revision: position.obeyed_revision };
+        self.record.commit(|change| {
+            change.put_header(KEY_LEDGER, &saved)?;
+            for (uid, promise) in promises {
+                if let Some(old) = change.get(tables::PROMISES, uid)? {
+                    not_older(tables::PROMISES.name(), uid, old.generation, promise.generation)?;
+                }
+                change.put(tables::PROMISES, uid, &PromiseEntry { obeyed: true, ..promise.clone() })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Records that the bytes of this promise are gone, after they are. The same again changes nothing.
+    pub fn promise_released(&self, uid: &Uid, generation: Generation) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            let mut promise = change.require(tables::PROMISES, uid)?;
+            not_older(tables::PROMISES.name(), uid, promise.generation, generation)?;
+            promise.released = true;
+            change.put(tables::PROMISES, uid, &promise)
+        })
+    }
+
+    /// Forgets a promise whose ledger entry is gone. Only a released one, or one never obeyed, can be.
+    pub fn forget_promise(&self, uid: &Uid) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            if let Some(promise) = change.get(tables::PROMISES, uid)?
+                && promise.obeyed
+                && !promise.released
+            {
+                return Err(wrong_state(tables::PROMISES.name(), uid, "obeyed", "forgotten"));
+            }
+            change.remove(tables::PROMISES, uid).map(|_| ())
+        })
+    }
+
+    /// Records the intent to fill an image, or resumes: an entry that is there already stays as it is, under `holder`
+    /// from now on. Returns the entry.
+    pub fn begin_fill(
+        &self,
+        digest: &Digest,
+        holder: &Uid,
+        virtual_size: Bytes,
+        data: Bytes,
+        now: Timestamp,
+    ) -> Result<ImageEntry, ChangeError> {
+        self.record.commit(|change| {
+            let old = change.get(tables::IMAGES, digest)?;
+            let state = old.map_or(ImageState::Filling { offset: Bytes::ZERO }, |old| old.state);
+            let entry = ImageEntry { holder: holder.clone(), state, virtual_size, data, last_used: now };
+            change.put(tables::IMAGES, digest, &entry)?;
+            Ok(entry)
+        })
+    }
+
+    /// Records that the first `offset` bytes of an image are on stable storage, after they are.
+    pub fn fill_progress(&self, digest: &Digest, offset: Bytes) -> Result<(), ChangeError> {
+        self.change_image(digest, "filling", |image| match image.state {
+            ImageState::Filling { .. } => Ok(image.state = ImageState::Filling { offset }),
+            ImageState::Complete => Err("complete"),
+        })
+    }
+
+    /// Records that an image is complete, after it was verified. The same again changes nothing.
+    pub fn fill_complete(&self, digest: &Digest) -> Result<(), ChangeError> {
+        self.change_image(digest, "complete", |image| Ok(image.state = ImageState::Complete))
+    }
+
+    /// Records that an image was wanted. An earlier time than the recorded one changes nothing.
+    pub fn image_used(&self, digest: &Digest, now: Timestamp) -> Result<(), ChangeError> {
+        self.change_image(digest, "used", |image| Ok(image.last_used = image.last_used.max(now)))
+    }
+
+    /// Records the intent to remove a complete or half-filled image: it counts as empty from now on.
+    pub fn begin_evict(&self, digest: &Digest) -> Result<(), ChangeError> {
+        self.change_image(digest, "evicted", |image| {
+            Ok(image.state = ImageState::Filling { offset: Bytes::ZERO })
+        })
+    }
+
+    /// Forgets an image, after its bytes are gone. Refused for one that is complete: evict first.
+    pub fn forget_image(&self, digest: &Digest) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            let old = change.get(tables::IMAGES, digest)?;
+            if old.is_some_and(|image| image.state == ImageState::Complete) {
+                return Err(wrong_state(tables::IMAGES.name(), digest, "complete", "forgotten"));
+            }
+            change.remove(tables::IMAGES, digest).map(|_| ())
+        })
+    }
+
+    /// Records the intent to make a volume, in state [`VolumeState::Creating`] whatever `volume` says. One that is
+    /// there already is returned as it is, so that a repeated request can be answered from it; a later generation takes
+    /// over what an earlier one had begun.
+    pub fn begin_volume(&self, uid: &Uid, volume: &VolumeEntry) -> Result<VolumeEntry, ChangeError> {
+        self.record.commit(|change| {
+            if let Some(mut old) = change.get(tables::VOLUMES, uid)? {
+                not_older(tables::VOLUMES.name(), uid, old.generation, volume.generation)?;
+                if old.state == VolumeState::Deleting {
+                    return Err(wrong_state(tables::VOLUMES.name(), uid, "being deleted", "created"));
+                }
+                old.generation = volume.generation;
+                change.put(tables::VOLUMES, uid, &old)?;
+                return Ok(old);
+            }
+            let entry = VolumeEntry { state: VolumeState::Creating, ..volume.clone() };
+            change.put(tables::VOLUMES, uid, &entry)?;
+            Ok(entry)
+        })
+    }
+
+    /// Records that a volume is usable, after it is. The same again changes nothing.
+    pub fn volume_ready(&self, uid: &Uid, generation: Generation) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            let mut volume = change.require(tables::VOLUMES, uid)?;
+            not_older(tables::VOLUMES.name(), uid, volume.generation, generation)?;
+            if volume.state == VolumeState::Deleting {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, "being deleted", "ready"));
+            }
+            volume.state = VolumeState::Ready;
+            change.put(tables::VOLUMES, uid, &volume)
+        })
+    }
+
+    /// Records the new size of a volume: before it grows.
+    pub fn volume_resized(&self, uid: &Uid, size: Bytes) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            let mut volume = change.require(tables::VOLUMES, uid)?;
+            if volume.state != VolumeState::Ready || size < volume.size {
+                let state = if size < volume.size { "larger" } else { "not ready" };
+                return Err(wrong_state(tables::VOLUMES.name(), uid, state, "resized"));
+            }
+            volume.size = size;
+            change.put(tables::VOLUMES, uid, &volume)
+        })
+    }
+
+    /// Records the intent to remove a volume: nothing can use it from now on. False if there is none. Refused while it
+    /// is attached.
+    pub fn begin_delete_volume(&self, uid: &Uid) -> Result<bool, ChangeError> {
+        self.record.commit(|change| {
+            let Some(mut volume) = change.get(tables::VOLUMES, uid)? else { return Ok(false) };
+            if change.get(tables::ATTACHMENTS, uid)?.is_some() {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, "attached", "deleted"));
+            }
+            volume.state = VolumeState::Deleting;
+            change.put(tables::VOLUMES, uid, &volume)?;
+            Ok(true)
+        })
+    }
+
+    /// Forgets a volume, after its file or device is gone. Only one that is being deleted can be.
+    pub fn forget_volume(&self, uid: &Uid) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            if let Some(volume) = change.get(tables::VOLUMES, uid)?
+                && volume.state != VolumeState::Deleting
+            {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, "not being deleted", "forgotten"));
+            }
+            change.remove(tables::VOLUMES, uid).map(|_| ())
+        })
+    }
+
+    /// Records an attachment: the intent before the device is set up, again with its name once it is. Only a volume
+    /// that is ready can be attached.
+    pub fn attach(&self, uid: &Uid, attachment: &Attachment) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            let volume = change.require(tables::VOLUMES, uid)?;
+            if volume.state != VolumeState::Ready {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, "not ready", "attached"));
+            }
+            change.put(tables::ATTACHMENTS, uid, attachment)
+        })
+    }
+
+    /// Forgets an attachment, after its device is gone. False if there was none.
+    pub fn detached(&self, uid: &Uid) -> Result<bool, ChangeError> {
+        self.record.commit(|change| change.remove(tables::ATTACHMENTS, uid))
+    }
+
+    /// Records the space of a transfer, before its directory is made.
+    pub fn begin_staging(&self, uid: &Uid, staging: &StagingEntry) -> Result<(), ChangeError> {
+        self.record.commit(|change| {
+            if let Some(old) = change.get(tables::STAGING, uid)? {
+                not_older(tables::STAGING.name(), uid, old.generation, staging.generation)?;
+            }
+            change.put(tables::STAGING, uid, staging)
+        })
+    }
+
+    /// Forgets the space of a transfer, after its directory is gone. False if there was none.
+    pub fn forget_staging(&self, uid: &Uid) -> Result<bool, ChangeError> {
+        self.record.commit(|change| change.remove(tables::STAGING, uid))
+    }
+
+    fn change_image(
+        &self,
+        digest: &Digest,
+        wanted: &'static str,
+        edit: impl FnOnce(&mut ImageEntry) -> Result<(), &'static str>,
+    ) -> Result<(), ChangeError> {
+        self.record.commit(|change: &Change<'_>| {
+            let mut image = change.require(tables::IMAGES, digest)?;
+            edit(&mut image).map_err(|state| wrong_state(tables::IMAGES.name(), digest, state, wanted))?;
+            change.put(tables::IMAGES, digest, &image)
+        })
+    }
+}
+
+fn not_older(
+    table: &'static str,
+    uid: &Uid,
+    recorded: Generation,
+    given: Generation,
+) -> Result<(), ChangeError> {
+    if given >= recorded {
+        return Ok(());
+    }
+    Err(ChangeError::StaleGeneration { table, key: uid.to_string(), recorded, given })
+}
+
+fn wrong_state(table: &'static str, key: &impl ToString, state: &str, wanted: &'static str) -> ChangeError {
+    ChangeError::State { table, key: key.to_string(), state: state.to_owned(), wanted }
+}

@@ -1,0 +1,147 @@
+//! What the record of a pool allows, in which order.
+
+use std::collections::BTreeMap;
+
+use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
+use berth_core::units::{Bytes, Generation, Timestamp};
+use berth_record::{
+    Attachment, AttachmentMode, ChangeError, Holder, ImageState, JobEntry, LedgerPosition, NodeRecord,
+    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, VolumeEntry, VolumeState, tables,
+};
+use tempfile::TempDir;
+
+fn record() -> (TempDir, PoolRecord) {
+    let dir = tempfile::tempdir().unwrap();
+    let identity = PoolIdentity {
+        pool_uid: Uid::from("pool-1"),
+        pool_name: PoolName::from("fast"),
+        node: NodeName::from("n1"),
+        pool_id: "area-1".into(),
+    };
+    let record = PoolRecord::create(&dir.path().join("record"), identity).unwrap();
+    (dir, record)
+}
+
+fn volume(generation: u64) -> VolumeEntry {
+    VolumeEntry {
+        generation: Generation(generation),
+        path: "volumes/v".into(),
+        size: Bytes::gib(1),
+        origin: None,
+        state: VolumeState::Ready,
+        labels: BTreeMap::new(),
+    }
+}
+
+fn attachment() -> Attachment {
+    Attachment {
+        loop_device: None,
+        backing_file: "volumes/v".into(),
+        staged_path: "/staged".into(),
+        mode: AttachmentMode::Block,
+    }
+}
+
+#[test]
+fn promises_are_obeyed_released_forgotten() {
+    let (_dir, record) = record();
+    let uid = Uid::from("u");
+    let promise = PromiseEntry {
+        generation: Generation(2),
+        class: PromiseClass::Images,
+        data: Bytes::gib(1),
+        metadata: Bytes::mib(1),
+        holder: Holder { kind: "StagedImage".into(), namespace: String::new(), name: "i".into() },
+        obeyed: false,
+        released: false,
+    };
+    assert_eq!(record.ledger_position().unwrap(), LedgerPosition::default());
+    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 7 };
+    record.obey(&position, &[(uid.clone(), promise.clone())]).unwrap();
+    assert_eq!(record.ledger_position().unwrap(), position);
+    assert!(record.record().get(tables::PROMISES, &uid).unwrap().unwrap().obeyed);
+
+    let late = LedgerPosition { obeyed_revision: 8, ..position.clone() };
+    let older = PromiseEntry { generation: Generation(1), ..promise.clone() };
+    assert!(matches!(record.obey(&late, &[(uid.clone(), older)]), Err(ChangeError::StaleGeneration { .. })));
+    assert_eq!(record.ledger_position().unwrap(), position, "a refused ledger moved the position");
+    assert!(matches!(record.forget_promise(&uid), Err(ChangeError::State { .. })));
+    assert!(matches!(record.promise_released(&uid, Generation(1)), Err(ChangeError::StaleGeneration { .. })));
+    for _ in 0..2 {
+        record.promise_released(&uid, Generation(2)).unwrap();
+    }
+    record.forget_promise(&uid).unwrap();
+    record.forget_promise(&uid).unwrap();
+    assert!(matches!(record.promise_released(&uid, Generation(2)), Err(ChangeError::Missing { .. })));
+}
+
+#[test]
+fn volumes_move_forward_only() {
+    let (_dir, record) = record();
+    let uid = Uid::from("v");
+    assert_eq!(record.begin_volume(&uid, &volume(1)).unwrap().state, VolumeState::Creating);
+    assert!(matches!(record.attach(&uid, &attachment()), Err(ChangeError::State { .. })));
+    assert_eq!(record.begin_volume(&uid, &volume(2)).unwrap().generation, Generation(2));
+    assert!(matches!(record.begin_volume(&uid, &volume(1)), Err(ChangeError::StaleGeneration { .. })));
+    assert!(matches!(record.volume_ready(&uid, Generation(1)), Err(ChangeError::StaleGeneration { .. })));
+    record.volume_ready(&uid, Generation(2)).unwrap();
+    assert_eq!(record.begin_volume(&uid, &volume(2)).unwrap().state, VolumeState::Ready);
+    assert!(matches!(record.volume_resized(&uid, Bytes::mib(1)), Err(ChangeError::State { .. })));
+    record.volume_resized(&uid, Bytes::gib(2)).unwrap();
+
+    record.attach(&uid, &attachment()).unwrap();
+    assert!(matches!(record.begin_delete_volume(&uid), Err(ChangeError::State { .. })));
+    assert!(record.detached(&uid).unwrap() && !record.detached(&uid).unwrap());
+    assert!(matches!(record.forget_volume(&uid), Err(ChangeError::State { .. })));
+    assert!(record.begin_delete_volume(&uid).unwrap());
+    assert!(matches!(record.begin_volume(&uid, &volume(3)), Err(ChangeError::State { .. })));
+    assert!(matches!(record.volume_ready(&uid, Generation(3)), Err(ChangeError::State { .. })));
+    record.forget_volume(&uid).unwrap();
+    assert!(!record.begin_delete_volume(&uid).unwrap());
+}
+
+#[test]
+fn images_resume_where_they_were() {
+    let (_dir, record) = record();
+    let digest = Digest(Sha256Sum::of(b"image"));
+    let begin =
+        |now| record.begin_fill(&digest, &Uid::from("h"), Bytes::gib(4), Bytes::gib(1), Timestamp(now));
+    assert_eq!(begin(1).unwrap().state, ImageState::Filling { offset: Bytes::ZERO });
+    record.fill_progress(&digest, Bytes::mib(32)).unwrap();
+    assert_eq!(begin(2).unwrap().state, ImageState::Filling { offset: Bytes::mib(32) });
+    record.fill_complete(&digest).unwrap();
+    assert!(matches!(record.fill_progress(&digest, Bytes::mib(1)), Err(ChangeError::State { .. })));
+    assert!(matches!(record.forget_image(&digest), Err(ChangeError::State { .. })));
+    record.image_used(&digest, Timestamp(9)).unwrap();
+    record.image_used(&digest, Timestamp(3)).unwrap();
+    let image = record.record().get(tables::IMAGES, &digest).unwrap().unwrap();
+    assert_eq!((image.state, image.last_used), (ImageState::Complete, Timestamp(9)));
+    record.begin_evict(&digest).unwrap();
+    record.forget_image(&digest).unwrap();
+    assert!(record.record().entries(tables::IMAGES).unwrap().is_empty());
+}
+
+#[test]
+fn staging_and_jobs_refuse_late_writers() {
+    let (dir, record) = record();
+    let uid = Uid::from("r");
+    let staging =
+        |g| StagingEntry { generation: Generation(g), dir: "staging/r".into(), bytes: Bytes::gib(1) };
+    record.begin_staging(&uid, &staging(2)).unwrap();
+    assert!(matches!(record.begin_staging(&uid, &staging(1)), Err(ChangeError::StaleGeneration { .. })));
+    assert!(record.forget_staging(&uid).unwrap());
+
+    let node = NodeRecord::create(&dir.path().join("node"), &NodeName::from("n1")).unwrap();
+    let job = |g: u64| JobEntry {
+        generation: Generation(g),
+        kind: "TemplateImport".into(),
+        stage: "Upload".into(),
+        payload: serde_json::json!({"offset": g}),
+        updated: Timestamp(g),
+    };
+    node.checkpoint(&uid, &job(2)).unwrap();
+    assert!(matches!(node.checkpoint(&uid, &job(1)), Err(ChangeError::StaleGeneration { .. })));
+    node.checkpoint(&uid, &job(3)).unwrap();
+    assert_eq!(node.job(&uid).unwrap(), Some(job(3)));
+    assert!(node.forget_job(&uid).unwrap() && !node.forget_job(&uid).unwrap());
+}

@@ -1,0 +1,105 @@
+//! Runs the tests and adds up what every test program counted.
+
+use std::env;
+use std::io::{self, BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+
+/// What the test programs counted.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+/// Runs `cargo test --no-fail-fast` over the workspace, or over what `selection` names, passing its output on. The
+/// last line is always `N passed, N failed, N skipped`. Ends this process with status 1 when a test failed; a build
+/// that failed, or a test program that died without a count, counts as one failure.
+///
+/// # Errors
+/// When cargo cannot be run.
+pub fn run(root: &Path, selection: &[String]) -> anyhow::Result<()> {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root).args(["test", "--no-fail-fast"]);
+    if selection.is_empty() {
+        cargo.arg("--workspace");
+    }
+    let mut child =
+        cargo.args(selection).stdout(Stdio::piped()).spawn().context("failed to run cargo test")?;
+    let output = child.stdout.take().context("cargo test has no output")?;
+    let mut counts =
+        pass_on(BufReader::new(output), io::stdout().lock()).context("failed to read cargo test")?;
+    let status = child.wait().context("failed to wait for cargo test")?;
+    if !status.success() && counts.failed == 0 {
+        println!("cargo test ended with {status}: the build failed, or a test program died without a count");
+        counts.failed = 1;
+    }
+    println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);
+    if counts.failed > 0 || !status.success() {
+        // Not an error: nothing may be printed after the counts.
+        io::stdout().flush().ok();
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// Copies lines, as they come, and adds up the counts among them.
+fn pass_on(mut input: impl BufRead, mut output: impl Write) -> io::Result<Counts> {
+    let mut counts = Counts::default();
+    let mut line = Vec::new();
+    while input.read_until(b'\n', &mut line)? > 0 {
+        output.write_all(&line)?;
+        output.flush()?;
+        if let Some(found) = parse(&String::from_utf8_lossy(&line)) {
+            counts.add(found);
+        }
+        line.clear();
+    }
+    Ok(counts)
+}
+
+/// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`.
+fn parse(line: &str) -> Option<Counts> {
+    let (_, numbers) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let number = |word: &str| {
+        numbers.split("; ").find_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u64>().ok())
+    };
+    Some(Counts { passed: number("passed")?, failed: number("failed")?, skipped: number("ignored")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counts_of_all_programs_are_added_and_every_line_passes() {
+        let input = "running 3 tests\n\
+                     test a ... ok\n\
+                     test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.01s\n\
+                     \n\
+                     test result: FAILED. 10 passed; 2 failed; 3 ignored; 0 measured; 0 filtered out; finished in 1s\n\
+                     a line that mentions test result: ok. 7 passed; 7 failed; 7 ignored;\n\
+                     \u{fffd} no newline at the end";
+        let mut output = Vec::new();
+        let counts = pass_on(input.as_bytes(), &mut output).unwrap();
+        assert_eq!(counts, Counts { passed: 12, failed: 2, skipped: 4 });
+        assert_eq!(output, input.as_bytes());
+    }
+
+    #[test]
+    fn a_line_without_all_counts_is_no_result() {
+        assert_eq!(parse("test result: ok. 2 passed; 0 failed"), None);
+        assert_eq!(parse("test result: unknown"), None);
+    }
+}
