@@ -247,7 +247,8 @@ mod tests {
             ledger.promises.insert(Uid(uid.clone()), promise(&uid, Class::Images, 0));
         }
         assert_eq!(fits(&ledger, &new(Class::Images, 0)).expect_err("one too many").bound, Bound::Promises);
-        let (uid, promise) = ledger.promises.iter().next().map(|(u, p)| (u.clone(), p.clone())).expect("4096");
+        let (uid, promise) =
+            ledger.promises.iter().next().map(|(u, p)| (u.clone(), p.clone())).expect("4096");
         assert_eq!(fits(&ledger, &[(uid, promise)]), Ok(()), "a replacement is not one more");
     }
 

@@ -7,7 +7,8 @@ use crate::ledger::{Holder, Promise};
 use crate::reason::Reason;
 use crate::units::{Bytes, Generation};
 use crate::view::{
-    Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement, ReservationState,
+    Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement,
+    ReservationState,
 };
 
 /// One write, or a wish to be asked again.

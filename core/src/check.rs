@@ -79,22 +79,33 @@ impl Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::OverCapacity { ledger, excess } => write!(f, "ledger {ledger} {excess} for what it has promised"),
+            Self::OverCapacity { ledger, excess } => {
+                write!(f, "ledger {ledger} {excess} for what it has promised")
+            }
             Self::TooManyPromises { ledger, count } => {
                 write!(f, "ledger {ledger} holds {count} promises, at most {MAX_PROMISES} are allowed")
             }
             Self::Misnamed { ledger } => write!(f, "ledger {ledger} is not named after its pool and node"),
             Self::Unpromised { reservation, place } => {
                 let Placement { pool, node, generation } = place;
-                write!(f, "reservation {reservation} is assigned to pool {pool} on node {node}, generation {generation}, ")?;
+                write!(
+                    f,
+                    "reservation {reservation} is assigned to pool {pool} on node {node}, generation {generation}, "
+                )?;
                 f.write_str("but its ledger does not promise that")
             }
-            Self::Unguarded { reservation } => write!(f, "reservation {reservation} is assigned without a finalizer"),
+            Self::Unguarded { reservation } => {
+                write!(f, "reservation {reservation} is assigned without a finalizer")
+            }
             Self::RefusedAndAssigned { reservation } => {
                 write!(f, "reservation {reservation} is assigned although it was refused")
             }
-            Self::TwoPromises { uid, ledgers } => write!(f, "{uid} has promises in {}", ledgers.join(" and ")),
-            Self::Orphan { uid, ledger } => write!(f, "ledger {ledger} has a promise of {uid}, which does not exist"),
+            Self::TwoPromises { uid, ledgers } => {
+                write!(f, "{uid} has promises in {}", ledgers.join(" and "))
+            }
+            Self::Orphan { uid, ledger } => {
+                write!(f, "ledger {ledger} has a promise of {uid}, which does not exist")
+            }
             Self::LedgerBehind { ledger, behind } => write!(f, "ledger {ledger} is behind: {behind}"),
         }
     }
@@ -185,8 +196,13 @@ mod tests {
         };
         let over = defect(|view| view.ledgers.values_mut().for_each(|l| l.capacity.total.data = Bytes(9)));
         assert!(matches!(over, Finding::OverCapacity { .. }));
-        assert_eq!(over.to_string(), format!("ledger {} lacks 1 bytes in all for what it has promised",
-            view.ledgers[&at("p", "a")].name));
+        assert_eq!(
+            over.to_string(),
+            format!(
+                "ledger {} lacks 1 bytes in all for what it has promised",
+                view.ledgers[&at("p", "a")].name
+            )
+        );
         assert!(matches!(
             defect(|view| view.ledgers.values_mut().for_each(|l| l.promises.clear())),
             Finding::Unpromised { .. }
@@ -201,7 +217,10 @@ mod tests {
         ));
         let two = defect(|view| hold(view, "b", "r", Class::Images, 10));
         assert!(matches!(&two, Finding::TwoPromises { ledgers, .. } if ledgers.len() == 2) && two.may_pass());
-        assert!(matches!(defect(|view| hold(view, "b", "nobody", Class::Images, 10)), Finding::Orphan { .. }));
+        assert!(matches!(
+            defect(|view| hold(view, "b", "nobody", Class::Images, 10)),
+            Finding::Orphan { .. }
+        ));
         let other = defect(|view| view.ledgers.get_mut(&at("p", "b")).expect("there").name = "x".to_owned());
         assert!(matches!(other, Finding::Misnamed { .. }));
         let behind = defect(|view| {

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 
 use crate::budget::fits;
-use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name, staged_image_name};
+use crate::ids::{
+    Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name, staged_image_name,
+};
 use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::reason::Reason;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
-    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodePoolState, NodeState,
-    ObjectVersion, Placement, PoolChoice, PoolView, ReservationState, ReservationView, View, WhenFull,
+    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodePoolState,
+    NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReservationState, ReservationView, View,
+    WhenFull,
 };
 
 pub const HOUR: u64 = 3_600_000;

@@ -49,8 +49,13 @@ fn release(view: &View, image: &ImageView) -> Vec<Change> {
         return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
     }
     let Some(entry) = ledger.promises.get(&image.uid) else { return done };
-    let released = report.and_then(|report| report.released.get(&image.uid)).is_some_and(|g| *g >= entry.generation);
-    if released { vec![ledger.without(&[&image.uid])] } else { vec![Change::RetryAfter { millis: LOOK_MILLIS }] }
+    let released =
+        report.and_then(|report| report.released.get(&image.uid)).is_some_and(|g| *g >= entry.generation);
+    if released {
+        vec![ledger.without(&[&image.uid])]
+    } else {
+        vec![Change::RetryAfter { millis: LOOK_MILLIS }]
+    }
 }
 
 #[cfg(test)]
@@ -64,7 +69,11 @@ mod tests {
     fn staged() -> View {
         let mut view = view(&[("a", 100)]);
         let image = image("a", 20, HOUR);
-        view.ledgers.get_mut(&at("p", "a")).expect("there").promises.insert(image.uid.clone(), image.promise());
+        view.ledgers
+            .get_mut(&at("p", "a"))
+            .expect("there")
+            .promises
+            .insert(image.uid.clone(), image.promise());
         view.images.insert(image.name.clone(), image);
         view
     }

@@ -82,10 +82,17 @@ pub enum Behind {
 impl fmt::Display for Behind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Lineage { ledger, node } => write!(f, "the ledger's lineage is {ledger}, the node obeys {node}"),
-            Self::Revision { ledger, node } => write!(f, "the ledger is at revision {ledger}, the node at {node}"),
+            Self::Lineage { ledger, node } => {
+                write!(f, "the ledger's lineage is {ledger}, the node obeys {node}")
+            }
+            Self::Revision { ledger, node } => {
+                write!(f, "the ledger is at revision {ledger}, the node at {node}")
+            }
             Self::Missing { uid, generation } => {
-                write!(f, "the ledger lacks the promise of {uid}, generation {generation}, that the node has obeyed")
+                write!(
+                    f,
+                    "the ledger lacks the promise of {uid}, generation {generation}, that the node has obeyed"
+                )
             }
         }
     }
@@ -162,7 +169,10 @@ mod tests {
         node.released.insert(Uid::from("b"), Generation::FIRST);
         assert_eq!(is_behind(&ledger, &node), None, "its bytes are gone");
         node.obeyed.insert(Uid::from("a"), Generation(2));
-        assert!(matches!(is_behind(&ledger, &node), Some(Behind::Missing { .. })), "an older generation does not count");
+        assert!(
+            matches!(is_behind(&ledger, &node), Some(Behind::Missing { .. })),
+            "an older generation does not count"
+        );
         node.lineage = Some(Lineage::from("other"));
         assert!(matches!(is_behind(&ledger, &node), Some(Behind::Lineage { .. })));
     }
@@ -178,7 +188,9 @@ mod tests {
         };
         assert_eq!((revision, &version, promises.len()), (4, &ledger.version, 1));
         ledger.promises = promises;
-        let Change::WriteLedger { promises, .. } = ledger.without(&[&Uid::from("a")]) else { panic!("a ledger write") };
+        let Change::WriteLedger { promises, .. } = ledger.without(&[&Uid::from("a")]) else {
+            panic!("a ledger write")
+        };
         assert!(promises.is_empty());
     }
 }

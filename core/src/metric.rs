@@ -166,7 +166,10 @@ mod tests {
     fn names_are_unique_and_follow_the_rules() {
         for (index, metric) in Metric::ALL.iter().enumerate() {
             let name = metric.name();
-            assert!(name.starts_with("berth_") && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            assert!(
+                name.starts_with("berth_") && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
+                "{name}"
+            );
             assert_eq!(metric.kind() == MetricKind::Counter, name.ends_with("_total"), "{name}");
             let stem = name.trim_end_matches("_total");
             assert_eq!(metric.unit() == "bytes", stem.ends_with("_bytes"), "{name}");
@@ -180,7 +183,8 @@ mod tests {
     fn the_table_has_a_line_for_each() {
         let table = docs_table();
         assert_eq!(table.lines().filter(|line| line.starts_with("| `")).count(), Metric::ALL.len());
-        let line = "| `berth_refusals_total` | counter |  | `reason` | operator | Reservations that were refused. |";
+        let line =
+            "| `berth_refusals_total` | counter |  | `reason` | operator | Reservations that were refused. |";
         assert!(table.lines().any(|other| other == line), "{table}");
     }
 }

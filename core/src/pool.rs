@@ -29,7 +29,10 @@ fn capacity(pool: &PoolView, report: &NodePoolState) -> LedgerCapacity {
     LedgerCapacity::shared(pool.limit.map_or(report.total, |limit| limit.min(report.total)))
 }
 
-fn carriers<'v>(view: &'v View, pool: &'v PoolView) -> impl Iterator<Item = (&'v NodeName, &'v NodePoolState)> {
+fn carriers<'v>(
+    view: &'v View,
+    pool: &'v PoolView,
+) -> impl Iterator<Item = (&'v NodeName, &'v NodePoolState)> {
     view.nodes.iter().filter_map(|(name, node)| Some((name, node.pools.get(&pool.name)?)))
 }
 
@@ -72,10 +75,9 @@ fn swept(view: &View, pool: &PoolView) -> Option<Vec<Change>> {
         if gone.is_empty() {
             return None;
         }
-        let ask = gone.iter().map(|(uid, holder)| Change::ConfirmGone {
-            holder: (*holder).clone(),
-            uid: (*uid).clone(),
-        });
+        let ask = gone
+            .iter()
+            .map(|(uid, holder)| Change::ConfirmGone { holder: (*holder).clone(), uid: (*uid).clone() });
         let uids: Vec<&Uid> = gone.iter().map(|(uid, _)| *uid).collect();
         Some(ask.chain([ledger.without(&uids)]).collect())
     })
@@ -105,7 +107,8 @@ pub fn report(view: &View, pool: &PoolView) -> PoolReport {
         total = total.saturating_add(ledger.capacity.total.data);
         promised = promised.saturating_add(Sums::of(ledger.promises.values()).data(Area::Total));
     }
-    let waiting = view.reservations.values().filter(|request| request.pools.allows(pool) && is_waiting(view, request));
+    let waiting =
+        view.reservations.values().filter(|request| request.pools.allows(pool) && is_waiting(view, request));
     let advisory = carriers(view, pool).any(|(_, report)| report.advisory);
     let (ready, reason, message) = health(view, pool);
     PoolReport {
@@ -196,7 +199,9 @@ mod tests {
         view.pools.values_mut().for_each(|pool| pool.limit = Some(Bytes(80)));
         hold(&mut view, "a", "x", Class::Images, 90);
         let changes = ask(&view);
-        let [Change::CreateLedger { capacity, .. }, Change::WriteLedger { capacity: resized, .. }] = &changes[..] else {
+        let [Change::CreateLedger { capacity, .. }, Change::WriteLedger { capacity: resized, .. }] =
+            &changes[..]
+        else {
             panic!("{changes:?}");
         };
         assert_eq!(*capacity, LedgerCapacity::shared(Bytes(80)));
@@ -240,7 +245,10 @@ mod tests {
         node_pool(&mut view, "b").used = Bytes(7);
         node_pool(&mut view, "b").advisory = true;
         let report = told(&view);
-        assert_eq!((report.ready, report.nodes, report.message.as_str()), (true, 2, "2 nodes carry the pool"));
+        assert_eq!(
+            (report.ready, report.nodes, report.message.as_str()),
+            (true, 2, "2 nodes carry the pool")
+        );
         assert_eq!((report.total, report.promised, report.unreferenced), (Bytes(150), Bytes(50), Bytes(20)));
         assert_eq!((report.used, report.queued, report.constraints), (Bytes(7), 1, vec![Reason::Advisory]));
     }
@@ -256,6 +264,9 @@ mod tests {
         view.nodes.clear();
         assert_eq!(told(&view).reason, Reason::NoMatchingNode);
         view.pools.values_mut().for_each(|pool| pool.invalid = Some("spec.backend: x".to_owned()));
-        assert_eq!((told(&view).reason, told(&view).message.as_str()), (Reason::InvalidSpec, "spec.backend: x"));
+        assert_eq!(
+            (told(&view).reason, told(&view).message.as_str()),
+            (Reason::InvalidSpec, "spec.backend: x")
+        );
     }
 }

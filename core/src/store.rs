@@ -18,7 +18,12 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         return Vec::new();
     };
     let generation = store.assignment.as_ref().map_or(Generation::FIRST, |(_, generation)| generation.next());
-    vec![Change::AssignStore { name: name.clone(), version: store.version.clone(), node: node.clone(), generation }]
+    vec![Change::AssignStore {
+        name: name.clone(),
+        version: store.version.clone(),
+        node: node.clone(),
+        generation,
+    }]
 }
 
 #[cfg(test)]
@@ -47,7 +52,10 @@ mod tests {
         let mut view = view(&[("a", 1), ("b", 1), ("c", 1)]);
         let names: Vec<ObjectName> = (0..30).map(|index| add(&mut view, &format!("s{index}"))).collect();
         for node in ["a", "b", "c"] {
-            let count = names.iter().filter(|name| chosen(&view, name).expect("three live").0.as_str() == node).count();
+            let count = names
+                .iter()
+                .filter(|name| chosen(&view, name).expect("three live").0.as_str() == node)
+                .count();
             assert!(count >= 4, "{node}: {count}");
         }
         let (node, generation) = chosen(&view, &names[0]).expect("three live");

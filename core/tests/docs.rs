@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use berth_core::reservation::transitions_table;
+use berth_core::view::ImportState;
 
 const SEMANTICS: &str = include_str!("../../docs/semantics.md");
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
@@ -45,7 +46,8 @@ fn read(path: &Path) -> String {
 }
 
 fn pages() -> Vec<PathBuf> {
-    let top = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"].map(|name| root().join(name));
+    let top =
+        ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"].map(|name| root().join(name));
     top.into_iter().chain(files(&root().join("docs"), "md")).collect()
 }
 
@@ -74,14 +76,15 @@ fn links_in(page: &Path, line: &str, labels: &BTreeMap<String, String>) -> Vec<L
     let mut rest = line;
     while let Some((text, after)) = rest.split_once('[').and_then(|(_, inner)| inner.split_once(']')) {
         rest = after;
-        let target = if let Some((target, _)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
-            target.to_owned()
-        } else if let Some((label, _)) = after.strip_prefix('[').and_then(|inner| inner.split_once(']')) {
-            let target = labels.get(label);
-            target.unwrap_or_else(|| panic!("{}: no target for [{label}]", page.display())).clone()
-        } else {
-            continue;
-        };
+        let target =
+            if let Some((target, _)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
+                target.to_owned()
+            } else if let Some((label, _)) = after.strip_prefix('[').and_then(|inner| inner.split_once(']')) {
+                let target = labels.get(label);
+                target.unwrap_or_else(|| panic!("{}: no target for [{label}]", page.display())).clone()
+            } else {
+                continue;
+            };
         found.push(Link { page: page.to_owned(), text: text.to_owned(), target });
     }
     found
@@ -103,6 +106,24 @@ impl Link {
 #[test]
 fn the_table_of_states_is_the_codes() {
     assert!(SEMANTICS.contains(&transitions_table()), "docs/semantics.md lacks:\n{}", transitions_table());
+}
+
+#[test]
+fn every_state_of_an_import_is_explained() {
+    let next = |state| match state {
+        ImportState::Pending => Some(ImportState::Probing),
+        ImportState::Probing => Some(ImportState::Queued),
+        ImportState::Queued => Some(ImportState::Importing),
+        ImportState::Importing => Some(ImportState::Ready),
+        ImportState::Ready => Some(ImportState::Failed),
+        ImportState::Failed => None,
+    };
+    let imports = SEMANTICS.split("## Imports").nth(1).expect("imports have a part of their own");
+    let mut state = Some(ImportState::Pending);
+    while let Some(this) = state {
+        assert!(imports.contains(&format!("\n| `{this:?}` | ")), "{this:?}");
+        state = next(this);
+    }
 }
 
 #[test]
@@ -139,14 +160,20 @@ fn every_row_of_the_requirements_names_a_test_or_what_is_missing() {
     let text = read(&root().join("docs/requirements.md"));
     let (works, missing) = text.split_once("## Not yet").expect("both parts are there");
     let rows = |part: &str| -> Vec<String> {
-        part.lines().filter(|line| line.starts_with("| A") || line.starts_with("| B") || line.starts_with("| D")).map(str::to_owned).collect()
+        part.lines()
+            .filter(|line| line.starts_with("| A") || line.starts_with("| B") || line.starts_with("| D"))
+            .map(str::to_owned)
+            .collect()
     };
     for row in rows(works) {
         assert!(row.contains("::"), "no test in: {row}");
     }
     assert!(!rows(works).is_empty());
     for row in rows(missing) {
-        assert!(row.split('|').nth(3).is_some_and(|cell| cell.trim().len() > 10), "nothing is said to be missing in: {row}");
+        assert!(
+            row.split('|').nth(3).is_some_and(|cell| cell.trim().len() > 10),
+            "nothing is said to be missing in: {row}"
+        );
     }
 }
 
@@ -154,7 +181,8 @@ fn every_row_of_the_requirements_names_a_test_or_what_is_missing() {
 fn every_setting_is_documented_and_no_other() {
     let settings = |text: &str| -> Vec<String> {
         let words = text.split(|c: char| !(c.is_ascii_uppercase() || c == '_'));
-        let mut found: Vec<String> = words.filter(|word| word.starts_with("BERTH_")).map(str::to_owned).collect();
+        let mut found: Vec<String> =
+            words.filter(|word| word.starts_with("BERTH_")).map(str::to_owned).collect();
         found.sort();
         found.dedup();
         found
@@ -188,17 +216,52 @@ fn a_pool_is_never_called_what_it_is_not() {
 #[test]
 fn kinds_have_names_that_nobody_else_has() {
     const TAKEN: &[&str] = &[
-        "PersistentVolume", "PersistentVolumeClaim", "Volume", "VolumeSnapshot", "VolumeSnapshotContent", "VolumeAttachment",
-        "StorageClass", "Image", "ImageStream", "ImageVolume", "DataVolume", "DataSource", "DataImportCron", "StorageProfile",
-        "VirtualMachine", "VirtualMachineSnapshot", "VirtualMachineExport", "VirtualDisk", "Snapshot", "Backup",
-        "pv", "pvc", "vol", "vs", "vsc", "sc", "dv", "das", "dic", "vm", "vmi", "vms", "no", "po",
+        "PersistentVolume",
+        "PersistentVolumeClaim",
+        "Volume",
+        "VolumeSnapshot",
+        "VolumeSnapshotContent",
+        "VolumeAttachment",
+        "StorageClass",
+        "Image",
+        "ImageStream",
+        "ImageVolume",
+        "DataVolume",
+        "DataSource",
+        "DataImportCron",
+        "StorageProfile",
+        "VirtualMachine",
+        "VirtualMachineSnapshot",
+        "VirtualMachineExport",
+        "VirtualDisk",
+        "Snapshot",
+        "Backup",
+        "pv",
+        "pvc",
+        "vol",
+        "vs",
+        "vsc",
+        "sc",
+        "dv",
+        "das",
+        "dic",
+        "vm",
+        "vmi",
+        "vms",
+        "no",
+        "po",
     ];
     let mut kinds = 0;
     for path in files(&root().join("crds"), "yaml") {
         let text = read(&path);
         let mut lines = text.lines().map(str::trim);
-        let kind = lines.by_ref().find_map(|line| line.strip_prefix("kind: ").filter(|kind| *kind != "CustomResourceDefinition"));
-        let short = lines.skip_while(|line| !line.starts_with("shortNames:")).nth(1).and_then(|line| line.strip_prefix("- "));
+        let kind = lines
+            .by_ref()
+            .find_map(|line| line.strip_prefix("kind: ").filter(|kind| *kind != "CustomResourceDefinition"));
+        let short = lines
+            .skip_while(|line| !line.starts_with("shortNames:"))
+            .nth(1)
+            .and_then(|line| line.strip_prefix("- "));
         let (kind, short) = (kind.expect("a kind"), short.expect("a short name"));
         assert!(!TAKEN.contains(&kind) && !TAKEN.contains(&short), "{}: {kind} {short}", path.display());
         kinds += 1;

@@ -8,6 +8,7 @@ pub mod news;
 pub mod observe;
 pub mod pools;
 pub mod report;
+pub mod sources;
 pub mod staging;
 pub mod stores;
 pub mod volumes;

@@ -76,7 +76,11 @@ fn credentials_in(secret: &KubeSecret, namespace: &str, name: &str) -> Result<Cr
         (!text.is_empty()).then(|| text.to_owned())
     };
     let required = |key: &'static str| {
-        text(key).ok_or_else(|| CredentialsError::Key { namespace: namespace.to_owned(), name: name.to_owned(), key })
+        text(key).ok_or_else(|| CredentialsError::Key {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            key,
+        })
     };
     Ok(Credentials::Static {
         access_key_id: required("accessKeyId")?,

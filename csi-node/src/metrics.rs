@@ -56,9 +56,21 @@ impl Default for Metrics {
         let (total, used, obeyed) = (Family::default(), Family::default(), Family::default());
         registry.register("berth_node_steps", "Steps taken, by kind and result", Family::clone(&steps));
         registry.register("berth_node_rpcs", "CSI calls answered, by method and code", Family::clone(&rpcs));
-        registry.register("berth_node_pool_total_bytes", "What may be promised in a pool here", Family::clone(&total));
-        registry.register("berth_node_pool_used_bytes", "What is written in a pool here", Family::clone(&used));
-        registry.register("berth_node_pool_obeyed_bytes", "Promises obeyed and not released", Family::clone(&obeyed));
+        registry.register(
+            "berth_node_pool_total_bytes",
+            "What may be promised in a pool here",
+            Family::clone(&total),
+        );
+        registry.register(
+            "berth_node_pool_used_bytes",
+            "What is written in a pool here",
+            Family::clone(&used),
+        );
+        registry.register(
+            "berth_node_pool_obeyed_bytes",
+            "Promises obeyed and not released",
+            Family::clone(&obeyed),
+        );
         Self { registry, steps, rpcs, total, used, obeyed }
     }
 }
@@ -95,6 +107,7 @@ impl Metrics {
 fn step_name(step: &Step) -> &'static str {
     match step {
         Step::PreparePool { .. } => "PreparePool",
+        Step::ClosePool { .. } => "ClosePool",
         Step::Obey { .. } => "Obey",
         Step::MakeWorkDir { .. } => "MakeWorkDir",
         Step::MakeVolume { .. } => "MakeVolume",
@@ -128,7 +141,11 @@ pub async fn serve(node: Arc<Node>, address: SocketAddr, stop: CancellationToken
 }
 
 async fn ready(node: Arc<Node>) -> impl IntoResponse {
-    if node.watches.synced() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "watches are not synced") }
+    if node.watches.synced() {
+        (StatusCode::OK, "ok")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "watches are not synced")
+    }
 }
 
 async fn show(metrics: Arc<Metrics>) -> impl IntoResponse {

@@ -108,7 +108,12 @@ fn listen(socket: &Path) -> io::Result<UnixListener> {
     }
     match fs::symlink_metadata(socket) {
         Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(socket)?,
-        Ok(_) => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something else than a socket lies there")),
+        Ok(_) => {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "something else than a socket lies there",
+            ));
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }

@@ -18,7 +18,7 @@ use crate::agent::jobs::Jobs;
 use crate::agent::news::News;
 use crate::agent::pools::Pools;
 use crate::agent::watches::Watches;
-use crate::agent::{self, heartbeat, imports};
+use crate::agent::{self, heartbeat, sources};
 use crate::args::AgentArgs;
 use crate::commands::{self, template::TemplateArgs};
 use crate::metrics::{self, Metrics};
@@ -30,7 +30,7 @@ const DRAIN: Duration = Duration::from_secs(8);
 
 /// Runs until SIGTERM or SIGINT, or until a part fails. Mounts and loop devices stay: volumes outlive the plugin.
 pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
-    imports::address_policy(&args.allow_source_cidrs).context("--allow-source-cidr")?;
+    sources::address_policy(&args.allow_source_cidrs).context("--allow-source-cidr")?;
     let stop = CancellationToken::new();
     let node = node(&args, stop.clone()).await?;
     let mut parts = JoinSet::new();
@@ -136,7 +136,8 @@ fn open_record(state_dir: &Path, node: &NodeName) -> anyhow::Result<NodeRecord> 
 async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     let config = match kubeconfig {
         Some(path) => {
-            let file = Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let file =
+                Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
             KubeConfig::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
         }
         None => KubeConfig::infer().await.context("no API server is configured")?,

@@ -61,7 +61,8 @@ fn what_cannot_be_made_is_refused_with_the_code_that_the_sidecar_needs() {
         ("name", Code::InvalidArgument, |r| r.name = "x".repeat(129)),
         ("volume_capabilities", Code::InvalidArgument, |r| r.volume_capabilities.clear()),
         ("volume_capability", Code::InvalidArgument, |r| {
-            r.volume_capabilities = vec![capability(AccessType::Block(BlockVolume {}), Mode::MultiNodeMultiWriter)];
+            r.volume_capabilities =
+                vec![capability(AccessType::Block(BlockVolume {}), Mode::MultiNodeMultiWriter)];
         }),
         ("volume_capability", Code::InvalidArgument, |r| r.volume_capabilities[0].access_mode = None),
         ("volume_capability", Code::InvalidArgument, |r| r.volume_capabilities[0].access_type = None),
@@ -70,16 +71,25 @@ fn what_cannot_be_made_is_refused_with_the_code_that_the_sidecar_needs() {
             r.volume_content_source = Some(VolumeContentSource::default());
         }),
         ("pool", Code::InvalidArgument, |r| r.parameters.clear()),
-        ("hostmount", Code::InvalidArgument, |r| r.parameters = parameters(&[("pool", "p"), ("hostmount", "true")])),
-        ("template: x", Code::InvalidArgument, |r| r.parameters = parameters(&[("pool", "p"), ("template", "x")])),
-        ("../b", Code::InvalidArgument, |r| r.parameters = parameters(&[("pool", "p"), ("template", "a/../b")])),
-        ("partition: 0", Code::InvalidArgument, |r| r.parameters = parameters(&[("pool", "p"), ("partition", "0")])),
+        ("hostmount", Code::InvalidArgument, |r| {
+            r.parameters = parameters(&[("pool", "p"), ("hostmount", "true")])
+        }),
+        ("template: x", Code::InvalidArgument, |r| {
+            r.parameters = parameters(&[("pool", "p"), ("template", "x")])
+        }),
+        ("../b", Code::InvalidArgument, |r| {
+            r.parameters = parameters(&[("pool", "p"), ("template", "a/../b")])
+        }),
+        ("partition: 0", Code::InvalidArgument, |r| {
+            r.parameters = parameters(&[("pool", "p"), ("partition", "0")])
+        }),
         ("HostMountNotAllowed", Code::InvalidArgument, |r| {
             r.parameters = parameters(&[("pool", "p"), ("template", "a/b")]);
             r.volume_capabilities = vec![mount("ext4")];
         }),
         ("limit", Code::OutOfRange, |r| {
-            r.capacity_range = Some(CapacityRange { required_bytes: 10 * MIB + 1, limit_bytes: 10 * MIB + 2 });
+            r.capacity_range =
+                Some(CapacityRange { required_bytes: 10 * MIB + 1, limit_bytes: 10 * MIB + 2 });
         }),
         ("not among", Code::ResourceExhausted, |r| r.accessibility_requirements = on(&["n2", "n3"])),
     ];
@@ -145,7 +155,10 @@ fn paths_cannot_leave_where_they_are_meant_to_be() {
         assert!(error.to_string().starts_with("target_path"), "{error}");
     }
     assert!(path("target_path", &format!("/{}", "x".repeat(5000))).is_err());
-    assert_eq!(path("target_path", "/var/lib/kubelet/pods/x").unwrap().to_str(), Some("/var/lib/kubelet/pods/x"));
+    assert_eq!(
+        path("target_path", "/var/lib/kubelet/pods/x").unwrap().to_str(),
+        Some("/var/lib/kubelet/pods/x")
+    );
 }
 
 #[test]
@@ -156,7 +169,11 @@ fn one_call_for_each_volume_and_the_second_is_told_what_runs() {
     let busy = calls.clone().begin("v1-a", "NodeUnstageVolume").err().unwrap();
     let status = Status::from(&busy);
     assert_eq!(status.code(), Code::Aborted);
-    assert!(status.message().contains("NodeStageVolume for v1-a has been running for"), "{}", status.message());
+    assert!(
+        status.message().contains("NodeStageVolume for v1-a has been running for"),
+        "{}",
+        status.message()
+    );
     drop(first);
     let again = calls.begin("v1-a", "NodeUnstageVolume").unwrap();
     drop((again, other));

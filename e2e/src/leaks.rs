@@ -4,10 +4,14 @@
 use std::collections::BTreeSet;
 use std::fmt::{self, Display, Formatter};
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::stat::{major, minor};
+use serde_json::Value;
 
 /// What is there at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,7 +53,7 @@ impl Snapshot {
         let mut things = BTreeSet::new();
         things.extend(processes(dir));
         things.extend(mounts("self").into_iter().map(Thing::Mount));
-        things.extend(loops().into_iter().map(|(device, file)| Thing::Loop(device, file)));
+        things.extend(loops().into_iter().map(|device| Thing::Loop(device.node, device.file)));
         things.extend(names("/sys/block", |name| {
             let label = fs::read_to_string(format!("/sys/block/{name}/dm/name")).ok()?;
             Some(Thing::Mapper(label.trim().to_owned()))
@@ -71,10 +75,12 @@ impl Snapshot {
 
     /// Only what has to do with `dir`: for a machine on which others work at the same time.
     pub fn below(dir: &Path) -> Self {
+        let ours: BTreeSet<String> = loops_below(dir).into_iter().map(|device| device.node).collect();
         let mut all = Self::of_machine(dir);
         all.things.retain(|thing| match thing {
             Thing::Process(..) => true,
-            Thing::Mount(path) | Thing::Loop(_, path) => path.starts_with(dir),
+            Thing::Mount(path) => path.starts_with(dir),
+            Thing::Loop(node, _) => ours.contains(node),
             Thing::Mapper(name) => name.starts_with("berth-"),
             Thing::Network(_) => false,
         });
@@ -110,29 +116,95 @@ pub fn mounts(pid: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The loop devices in use, each with the file behind it, without the mark of a deleted one.
-pub fn loops() -> Vec<(String, PathBuf)> {
-    names("/sys/block", |name| {
-        let file = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()?;
-        let file = file.trim_end_matches('\n');
-        let file = file.strip_suffix(" (deleted)").unwrap_or(file);
-        Some((format!("/dev/{name}"), PathBuf::from(file)))
-    })
+/// A loop device in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loop {
+    /// Its node, `/dev/loopN`.
+    pub node: String,
+    /// The file behind it, as the kernel can name it from here: without the mounts of a namespace that is gone.
+    pub file: PathBuf,
+    /// Device number (`major:minor`) and inode of that file.
+    pub identity: (String, u64),
+    /// Its own device number.
+    number: String,
 }
 
-/// Detaches every loop device whose file lies below `dir`: for when the node that attached it is gone for good.
-/// Returns those that stay attached.
-pub fn detach_loops_below(dir: &Path) -> Vec<(String, PathBuf)> {
-    let ours = || loops().into_iter().filter(|(_, file)| file.starts_with(dir)).collect::<Vec<_>>();
-    for (device, _) in ours() {
-        // What it says is seen in sysfs.
-        Command::new("losetup").args(["--detach", &device]).status().ok();
+/// The loop devices in use. None where `losetup` (package mount) cannot list them.
+pub fn loops() -> Vec<Loop> {
+    let columns = "NAME,MAJ:MIN,BACK-MAJ:MIN,BACK-INO,BACK-FILE";
+    let listed = Command::new("losetup").args(["--json", "--list", "--output", columns]).output();
+    let listed = listed.ok().and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
+    let devices = listed.as_ref().and_then(|listed| listed["loopdevices"].as_array());
+    // Numbers are text in some versions, with spaces around them.
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned).trim().to_owned();
+    let read = |device: &Value| {
+        let file = text(&device["back-file"]);
+        Loop {
+            node: text(&device["name"]),
+            file: PathBuf::from(file.strip_suffix(" (deleted)").unwrap_or(&file)),
+            identity: (text(&device["back-maj:min"]), text(&device["back-ino"]).parse().unwrap_or_default()),
+            number: text(&device["maj:min"]),
+        }
+    };
+    devices.into_iter().flatten().map(read).collect()
+}
+
+/// The loop devices whose file lies below `dir`, and those whose file lies in a file system on one of these: found
+/// by inode, so that it does not matter in which namespace a file system is, or was, mounted. Those that hold others
+/// come last.
+pub fn loops_below(dir: &Path) -> Vec<Loop> {
+    let mut others = loops();
+    if others.is_empty() {
+        return others;
+    }
+    let mut files = BTreeSet::new();
+    collect_files(dir, &mut files);
+    let mut ours: Vec<Loop> = Vec::new();
+    loop {
+        let known: BTreeSet<&String> = ours.iter().map(|device| &device.number).collect();
+        let is_ours = |device: &Loop| {
+            device.file.starts_with(dir) || files.contains(&device.identity) || known.contains(&device.identity.0)
+        };
+        let (found, rest): (Vec<_>, Vec<_>) = others.into_iter().partition(is_ours);
+        if found.is_empty() {
+            ours.reverse();
+            return ours;
+        }
+        ours.extend(found);
+        others = rest;
+    }
+}
+
+/// The identities of all regular files below `dir`.
+fn collect_files(dir: &Path, files: &mut BTreeSet<(String, u64)>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        if metadata.is_dir() {
+            collect_files(&entry.path(), files);
+        } else if metadata.is_file() {
+            let device = metadata.dev();
+            files.insert((format!("{}:{}", major(device), minor(device)), metadata.ino()));
+        }
+    }
+}
+
+/// Detaches every loop device of [`loops_below`]: for when the nodes that attached them are gone for good. Returns
+/// those that stay attached.
+pub fn detach_loops_below(dir: &Path) -> Vec<Loop> {
+    let ours = loops_below(dir);
+    for device in &ours {
+        // What it says is seen in the next list.
+        Command::new("losetup").args(["--detach", &device.node]).output().ok();
     }
     let deadline = Instant::now() + Duration::from_secs(5);
-    while !ours().is_empty() && Instant::now() < deadline {
+    loop {
+        let now = loops();
+        let left: Vec<Loop> = ours.iter().filter(|device| now.contains(device)).cloned().collect();
+        if left.is_empty() || Instant::now() >= deadline {
+            return left;
+        }
         thread::sleep(Duration::from_millis(50));
     }
-    ours()
 }
 
 /// Our children, and other processes whose command line names `dir`; zombies have none.

@@ -64,6 +64,10 @@ pub const TEST_HTTP: Ours = Ours { package: "berth-testkit", binary: "berth-test
 pub const OPERATOR_SABOTAGE: Ours =
     Ours { package: "berth-operator", binary: "berth-operator-sabotage", feature: Some("sabotage") };
 
+/// The node plugin with defects to choose by `BERTH_SABOTAGE`.
+pub const NODE_SABOTAGE: Ours =
+    Ours { package: "berth-node", binary: "berth-node-sabotage", feature: Some("sabotage") };
+
 impl Ours {
     /// The program, built once per test program. Takes minutes when nothing of it was built before.
     ///

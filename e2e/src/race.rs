@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 pub use self::history::HistoryError;
-pub use self::operators::{OPERATOR_SABOTAGE, Operator, OperatorError};
+pub use self::operators::{Operator, OperatorError};
 use self::fake_node::{FakeNodeError, FakeNodes};
 use self::history::{Ground, Outcome, play};
 use self::judge::{Tally, Violation, judge};

@@ -26,7 +26,7 @@ pub use self::node::SiteNode;
 pub use self::programs::{Programs, ProgramsError};
 pub use self::servers::{BUCKET, S3Kind, S3Server, http_get_signed};
 use crate::cluster::{Cluster, SYSTEM_NAMESPACE};
-use crate::leaks;
+use crate::leaks::{self, Loop};
 use crate::ports::free_port;
 use crate::process::{Process, Program};
 
@@ -269,7 +269,7 @@ impl Site {
     }
 
     /// Ends everything, agents first, and lets every loop device go. Returns the loop devices that stay.
-    pub fn stop(mut self) -> Vec<(String, PathBuf)> {
+    pub fn stop(mut self) -> Vec<Loop> {
         self.end_all(true);
         leaks::detach_loops_below(&self.dir)
     }

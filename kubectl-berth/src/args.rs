@@ -99,7 +99,11 @@ mod tests {
     fn no_looks_and_no_time_are_refused() {
         assert!(Args::try_parse_from(["kubectl-berth", "check", "--looks", "0"]).is_err());
         assert!(Args::try_parse_from(["kubectl-berth", "status", "--timeout", "0"]).is_err());
-        let args = Args::try_parse_from(["kubectl-berth", "status", "-n", "team", "-o", "json"]).expect("valid");
-        assert!(matches!(args.command, Command::Status(StatusArgs { output: Output::Json, namespace: Some(_) })));
+        let args =
+            Args::try_parse_from(["kubectl-berth", "status", "-n", "team", "-o", "json"]).expect("valid");
+        assert!(matches!(
+            args.command,
+            Command::Status(StatusArgs { output: Output::Json, namespace: Some(_) })
+        ));
     }
 }

@@ -197,10 +197,18 @@ mod tests {
         assert_eq!(judge(&[unpromised(), sound]), []);
         let lines = judge(&[unpromised(), unpromised()]);
         assert_eq!(lines.len(), 1);
-        assert_eq!((lines[0].kind, lines[0].object.as_str()), ("Unpromised", "StagingReservation team/ready generation 1"));
+        assert_eq!(
+            (lines[0].kind, lines[0].object.as_str()),
+            ("Unpromised", "StagingReservation team/ready generation 1")
+        );
         let text = as_text(&lines, &unpromised().objects);
         assert!(text.starts_with("FINDING      OBJECT"), "{text}");
-        assert!(text.contains("Unpromised   StagingReservation team/ready generation 1   reservation team/ready is"), "{text}");
+        assert!(
+            text.contains(
+                "Unpromised   StagingReservation team/ready generation 1   reservation team/ready is"
+            ),
+            "{text}"
+        );
         assert!(text.contains("\n1 findings in 1 pools, 0 nodes"), "{text}");
     }
 

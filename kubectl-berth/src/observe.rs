@@ -116,7 +116,8 @@ impl Seen {
                 Ok(object) => readable.push(object),
                 Err(bad) => {
                     let name = bad.metadata.name.unwrap_or_default();
-                    let namespace = bad.metadata.namespace.map(|namespace| namespace + "/").unwrap_or_default();
+                    let namespace =
+                        bad.metadata.namespace.map(|namespace| namespace + "/").unwrap_or_default();
                     let kind = K::kind(&()).into_owned();
                     self.unreadable.push(Unreadable { kind, name: namespace + &name, problem: bad.error });
                 }
@@ -189,7 +190,9 @@ where
 /// True if the Lease was renewed no longer ago than it holds. A Lease from the future is fresh: the clocks differ.
 fn is_fresh(lease: &Lease, now: Timestamp) -> bool {
     let Some(spec) = &lease.spec else { return false };
-    let (Some(renewed), Some(seconds)) = (&spec.renew_time, spec.lease_duration_seconds) else { return false };
+    let (Some(renewed), Some(seconds)) = (&spec.renew_time, spec.lease_duration_seconds) else {
+        return false;
+    };
     now.duration_since(renewed.0) < SignedDuration::from_secs(seconds.into())
 }
 
@@ -221,16 +224,17 @@ mod tests {
 
     #[test]
     fn an_object_that_cannot_be_read_is_remembered_and_hides_no_other() {
-        let pool = |spec: serde_json::Value| {
-            json!({"apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingPool", "metadata": {"name": "p"}, "spec": spec})
-        };
+        let pool = |spec: serde_json::Value| json!({"apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingPool", "metadata": {"name": "p"}, "spec": spec});
         let good = pool(json!({"backend": {"filesystem": {"path": "/srv/berth", "size": "1Gi"}}}));
         let listed = [good, pool(json!({"backend": 7}))];
         let listed = listed.into_iter().map(|o| serde_json::from_value(o).expect("guarded")).collect();
         let mut seen = Seen::default();
         let readable: Vec<StagingPool> = seen.sort(listed);
         assert_eq!(readable.len(), 1);
-        assert_eq!((seen.unreadable[0].kind.as_str(), seen.unreadable[0].name.as_str()), ("StagingPool", "p"));
+        assert_eq!(
+            (seen.unreadable[0].kind.as_str(), seen.unreadable[0].name.as_str()),
+            ("StagingPool", "p")
+        );
         assert!(!seen.unreadable[0].problem.is_empty());
     }
 }

@@ -103,7 +103,11 @@ fn node_rows(node: &StagingNode, seen: &Seen, view: &View) -> Vec<Row> {
             reason: pool.reason.as_str().to_owned(),
             size: Some(ledger.map_or(pool.total, |ledger| ledger.capacity.total.data)),
             promised: ledger.map(promised_in),
-            message: if pool.message.is_empty() { format!("{} written", pool.used) } else { pool.message.clone() },
+            message: if pool.message.is_empty() {
+                format!("{} written", pool.used)
+            } else {
+                pool.message.clone()
+            },
             ..row()
         }
     };
@@ -139,13 +143,18 @@ fn reservation_row(reservation: &StagingReservation, view: &View) -> Row {
     let uid = Uid(reservation.uid().unwrap_or_default());
     let promised = view.ledgers_of(&uid).filter_map(|ledger| ledger.promises.get(&uid));
     let promised: Vec<Bytes> = promised.map(|promise| promise.charge.data).collect();
-    let conditions = [ConditionType::Promised, ConditionType::Ready].map(|kind| find(&status.conditions, kind));
+    let conditions =
+        [ConditionType::Promised, ConditionType::Ready].map(|kind| find(&status.conditions, kind));
     let unmet = conditions.iter().flatten().find(|condition| !holds(condition));
     Row {
         kind: "reservation",
         name: full_name(reservation.namespace(), reservation.name_any()),
         state: status.state.map_or_else(|| "Pending".to_owned(), |state| format!("{state:?}")),
-        pool: status.assignment.as_ref().and_then(|place| place.pool.clone()).or(reservation.spec.pool_name.clone()),
+        pool: status
+            .assignment
+            .as_ref()
+            .and_then(|place| place.pool.clone())
+            .or(reservation.spec.pool_name.clone()),
         node: status.assignment.map(|place| place.node).or(reservation.spec.node_name.clone()),
         size: parse::bytes("spec.maxSize", &reservation.spec.max_size).ok(),
         promised: (!promised.is_empty()).then(|| promised.into_iter().sum()),
@@ -215,15 +224,44 @@ mod tests {
     #[test]
     fn one_table_shows_what_is_promised_and_what_waits() {
         let text = as_text(&rows(&seen(), None));
-        let lines: Vec<Vec<&str>> =
-            text.lines().map(|line| line.split("   ").map(str::trim).filter(|cell| !cell.is_empty()).collect()).collect();
-        assert_eq!(lines[1], ["pool", "fast", "Ready", "Ready", "-", "-", "10 GiB", "3 GiB", "-", "usable on 1 node"]);
-        assert_eq!(lines[2], ["node", "n1", "Live", "Ready", "fast", "n1", "10 GiB", "3 GiB", "-", "1 GiB written"]);
-        let import = ["import", "images/debian", "Importing", "Importing", "fast", "n1", "2 GiB", "-", "3/5 Upload 37 %"];
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| line.split("   ").map(str::trim).filter(|cell| !cell.is_empty()).collect())
+            .collect();
+        assert_eq!(
+            lines[1],
+            ["pool", "fast", "Ready", "Ready", "-", "-", "10 GiB", "3 GiB", "-", "usable on 1 node"]
+        );
+        assert_eq!(
+            lines[2],
+            ["node", "n1", "Live", "Ready", "fast", "n1", "10 GiB", "3 GiB", "-", "1 GiB written"]
+        );
+        let import = [
+            "import",
+            "images/debian",
+            "Importing",
+            "Importing",
+            "fast",
+            "n1",
+            "2 GiB",
+            "-",
+            "3/5 Upload 37 %",
+        ];
         assert_eq!(lines[3][..9], import);
-        let ready = ["reservation", "team/ready", "Ready", "Ready", "fast", "n1", "3 GiB", "3 GiB", "-", "prepared"];
+        let ready =
+            ["reservation", "team/ready", "Ready", "Ready", "fast", "n1", "3 GiB", "3 GiB", "-", "prepared"];
         assert_eq!(lines[4], ready);
-        let waits = ["reservation", "team/waits", "Queued", "InsufficientSpace", "fast", "-", "8 GiB", "-", "next in queue"];
+        let waits = [
+            "reservation",
+            "team/waits",
+            "Queued",
+            "InsufficientSpace",
+            "fast",
+            "-",
+            "8 GiB",
+            "-",
+            "next in queue",
+        ];
         assert_eq!(lines[5][..9], waits);
         assert_eq!(lines[5][9], "lacks 1 GiB in all");
         assert_eq!(lines.len(), 6);
@@ -241,7 +279,10 @@ mod tests {
         seen.fresh_leases.clear();
         seen.nodes[0].status = None;
         let row = rows(&seen, None).remove(1);
-        assert_eq!((row.kind, row.name.as_str(), row.state.as_str(), row.pool), ("node", "n1", "Silent", None));
+        assert_eq!(
+            (row.kind, row.name.as_str(), row.state.as_str(), row.pool),
+            ("node", "n1", "Silent", None)
+        );
     }
 
     #[test]

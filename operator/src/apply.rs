@@ -67,7 +67,9 @@ impl Applier {
                 Change::RetryAfter { millis } => {
                     outcome.retry = Some(outcome.retry.map_or(*millis, |sooner| sooner.min(*millis)));
                 }
-                Change::ConfirmGone { holder, uid } => confirmed = confirmed && self.is_gone(holder, uid).await?,
+                Change::ConfirmGone { holder, uid } => {
+                    confirmed = confirmed && self.is_gone(holder, uid).await?
+                }
                 _ if std::mem::replace(&mut confirmed, true) => outcome.wrote |= self.one(change).await?,
                 _ => {}
             }
@@ -101,9 +103,12 @@ impl Applier {
             Change::UnguardImage { name, uid } => self.unguard_image(name, uid).await,
             Change::GuardImport { name, uid } => self.guard_import(name, uid).await,
             Change::UnguardImport { name, uid } => self.unguard_import(name, uid).await,
-            Change::AssignImport { name, version, placement } => self.assign_import(name, version, placement).await,
+            Change::AssignImport { name, version, placement } => {
+                self.assign_import(name, version, placement).await
+            }
             Change::ReportImport { name, uid, state, reason, message, reserved } => {
-                let report = reports::ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
+                let report =
+                    reports::ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
                 self.report_import(name, uid, &report).await
             }
             Change::AssignStore { name, version, node, generation } => {

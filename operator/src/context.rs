@@ -57,7 +57,9 @@ impl Context {
         }
         match ledger_of(&changes) {
             // The decision does not settle on one ledger: let others go first.
-            Some(name) => Err(ApplyError::Conflict { operation: "choose", object: format!("StagingLedger {name}") }),
+            Some(name) => {
+                Err(ApplyError::Conflict { operation: "choose", object: format!("StagingLedger {name}") })
+            }
             None => self.apply(&changes).await,
         }
     }
@@ -102,8 +104,10 @@ fn released_early(view: &View) -> std::borrow::Cow<'_, View> {
     }
     let mut view = view.clone();
     for ledger in view.ledgers.values() {
-        if let Some(pool) = view.nodes.get_mut(&ledger.node).and_then(|node| node.pools.get_mut(&ledger.pool)) {
-            pool.released.extend(ledger.promises.iter().map(|(uid, promise)| (uid.clone(), promise.generation)));
+        if let Some(pool) = view.nodes.get_mut(&ledger.node).and_then(|node| node.pools.get_mut(&ledger.pool))
+        {
+            pool.released
+                .extend(ledger.promises.iter().map(|(uid, promise)| (uid.clone(), promise.generation)));
         }
     }
     Cow::Owned(view)

@@ -59,7 +59,9 @@ pub fn queue_affected(observer: &Observer, view: &View, touched: &Touched) {
 
 fn queue<K: Controlled>(observer: &Observer, view: &View, touched: &Touched) {
     let objects = match touched {
-        Touched::Everything => K::objects(observer).all().iter().map(|object| ObjectRef::from_obj(&**object)).collect(),
+        Touched::Everything => {
+            K::objects(observer).all().iter().map(|object| ObjectRef::from_obj(&**object)).collect()
+        }
         _ => K::affected(view, touched),
     };
     objects.into_iter().for_each(|object| K::objects(observer).queue(object));
@@ -85,16 +87,27 @@ fn spawn<K: Controlled>(context: &Arc<Context>, tasks: &TaskTracker, stop: &Canc
         }
         let store = K::objects(&context.observer).reader.clone();
         let config = Config::default().concurrency(CONCURRENCY);
-        applier(|object, context| reconcile(object, context).boxed(), after_error, context.clone(), store, queue, config)
-            .for_each(|result| {
-                report(K::KIND, &context, result.map(drop));
-                futures::future::ready(())
-            })
-            .await;
+        applier(
+            |object, context| reconcile(object, context).boxed(),
+            after_error,
+            context.clone(),
+            store,
+            queue,
+            config,
+        )
+        .for_each(|result| {
+            report(K::KIND, &context, result.map(drop));
+            futures::future::ready(())
+        })
+        .await;
     });
 }
 
-fn report<Q: std::error::Error + 'static>(kind: &str, context: &Context, result: Result<(), Error<ApplyError, Q>>) {
+fn report<Q: std::error::Error + 'static>(
+    kind: &str,
+    context: &Context,
+    result: Result<(), Error<ApplyError, Q>>,
+) {
     let outcome = match &result {
         Ok(()) => "ok",
         Err(Error::ReconcilerFailed(ApplyError::Conflict { .. }, _)) => "conflict",

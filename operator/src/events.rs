@@ -38,7 +38,8 @@ impl Events {
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) -> Self {
-        let reporter = Reporter { controller: "berth-operator".to_owned(), instance: Some(identity.to_owned()) };
+        let reporter =
+            Reporter { controller: "berth-operator".to_owned(), instance: Some(identity.to_owned()) };
         let recorder = Recorder::new(client, reporter);
         let (queue, waiting) = mpsc::channel(WAITING);
         let stop = stop.clone();
@@ -49,7 +50,13 @@ impl Events {
     }
 
     /// Says of `object` that it came to be so because of `reason`.
-    pub fn say<K: Resource<DynamicType = ()>>(&self, object: &K, action: &str, reason: Reason, message: &str) {
+    pub fn say<K: Resource<DynamicType = ()>>(
+        &self,
+        object: &K,
+        action: &str,
+        reason: Reason,
+        message: &str,
+    ) {
         let type_ = match reason.class() {
             ReasonClass::Normal => EventType::Normal,
             ReasonClass::Transient | ReasonClass::Terminal => EventType::Warning,
@@ -72,9 +79,16 @@ async fn write(recorder: Recorder, mut waiting: mpsc::Receiver<(Event, ObjectRef
         match tokio::time::timeout(PATIENCE, recorder.publish(&event, &object)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
-                tracing::warn!(object = object.name, reason = event.reason, error = chain(&error), "event not written");
+                tracing::warn!(
+                    object = object.name,
+                    reason = event.reason,
+                    error = chain(&error),
+                    "event not written"
+                );
             }
-            Err(_) => tracing::warn!(object = object.name, reason = event.reason, "event not written in time"),
+            Err(_) => {
+                tracing::warn!(object = object.name, reason = event.reason, "event not written in time")
+            }
         }
     }
 }

@@ -50,7 +50,9 @@ impl Candidate {
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             match tokio::time::timeout(PATIENCE, self.round()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(error = chain(&error), "the Lease could not be read or renewed"),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = chain(&error), "the Lease could not be read or renewed")
+                }
                 Err(_) => tracing::warn!("the API server did not answer about the Lease in time"),
             }
             let holds = self.renewed.is_some_and(|at| at.elapsed() < DEADLINE);
@@ -77,7 +79,10 @@ impl Candidate {
             };
             return self.written(self.leases.create(&PostParams::default(), &lease).await);
         };
-        let unchanged = self.seen.as_ref().filter(|(lease, _)| lease.metadata.resource_version == found.metadata.resource_version);
+        let unchanged = self
+            .seen
+            .as_ref()
+            .filter(|(lease, _)| lease.metadata.resource_version == found.metadata.resource_version);
         let since = unchanged.map_or(now, |(_, since)| *since);
         self.seen = Some((found.clone(), since));
         let spec = found.spec.clone().unwrap_or_default();

@@ -109,7 +109,10 @@ pub async fn run(args: Args) -> Result<(), RunError> {
 async fn finish(tasks: &TaskTracker) {
     tasks.close();
     if tokio::time::timeout(GRACE / 2, tasks.wait()).await.is_err() {
-        tracing::warn!(left = tasks.len(), "stopped with work under way; it is taken up again at the next start");
+        tracing::warn!(
+            left = tasks.len(),
+            "stopped with work under way; it is taken up again at the next start"
+        );
     }
 }
 

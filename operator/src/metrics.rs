@@ -36,7 +36,8 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut metrics = Self { registry: Registry::default(), counters: BTreeMap::new(), gauges: BTreeMap::new() };
+        let mut metrics =
+            Self { registry: Registry::default(), counters: BTreeMap::new(), gauges: BTreeMap::new() };
         for metric in Metric::ALL.iter().filter(|metric| metric.program() == Program::Operator) {
             metrics.register(*metric);
         }
@@ -100,20 +101,32 @@ impl Metrics {
         }
         self.clear(Metric::NodeReady);
         for node in view.nodes.values() {
-            self.set(Metric::NodeReady, &[("node", node.name.as_str())], i64::from(node.live && node.reported));
+            self.set(
+                Metric::NodeReady,
+                &[("node", node.name.as_str())],
+                i64::from(node.live && node.reported),
+            );
         }
         let queued = view.reservations.values().filter(|r| r.state == ReservationState::Queued).count();
         self.set(Metric::QueueLength, &[], size(queued));
     }
 
     fn look_at_pools(&self, view: &View) {
-        let gauges =
-            [Metric::PoolTotalBytes, Metric::PoolPromisedBytes, Metric::PoolUsedBytes, Metric::PoolUnreferencedBytes];
+        let gauges = [
+            Metric::PoolTotalBytes,
+            Metric::PoolPromisedBytes,
+            Metric::PoolUsedBytes,
+            Metric::PoolUnreferencedBytes,
+        ];
         gauges.into_iter().for_each(|metric| self.clear(metric));
         for ledger in view.ledgers.values() {
             let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
             let promised: Bytes = ledger.promises.values().map(|promise| promise.charge.data).sum();
-            let used = view.nodes.get(&ledger.node).and_then(|node| node.pools.get(&ledger.pool)).map(|pool| pool.used);
+            let used = view
+                .nodes
+                .get(&ledger.node)
+                .and_then(|node| node.pools.get(&ledger.pool))
+                .map(|pool| pool.used);
             self.set(Metric::PoolTotalBytes, &labels, ledger.capacity.total.data.as_i64());
             self.set(Metric::PoolPromisedBytes, &labels, promised.as_i64());
             self.set(Metric::PoolUsedBytes, &labels, used.unwrap_or_default().as_i64());
@@ -242,8 +255,12 @@ mod tests {
         let text = metrics.encode().expect("writes to a string");
         assert!(text.contains("berth_ledger_conflicts_total{} 3"), "{text}");
         assert!(text.contains("berth_reservations{state=\"Queued\"} 0"), "{text}");
-        for metric in Metric::ALL.iter().filter(|m| m.program() == Program::Operator && m.labels().is_empty()) {
-            assert!(text.contains(&format!("\n{}{{}} ", metric.name())) || *metric == Metric::LastEventTimestampSeconds);
+        for metric in Metric::ALL.iter().filter(|m| m.program() == Program::Operator && m.labels().is_empty())
+        {
+            assert!(
+                text.contains(&format!("\n{}{{}} ", metric.name()))
+                    || *metric == Metric::LastEventTimestampSeconds
+            );
         }
     }
 }

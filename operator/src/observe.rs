@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use berth_api::{
-    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
+    TemplateImport,
 };
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::view::View;
@@ -131,7 +132,12 @@ impl Observer {
     }
 
     /// Starts every watch; they end with `stop`.
-    pub fn start(self: &Arc<Self>, confirmations: Confirmations, tasks: &TaskTracker, stop: &CancellationToken) {
+    pub fn start(
+        self: &Arc<Self>,
+        confirmations: Confirmations,
+        tasks: &TaskTracker,
+        stop: &CancellationToken,
+    ) {
         self.clone().spawn::<StagingPool>(tasks, stop);
         self.clone().spawn::<StagingReservation>(tasks, stop);
         self.clone().spawn::<TemplateImport>(tasks, stop);

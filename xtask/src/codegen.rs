@@ -1,5 +1,6 @@
 //! Files that are made from code: the CRDs, and the tables of reasons and metrics in the documentation.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -55,7 +56,8 @@ fn reasons() -> String {
             ReasonClass::Transient => "transient",
             ReasonClass::Terminal => "terminal",
         };
-        page.push_str(&format!("| `{}` | {class} | {} |\n", reason.as_str(), reason.meaning()));
+        // Writing to a text cannot fail.
+        let _ = writeln!(page, "| `{}` | {class} | {} |", reason.as_str(), reason.meaning());
     }
     page
 }

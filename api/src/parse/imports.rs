@@ -7,8 +7,8 @@ use berth_core::units::Bytes;
 use berth_core::view::{DurableImage, ImportState, ImportView, WorkError};
 
 use super::{
-    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, reason, seconds, uid_of,
-    version_of,
+    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, reason,
+    seconds, uid_of, version_of,
 };
 use crate::TemplateImport;
 use crate::defaults::{IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS};
@@ -132,7 +132,8 @@ mod tests {
         assert_eq!((view.state, view.invalid, view.has_finalizer), (ImportState::Pending, None, true));
         assert_eq!((view.store.to_string().as_str(), view.pools), ("ns/s", PoolChoice::Labelled([].into())));
         let limits = import_limits(&ImportLimits::default()).expect("defaults");
-        let expected = Limits { virtual_size: Bytes::gib(256), bytes: Bytes::gib(256), stall_timeout: 60, retries: 10 };
+        let expected =
+            Limits { virtual_size: Bytes::gib(256), bytes: Bytes::gib(256), stall_timeout: 60, retries: 10 };
         assert_eq!(limits, expected);
     }
 
@@ -148,20 +149,29 @@ mod tests {
         assert_eq!((view.peak, view.released.map(|g| g.0)), (Some(Bytes(3)), Some(1)));
         let error = view.error.expect("there");
         assert_eq!((error.reason, error.retryable), (Reason::SourceStalled, true));
-        assert_eq!(view.durable.map(|image| (image.virtual_size, image.real_size)), Some((Bytes(20), Bytes(10))));
+        assert_eq!(
+            view.durable.map(|image| (image.virtual_size, image.real_size)),
+            Some((Bytes(20), Bytes(10)))
+        );
         assert_eq!(view.assignment.map(|place| place.generation.0), Some(2));
     }
 
     #[test]
     fn messages_name_field_and_value() {
         for (spec, message) in [
-            ("source: {}, store: {name: s}".to_owned(), "spec.source: exactly one of `http` and `s3` must be set"),
+            (
+                "source: {}, store: {name: s}".to_owned(),
+                "spec.source: exactly one of `http` and `s3` must be set",
+            ),
             (
                 format!("{SOURCE}, limits: {{virtualSize: big}}"),
                 "spec.limits.virtualSize: `big` is not a quantity of bytes such as `10Gi`",
             ),
             (format!("{SOURCE}, limits: {{bytes: 0}}"), "spec.limits.bytes: `0` must be more than 0"),
-            (format!("{SOURCE}, limits: {{stallTimeout: 0s}}"), "spec.limits.stallTimeout: `0s` must be more than 0"),
+            (
+                format!("{SOURCE}, limits: {{stallTimeout: 0s}}"),
+                "spec.limits.stallTimeout: `0s` must be more than 0",
+            ),
             (format!("{SOURCE}, limits: {{retries: -1}}"), "spec.limits.retries: `-1` must be 0 or more"),
         ] {
             assert_eq!(read(&format!("spec: {{{spec}}}\n")).invalid.as_deref(), Some(message));

@@ -10,8 +10,8 @@ use berth_core::view::{LedgerCapacity, LedgerView};
 use super::{generation, name_of, version_of};
 use crate::StagingLedger;
 use crate::staging_ledger::{
-    Holder as ApiHolder, HolderKind, LedgerBytes, LedgerCapacity as ApiCapacity, LedgerPromise, LedgerScope, PromiseClass,
-    StagingLedgerSpec,
+    Holder as ApiHolder, HolderKind, LedgerBytes, LedgerCapacity as ApiCapacity, LedgerPromise, LedgerScope,
+    PromiseClass, StagingLedgerSpec,
 };
 
 /// What decisions look at.
@@ -68,7 +68,9 @@ pub fn to_ledger_promise(promise: &Promise) -> LedgerPromise {
             namespace: Some(name.namespace.clone()),
             name: name.name.clone(),
         },
-        Holder::Image(name) => ApiHolder { kind: HolderKind::StagedImage, namespace: None, name: name.clone() },
+        Holder::Image(name) => {
+            ApiHolder { kind: HolderKind::StagedImage, namespace: None, name: name.clone() }
+        }
     };
     LedgerPromise {
         holder,

@@ -62,7 +62,8 @@ mod tests {
             released: vec![Released { uid: "y".to_owned(), generation: 1 }],
             ..NodePool::default()
         };
-        let odd = NodePool { name: "odd".to_owned(), reason: "FromTheFuture".to_owned(), ..NodePool::default() };
+        let odd =
+            NodePool { name: "odd".to_owned(), reason: "FromTheFuture".to_owned(), ..NodePool::default() };
         node.status = Some(StagingNodeStatus { pools: vec![pool, odd], ..StagingNodeStatus::default() });
         let state = node_state(&node);
         let fast = &state.pools[&PoolName::from("fast")];

@@ -27,7 +27,9 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         deleting: pool.metadata.deletion_timestamp.is_some(),
         invalid: None,
     };
-    if let Err(error) = read_policy(&pool.spec, &mut view).and_then(|()| filesystem_area(&pool.spec).map(drop)) {
+    if let Err(error) =
+        read_policy(&pool.spec, &mut view).and_then(|()| filesystem_area(&pool.spec).map(drop))
+    {
         view.invalid = Some(error.to_string());
     }
     view
@@ -71,7 +73,10 @@ pub struct FilesystemArea {
 /// [`InvalidField`] if the backend is none, the path is not absolute and plain, or the size is below 512 MiB.
 pub fn filesystem_area(spec: &StagingPoolSpec) -> Result<FilesystemArea, InvalidField> {
     let Some(backend) = &spec.backend.filesystem else {
-        return Err(InvalidField::Shape { field: "spec.backend", problem: "`filesystem` must be set".to_owned() });
+        return Err(InvalidField::Shape {
+            field: "spec.backend",
+            problem: "`filesystem` must be set".to_owned(),
+        });
     };
     let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
     let parts = backend.path.strip_prefix('/').map(|path| path.split('/').all(plain));
@@ -111,7 +116,10 @@ mod tests {
     fn defaults_and_every_field() {
         let plain = pool_view(&pool("  backend: {filesystem: {path: /var/lib/berth/fast, size: 1Gi}}\n"));
         assert_eq!(plain.invalid, None);
-        assert_eq!((plain.name.as_str(), plain.uid.as_str(), plain.labels["tier"].as_str()), ("fast", "u1", "nvme"));
+        assert_eq!(
+            (plain.name.as_str(), plain.uid.as_str(), plain.labels["tier"].as_str()),
+            ("fast", "u1", "nvme")
+        );
         assert_eq!((plain.limit, plain.when_full, plain.max_queued), (None, WhenFull::Queue, 1000));
         assert_eq!((plain.max_queue_millis, plain.reclaim_ttl_millis), (3_600_000, 3_600_000));
         let full = pool(
@@ -119,7 +127,10 @@ mod tests {
              maxQueueTime: 90s, maxQueued: 3}\n  reclaim: {ttl: 1m30s}\n",
         );
         let view = pool_view(&full);
-        assert_eq!((view.invalid, view.limit, view.when_full), (None, Some(Bytes::mib(100)), WhenFull::Reject));
+        assert_eq!(
+            (view.invalid, view.limit, view.when_full),
+            (None, Some(Bytes::mib(100)), WhenFull::Reject)
+        );
         assert_eq!((view.max_queue_millis, view.max_queued, view.reclaim_ttl_millis), (90_000, 3, 90_000));
         let area = filesystem_area(&full.spec).expect("valid");
         assert_eq!(area, FilesystemArea { path: "/p".to_owned(), size: Bytes::mib(512) });

@@ -7,8 +7,8 @@ use berth_core::view::{Access, AssignedImage, PoolChoice, ReservationState, Rese
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use super::{
-    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, uid_of, version_of,
-    when_full,
+    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, uid_of,
+    version_of, when_full,
 };
 use crate::StagingReservation;
 use crate::conditions::{ConditionType, find, timestamp};
@@ -37,7 +37,10 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
         },
         node: spec.node_name.clone().map(NodeName),
         max_size,
-        template: spec.image.as_ref().map(|image| ObjectName::new(&image.template.namespace, &image.template.name)),
+        template: spec
+            .image
+            .as_ref()
+            .map(|image| ObjectName::new(&image.template.namespace, &image.template.name)),
         claim_namespace: claim_namespace(reservation, &name),
         access: access(spec.access),
         when_full: spec.when_full.map(when_full),
@@ -117,11 +120,21 @@ mod tests {
 
     #[test]
     fn a_new_request() {
-        let view = read("{name: r, namespace: team, uid: u, resourceVersion: '7'}", "spec: {maxSize: 10Gi}\n");
-        assert_eq!((view.max_size, view.access, view.state), (Bytes::gib(10), Access::File, ReservationState::Pending));
+        let view =
+            read("{name: r, namespace: team, uid: u, resourceVersion: '7'}", "spec: {maxSize: 10Gi}\n");
+        assert_eq!(
+            (view.max_size, view.access, view.state),
+            (Bytes::gib(10), Access::File, ReservationState::Pending)
+        );
         assert_eq!(view.pools, PoolChoice::Labelled([].into()), "any pool");
-        assert_eq!((view.name.to_string().as_str(), view.version.0.as_str(), view.uid.as_str()), ("team/r", "7", "u"));
-        assert_eq!((view.claim_namespace.as_str(), view.has_finalizer, view.deleting), ("team", false, false));
+        assert_eq!(
+            (view.name.to_string().as_str(), view.version.0.as_str(), view.uid.as_str()),
+            ("team/r", "7", "u")
+        );
+        assert_eq!(
+            (view.claim_namespace.as_str(), view.has_finalizer, view.deleting),
+            ("team", false, false)
+        );
         assert_eq!(view.invalid, None);
     }
 
@@ -155,9 +168,15 @@ mod tests {
     fn waiting_counts_from_the_first_report() {
         let condition = "conditions: [{type: Promised, status: 'False', reason: Queued, message: '', lastTransitionTime: \
                          '1970-01-01T00:01:00Z'}]";
-        let queued = read("{name: r, namespace: t}", &format!("spec: {{maxSize: 1}}\nstatus: {{state: Queued, {condition}}}\n"));
+        let queued = read(
+            "{name: r, namespace: t}",
+            &format!("spec: {{maxSize: 1}}\nstatus: {{state: Queued, {condition}}}\n"),
+        );
         assert_eq!(queued.queued_since, Some(Timestamp(60_000)));
-        let refused = read("{name: r, namespace: t}", &format!("spec: {{maxSize: 1}}\nstatus: {{state: Refused, {condition}}}\n"));
+        let refused = read(
+            "{name: r, namespace: t}",
+            &format!("spec: {{maxSize: 1}}\nstatus: {{state: Refused, {condition}}}\n"),
+        );
         assert_eq!(refused.queued_since, None);
     }
 

@@ -19,7 +19,8 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         return vec![report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false)];
     }
     if import.durable.is_some() {
-        let told = report(import, ImportState::Ready, Reason::Ready, "durable in its image store".to_owned(), false);
+        let told =
+            report(import, ImportState::Ready, Reason::Ready, "durable in its image store".to_owned(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
     if let Some(error) = import.error.as_ref().filter(|error| !error.retryable) {
@@ -80,9 +81,10 @@ fn probe(view: &View, import: &ImportView, place: Option<&Placement>) -> Vec<Cha
 /// The live node with most left in a usable pool that the import allows; ties go to the first by pool and node.
 fn most_free(view: &View, import: &ImportView) -> Option<(PoolName, NodeName)> {
     let mut best: Option<(Bytes, (PoolName, NodeName))> = None;
-    let allowed = view.pools.values().filter(|pool| {
-        !pool.deleting && pool.invalid.is_none() && import.pools.allows(pool)
-    });
+    let allowed = view
+        .pools
+        .values()
+        .filter(|pool| !pool.deleting && pool.invalid.is_none() && import.pools.allows(pool));
     for pool in allowed {
         for (name, node) in view.nodes.iter().filter(|(_, node)| node.live) {
             if !node.pools.get(&pool.name).is_some_and(|report| report.usable) {
@@ -99,7 +101,12 @@ fn most_free(view: &View, import: &ImportView) -> Option<(PoolName, NodeName)> {
 }
 
 /// What is needed is known: it is reserved, and the work goes where the reservation is.
-fn stage(import: &ImportView, place: &Placement, peak: Bytes, reservation: Option<&ReservationView>) -> Vec<Change> {
+fn stage(
+    import: &ImportView,
+    place: &Placement,
+    peak: Bytes,
+    reservation: Option<&ReservationView>,
+) -> Vec<Change> {
     let Some(reservation) = reservation else {
         let create = Change::CreateReservation {
             name: reservation_name(import),
@@ -110,7 +117,10 @@ fn stage(import: &ImportView, place: &Placement, peak: Bytes, reservation: Optio
             access: Access::File,
         };
         let message = format!("needs {peak} in a pool");
-        return vec![create, report(import, ImportState::Queued, Reason::WaitingForReservation, message, false)];
+        return vec![
+            create,
+            report(import, ImportState::Queued, Reason::WaitingForReservation, message, false),
+        ];
     };
     if reservation.state == ReservationState::Refused && !reservation.deleting {
         let message = format!("StagingReservation {} of {peak} was refused; it says why", reservation.name);
@@ -161,7 +171,13 @@ fn assign(import: &ImportView, placement: Placement) -> Change {
     Change::AssignImport { name: import.name.clone(), version: import.version.clone(), placement }
 }
 
-fn report(import: &ImportView, state: ImportState, reason: Reason, message: String, reserved: bool) -> Change {
+fn report(
+    import: &ImportView,
+    state: ImportState,
+    reason: Reason,
+    message: String,
+    reserved: bool,
+) -> Change {
     Change::ReportImport {
         name: import.name.clone(),
         uid: import.uid.clone(),
@@ -226,16 +242,23 @@ mod tests {
         assert!(matches!(&ask(&view)[..], [Change::GuardImport { .. }]));
         import(&mut view).has_finalizer = true;
         let changes = ask(&view);
-        assert!(matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "b", 1)));
+        assert!(
+            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "b", 1))
+        );
         import(&mut view).assignment = Some(placed("p", "b", 1));
         assert_eq!(told(&view), (ImportState::Probing, Reason::Probing));
         import(&mut view).peak = Some(Bytes(30));
-        assert!(matches!(&ask(&view)[..], [Change::CreateReservation { size: Bytes(30), access: Access::File, .. }, _]));
+        assert!(matches!(
+            &ask(&view)[..],
+            [Change::CreateReservation { size: Bytes(30), access: Access::File, .. }, _]
+        ));
         let own = own_reservation(&mut view);
         assert_eq!(told(&view), (ImportState::Queued, Reason::WaitingForReservation));
         view.reservations.get_mut(&own).expect("there").assignment = Some(placed("p", "a", 1));
         let changes = ask(&view);
-        assert!(matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2)));
+        assert!(
+            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
+        );
         import(&mut view).assignment = Some(placed("p", "a", 2));
         assert_eq!(told(&view).0, ImportState::Queued, "the room is not made yet");
         view.reservations.get_mut(&own).expect("there").prepared = Some(Generation::FIRST);
@@ -288,7 +311,9 @@ mod tests {
         import(&mut view).assignment = Some(placed("p", "b", 1));
         view.nodes.get_mut(&NodeName::from("b")).expect("there").live = false;
         let changes = ask(&view);
-        assert!(matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2)));
+        assert!(
+            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
+        );
         view.nodes.values_mut().for_each(|node| node.live = false);
         assert_eq!(told(&view).0, ImportState::Probing);
         import(&mut view).assignment = None;

@@ -65,6 +65,10 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
         }
         return;
     };
+    if pool.wanted.is_none() && pool.ledger.is_none() && area.is_idle() {
+        steps.push(Step::ClosePool { pool: name.clone() });
+        return;
+    }
     let obeyable = pool.ledger.as_ref().filter(|ledger| behind(ledger, area).is_none());
     if let Some(ledger) = obeyable {
         steps.extend(obey(view, name, ledger, area));

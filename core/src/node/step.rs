@@ -21,6 +21,11 @@ pub enum Step {
         /// Which.
         pool: PoolName,
     },
+    /// Unmount the area of a pool that is gone from this node. What lies on its disk stays.
+    ClosePool {
+        /// Which.
+        pool: PoolName,
+    },
     /// Record that the ledger at this revision is obeyed, with these promises: before anything is done under them.
     Obey {
         /// The pool.

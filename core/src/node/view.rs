@@ -190,6 +190,16 @@ pub struct NodeStore {
     pub due: Timestamp,
 }
 
+impl AreaView {
+    /// True if nothing is promised in it and nothing lies in it.
+    pub fn is_idle(&self) -> bool {
+        self.promises.values().all(|promise| promise.released)
+            && self.images.is_empty()
+            && self.volumes.is_empty()
+            && self.work_dirs.is_empty()
+    }
+}
+
 impl PoolOnNode {
     /// The promise to `holder` in the ledger, if the ledger may be obeyed.
     pub fn promise(&self, holder: &Uid) -> Option<&Promise> {

@@ -9,9 +9,7 @@ use crate::units::{Bytes, Timestamp};
 use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::{Need, Unmet};
-use super::place::{
-    Candidate, Verdict, candidates, choose, explain, least_shortfall, promises_at, staged,
-};
+use super::place::{Candidate, Verdict, candidates, choose, explain, least_shortfall, promises_at, staged};
 use super::queue::{Ahead, Policy, ahead};
 use super::release;
 use super::state::{Event, next};
@@ -54,7 +52,8 @@ fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change
 }
 
 fn assign(reservation: &ReservationView, ledger: &LedgerView, need: &Need, reused: bool) -> Change {
-    let generation = ledger.promises.get(&reservation.uid).map_or(need.own.generation, |entry| entry.generation);
+    let generation =
+        ledger.promises.get(&reservation.uid).map_or(need.own.generation, |entry| entry.generation);
     Change::AssignReservation {
         name: reservation.name.clone(),
         version: reservation.version.clone(),
@@ -120,9 +119,10 @@ fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: 
             (Reason::LedgerBehind, format!("the node refuses new work: {behind}"))
         }
         _ if prepared => (Reason::Ready, format!("ready in pool {} on node {}", place.pool, place.node)),
-        _ if view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live) => {
-            (Reason::NodeLost, format!("promised in pool {}, but node {} does not report", place.pool, place.node))
-        }
+        _ if view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live) => (
+            Reason::NodeLost,
+            format!("promised in pool {}, but node {} does not report", place.pool, place.node),
+        ),
         _ => (Reason::Promised, format!("promised in pool {} on node {}", place.pool, place.node)),
     };
     vec![report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None })]
@@ -130,11 +130,17 @@ fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: 
 
 /// The image of a reservation that is not ready yet may have been swept by an operator that did not see the reservation:
 /// it is made and promised again. `None` if there is nothing to do, or nothing that can be done.
-fn restore_image(view: &View, reservation: &ReservationView, place: &Placement, now: Timestamp) -> Option<Vec<Change>> {
+fn restore_image(
+    view: &View,
+    reservation: &ReservationView,
+    place: &Placement,
+    now: Timestamp,
+) -> Option<Vec<Change>> {
     let assigned = reservation.assigned_image.as_ref()?;
     let ledger = view.ledger_at(place).filter(|ledger| view.behind(ledger).is_none())?;
     let need = Need::of(view, reservation, now).ok()?;
-    if need.image.as_ref()?.image.digest != assigned.digest || !ledger.promises.contains_key(&reservation.uid) {
+    if need.image.as_ref()?.image.digest != assigned.digest || !ledger.promises.contains_key(&reservation.uid)
+    {
         return None;
     }
     if let Some(create) = create_image(view, &need, ledger) {
@@ -159,7 +165,8 @@ fn unmet_for_now(view: &View, reservation: &ReservationView, unmet: Unmet, now: 
     }
     let Ok(state) = next(reservation.state, Event::Wait) else { return Vec::new() };
     let Unmet { reason, message, .. } = unmet;
-    let told = report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None });
+    let told =
+        report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None });
     vec![told, Change::RetryAfter { millis: SOON_MILLIS * 5 }]
 }
 
@@ -257,7 +264,12 @@ fn too_late(
     (waited >= policy.millis).then(|| refuse(reservation, Reason::QueueTimeout, message(), shortfall))
 }
 
-fn refuse(reservation: &ReservationView, reason: Reason, message: String, shortfall: Option<Bytes>) -> Change {
+fn refuse(
+    reservation: &ReservationView,
+    reason: Reason,
+    message: String,
+    shortfall: Option<Bytes>,
+) -> Change {
     let state = ReservationState::Refused;
     report(reservation, ReservationReport { state, reason, message, queue: None, shortfall })
 }

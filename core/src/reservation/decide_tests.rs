@@ -35,7 +35,8 @@ fn guarded_then_promised_and_assigned_then_told() {
     assert!(matches!(&ask(&view, "r")[..], [Change::GuardReservation { .. }]));
     view.reservations.get_mut(&uid).expect("there").has_finalizer = true;
     let changes = ask(&view, "r");
-    let [Change::WriteLedger { promises, revision: 2, .. }, Change::AssignReservation { placement, .. }] = &changes[..]
+    let [Change::WriteLedger { promises, revision: 2, .. }, Change::AssignReservation { placement, .. }] =
+        &changes[..]
     else {
         panic!("{changes:?}");
     };
@@ -61,7 +62,9 @@ fn an_operator_that_ended_between_promise_and_assignment_is_continued() {
     );
     hold(&mut view, "a", "r", Class::Images, 40);
     let changes = ask(&view, "r");
-    assert!(matches!(&changes[..], [Change::AssignReservation { placement, .. }] if placement.node.as_str() == "a"));
+    assert!(
+        matches!(&changes[..], [Change::AssignReservation { placement, .. }] if placement.node.as_str() == "a")
+    );
     view.reservations.values_mut().for_each(|request| request.assignment = Some(placed("p", "b", 1)));
     let stray = view.ledgers[&at("p", "a")].without(&[&Uid::from("r")]);
     assert_eq!(ask(&view, "r"), [stray], "the entry that lost goes");
@@ -117,7 +120,10 @@ fn a_request_that_may_not_wait_is_not_refused_while_anything_is_undecided() {
     let mut reject = reservation("reject", 40, 1);
     reject.when_full = Some(WhenFull::Reject);
     add(&mut view, reject);
-    assert!(matches!(&ask(&view, "reject")[..], [Change::RetryAfter { .. }]), "an earlier one is about to be decided");
+    assert!(
+        matches!(&ask(&view, "reject")[..], [Change::RetryAfter { .. }]),
+        "an earlier one is about to be decided"
+    );
     view.reservations.get_mut(&Uid::from("earlier")).expect("there").state = ReservationState::Queued;
     let refused = told(&view, "reject");
     assert_eq!((refused.reason, refused.shortfall), (Reason::CapacityRefused, Some(Bytes::ZERO)));
@@ -166,7 +172,8 @@ fn image_and_volume_are_promised_in_one_write_and_shared_afterwards() {
     let name = staged.name.clone();
     view.images.insert(name.clone(), staged.clone());
     let changes = ask(&view, "one");
-    let [Change::WriteLedger { promises, .. }, Change::AssignReservation { image, reused: false, .. }] = &changes[..]
+    let [Change::WriteLedger { promises, .. }, Change::AssignReservation { image, reused: false, .. }] =
+        &changes[..]
     else {
         panic!("{changes:?}");
     };
@@ -179,10 +186,16 @@ fn image_and_volume_are_promised_in_one_write_and_shared_afterwards() {
     one.assigned_image.clone_from(image);
     add(&mut view, clone_of_template("two", 10));
     let changes = ask(&view, "two");
-    assert!(matches!(&changes[..], [Change::WriteLedger { promises, .. }, Change::AssignReservation { reused: true, .. }]
-        if promises.len() == 3), "{changes:?}");
+    assert!(
+        matches!(&changes[..], [Change::WriteLedger { promises, .. }, Change::AssignReservation { reused: true, .. }]
+        if promises.len() == 3),
+        "{changes:?}"
+    );
     view.images.clear();
-    assert!(matches!(&ask(&view, "one")[..], [Change::CreateImage { .. }]), "it was swept too early: made again");
+    assert!(
+        matches!(&ask(&view, "one")[..], [Change::CreateImage { .. }]),
+        "it was swept too early: made again"
+    );
     let mut again = staged;
     again.uid = Uid::from("again");
     view.images.insert(name, again);
@@ -209,6 +222,8 @@ fn a_request_for_any_pool_takes_the_emptiest() {
     request.pools = PoolChoice::Labelled(std::collections::BTreeMap::new());
     add(&mut view, request);
     let changes = ask(&view, "r");
-    assert!(matches!(&changes[..], [_, Change::AssignReservation { placement, .. }] if placement.node.as_str() == "b"));
+    assert!(
+        matches!(&changes[..], [_, Change::AssignReservation { placement, .. }] if placement.node.as_str() == "b")
+    );
     assert_eq!(ask(&view, "nobody"), []);
 }

@@ -47,7 +47,8 @@ impl Need {
         if let Some(message) = &reservation.invalid {
             return Err(Unmet { reason: Reason::InvalidSpec, message: message.clone(), for_ever: true });
         }
-        let image = reservation.template.as_ref().map(|name| template(view, reservation, name, now)).transpose()?;
+        let image =
+            reservation.template.as_ref().map(|name| template(view, reservation, name, now)).transpose()?;
         let (class, data) = match reservation.access {
             Access::Stream => (Class::Images, Bytes::ZERO),
             Access::File => (Class::Images, reservation.max_size),
@@ -163,7 +164,11 @@ mod tests {
         let import = template(50, 20);
         view.imports.insert(import.name.clone(), import);
         let need = Need::of(&view, &block(30), NOW).expect("ready");
-        assert_eq!((need.own.class, need.bytes()), (Class::Volumes, Bytes(50)), "never below the image's size");
+        assert_eq!(
+            (need.own.class, need.bytes()),
+            (Class::Volumes, Bytes(50)),
+            "never below the image's size"
+        );
         assert_eq!(Need::of(&view, &block(60), NOW).expect("ready").bytes(), Bytes(60));
     }
 
@@ -188,7 +193,10 @@ mod tests {
         for allowed in ["*", "other"] {
             let import = view.imports.values_mut().next().expect("one");
             import.allowed_namespaces = vec![allowed.to_owned()];
-            assert_eq!(Need::of(&view, &foreign, NOW).expect_err("not ready").reason, Reason::TemplateNotReady);
+            assert_eq!(
+                Need::of(&view, &foreign, NOW).expect_err("not ready").reason,
+                Reason::TemplateNotReady
+            );
         }
     }
 }

@@ -84,7 +84,9 @@ impl fmt::Display for Candidate {
             Verdict::Fits { free, .. } => write!(f, "has {free} left, for requests that came earlier"),
             Verdict::Short(shortfall) => write!(f, "{shortfall}"),
             Verdict::TooLarge(shortfall) => write!(f, "{shortfall} even when empty"),
-            Verdict::Unusable { reason, message } if message.is_empty() => write!(f, "cannot be used: {reason}"),
+            Verdict::Unusable { reason, message } if message.is_empty() => {
+                write!(f, "cannot be used: {reason}")
+            }
             Verdict::Unusable { reason, message } => write!(f, "cannot be used: {reason}: {message}"),
             Verdict::NodeLost => f.write_str("is lost: the node no longer renews its Lease"),
             Verdict::NotReported => f.write_str("has not reported yet"),
@@ -118,7 +120,13 @@ pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Ve
     all
 }
 
-fn judge(view: &View, reservation: &ReservationView, need: &Need, pool: &PoolName, node: &NodeName) -> Verdict {
+fn judge(
+    view: &View,
+    reservation: &ReservationView,
+    need: &Need,
+    pool: &PoolName,
+    node: &NodeName,
+) -> Verdict {
     let (Some(state), Some(report)) = (view.nodes.get(node), view.report_of(pool, node)) else {
         return Verdict::NotReported;
     };
@@ -160,7 +168,12 @@ pub(super) fn staged<'v>(view: &'v View, ledger: &LedgerView, need: &Need) -> Op
 
 /// What has to be entered at this place: the image only if it is not promised there yet. An image that has no object
 /// yet counts under an empty UID, which is never written.
-pub(super) fn promises_at(view: &View, ledger: &LedgerView, holder: &Uid, need: &Need) -> Vec<(Uid, Promise)> {
+pub(super) fn promises_at(
+    view: &View,
+    ledger: &LedgerView,
+    holder: &Uid,
+    need: &Need,
+) -> Vec<(Uid, Promise)> {
     let Some(image) = &need.image else { return need.promises(holder, None) };
     let name = image.name_at(&ledger.pool, &ledger.node);
     let entry = match view.images.get(&name) {
@@ -252,7 +265,8 @@ mod tests {
 
     #[test]
     fn every_obstacle_is_explained() {
-        let mut view = view(&[("a", 100), ("b", 30), ("c", 100), ("d", 100), ("e", 100), ("f", 100), ("g", 100)]);
+        let mut view =
+            view(&[("a", 100), ("b", 30), ("c", 100), ("d", 100), ("e", 100), ("f", 100), ("g", 100)]);
         hold(&mut view, "a", "x", Class::Volumes, 70);
         view.nodes.get_mut(&NodeName::from("c")).expect("there").live = false;
         view.nodes.get_mut(&NodeName::from("d")).expect("there").reported = false;

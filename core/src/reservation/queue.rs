@@ -32,7 +32,12 @@ pub fn is_waiting(view: &View, reservation: &ReservationView) -> bool {
 }
 
 /// The earlier requests that wait for one of these places, in order of arrival.
-pub(super) fn ahead(view: &View, reservation: &ReservationView, all: &[Candidate], now: Timestamp) -> Vec<Ahead> {
+pub(super) fn ahead(
+    view: &View,
+    reservation: &ReservationView,
+    all: &[Candidate],
+    now: Timestamp,
+) -> Vec<Ahead> {
     let place = (reservation.created, &reservation.uid);
     let mut found: Vec<(Timestamp, Ahead)> = Vec::new();
     for other in view.reservations.values() {
@@ -40,10 +45,12 @@ pub(super) fn ahead(view: &View, reservation: &ReservationView, all: &[Candidate
             continue;
         }
         let Ok(need) = Need::of(view, other, now) else { continue };
-        let places: Vec<usize> = (0..all.len()).filter(|at| waits_for(view, other, &need, &all[*at])).collect();
+        let places: Vec<usize> =
+            (0..all.len()).filter(|at| waits_for(view, other, &need, &all[*at])).collect();
         if !places.is_empty() {
             let queued = other.state == ReservationState::Queued;
-            found.push((other.created, Ahead { uid: other.uid.clone(), bytes: need.bytes(), queued, places }));
+            found
+                .push((other.created, Ahead { uid: other.uid.clone(), bytes: need.bytes(), queued, places }));
         }
     }
     found.sort_by(|(a, one), (b, two)| (a, &one.uid).cmp(&(b, &two.uid)));

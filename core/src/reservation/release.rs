@@ -9,7 +9,11 @@ use super::decide::report;
 
 /// The write that removes this reservation's promise from the first ledger other than `keep`'s, or of another generation.
 /// Only for entries that no assignment can name any more: it is fixed elsewhere, refused for ever, or being deleted.
-pub(super) fn withdraw(view: &View, reservation: &ReservationView, keep: Option<&Placement>) -> Option<Change> {
+pub(super) fn withdraw(
+    view: &View,
+    reservation: &ReservationView,
+    keep: Option<&Placement>,
+) -> Option<Change> {
     let uid = &reservation.uid;
     let mut strays = view.ledgers_of(uid).filter(|ledger| {
         let entry = ledger.promises.get(uid);
@@ -41,7 +45,10 @@ pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> 
         Step::Done => Vec::new(),
         Step::Wait(reason, message) => {
             let state = ReservationState::Releasing;
-            vec![report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None })]
+            vec![report(
+                reservation,
+                ReservationReport { state, reason, message, queue: None, shortfall: None },
+            )]
         }
     }
 }
@@ -114,7 +121,10 @@ mod tests {
         let mut view = deleted(false);
         hold(&mut view, "a", "r", Class::Images, 10);
         let changes = decide(&view);
-        assert!(matches!(&changes[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()), "{changes:?}");
+        assert!(
+            matches!(&changes[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()),
+            "{changes:?}"
+        );
         view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
         assert!(matches!(&decide(&view)[..], [Change::UnguardReservation { .. }]));
         view.reservations.values_mut().for_each(|reservation| reservation.has_finalizer = false);
@@ -145,7 +155,10 @@ mod tests {
         hold(&mut view, "b", "r", Class::Images, 10);
         let pool = |view: &mut View| {
             let node = view.nodes.get_mut(&NodeName::from("b")).expect("there");
-            std::mem::replace(node.pools.get_mut(&PoolName::from("p")).expect("there"), crate::fixture::node_pool(100))
+            std::mem::replace(
+                node.pools.get_mut(&PoolName::from("p")).expect("there"),
+                crate::fixture::node_pool(100),
+            )
         };
         let mut report = pool(&mut view);
         report.released.insert(Uid::from("r"), Generation::FIRST);

@@ -41,9 +41,14 @@ impl Operator {
             4 => seen.images.clone_from(&objects.images),
             _ => seen.imports.clone_from(&objects.imports),
         }
-        if kind == 1 && world.sabotage == Sabotage::EarlyRelease {
-            let all = seen.nodes.values_mut().flat_map(|node| node.pools.values_mut());
-            all.for_each(|pool| pool.released.extend(pool.obeyed.clone()));
+        if world.sabotage == Sabotage::EarlyRelease {
+            for place in seen.reservations.values().filter_map(|r| Some((&r.uid, r.assignment.as_ref()?))) {
+                let node =
+                    seen.nodes.get_mut(&place.1.node).and_then(|node| node.pools.get_mut(&place.1.pool));
+                node.into_iter().for_each(|pool| {
+                    pool.released.insert(place.0.clone(), place.1.generation);
+                });
+            }
         }
     }
 
@@ -61,7 +66,11 @@ impl Operator {
     pub fn decide(&mut self, world: &World, dice: &mut Dice) {
         let new = self.seen.reservations.values().filter(|r| r.assignment.is_none() || r.deleting);
         let new: Vec<Object> = new.map(|r| Object::Reservation(r.uid.clone())).collect();
-        let all = if dice.once_in(2) && !new.is_empty() { new } else { self.objects() };
+        let all = match dice.below(8) {
+            0..4 if !new.is_empty() => new,
+            4 => self.seen.pools.keys().cloned().map(Object::Pool).collect(),
+            _ => self.objects(),
+        };
         if let Some(object) = dice.pick(&all) {
             self.left = self.about(object, world);
         }
@@ -154,8 +163,10 @@ impl Node {
     /// Takes one step that the protocol allows: the first, or the one after `skip` others. False if there is none.
     pub fn act(&mut self, world: &mut World, skip: usize) -> bool {
         let pools: Vec<PoolName> = self.records.keys().cloned().collect();
-        let steps: Vec<(PoolName, Step)> =
-            pools.into_iter().flat_map(|pool| self.steps(&pool).into_iter().map(move |s| (pool.clone(), s))).collect();
+        let steps: Vec<(PoolName, Step)> = pools
+            .into_iter()
+            .flat_map(|pool| self.steps(&pool).into_iter().map(move |s| (pool.clone(), s)))
+            .collect();
         if steps.is_empty() {
             return false;
         }
@@ -166,7 +177,9 @@ impl Node {
 
     fn steps(&self, pool: &PoolName) -> Vec<Step> {
         let record = &self.records[pool];
-        let Some(ledger) = self.seen.ledgers.get(&(pool.clone(), self.name.clone())) else { return Vec::new() };
+        let Some(ledger) = self.seen.ledgers.get(&(pool.clone(), self.name.clone())) else {
+            return Vec::new();
+        };
         let mut steps = Vec::new();
         let sound = record.lineage.as_ref().is_none_or(|lineage| *lineage == ledger.lineage)
             && ledger.revision >= record.revision
@@ -191,9 +204,10 @@ impl Node {
                 steps.push(Step::Release(uid.clone(), promise.generation));
             }
         }
-        let forgotten = record.released.keys().filter(|uid| {
-            ledger.revision >= record.revision && !ledger.promises.contains_key(*uid)
-        });
+        let forgotten = record
+            .released
+            .keys()
+            .filter(|uid| ledger.revision >= record.revision && !ledger.promises.contains_key(*uid));
         steps.extend(forgotten.cloned().map(Step::Forget));
         steps
     }
@@ -204,7 +218,9 @@ impl Node {
             let reservation = self.seen.reservations.get(uid).is_some_and(|reservation| {
                 !reservation.deleting
                     && reservation.assignment.as_ref().is_some_and(|place| {
-                        place.pool == ledger.pool && place.node == ledger.node && place.generation == promise.generation
+                        place.pool == ledger.pool
+                            && place.node == ledger.node
+                            && place.generation == promise.generation
                     })
             });
             reservation || self.seen.images.values().any(|image| image.uid == *uid && !image.deleting)
@@ -222,7 +238,8 @@ impl Node {
 
     /// The holder is being deleted, or gone.
     fn is_leaving(&self, pool: &PoolName, uid: &Uid) -> bool {
-        let there = self.seen.reservations.contains_key(uid) || self.seen.images.values().any(|i| i.uid == *uid);
+        let there =
+            self.seen.reservations.contains_key(uid) || self.seen.images.values().any(|i| i.uid == *uid);
         !there || self.is_deleted(pool, uid)
     }
 
@@ -262,8 +279,10 @@ impl Node {
             report.lineage.clone_from(&record.lineage);
             report.obeyed_revision = record.revision;
             report.released.clone_from(&record.released);
-            report.obeyed = record.obeyed.iter().map(|(uid, o)| (uid.clone(), o.promise.generation)).collect();
-            report.used = record.obeyed.values().filter(|o| o.made).map(|o| o.promise.charge.data).sum::<Bytes>();
+            report.obeyed =
+                record.obeyed.iter().map(|(uid, o)| (uid.clone(), o.promise.generation)).collect();
+            report.used =
+                record.obeyed.values().filter(|o| o.made).map(|o| o.promise.charge.data).sum::<Bytes>();
         }
         node.pools != before
     }

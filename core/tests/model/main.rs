@@ -18,7 +18,7 @@ use dice::Dice;
 use world::{Coverage, NODE_BYTES, NODES, Sabotage, World};
 
 const HISTORIES: u64 = 2_000;
-const OPERATIONS: usize = 140;
+const OPERATIONS: usize = 120;
 
 struct History {
     world: World,
@@ -29,7 +29,14 @@ struct History {
 
 impl History {
     fn new(seed: u64, sabotage: Sabotage) -> Self {
-        let world = World::new(sabotage);
+        let mut world = World::new(sabotage);
+        let mut first = Operator::start(&world, false);
+        for object in first.objects() {
+            first.left = first.about(&object, &world);
+            while !first.left.is_empty() {
+                first.step(&mut world);
+            }
+        }
         let operators = [Operator::start(&world, true), Operator::start(&world, false)];
         let nodes = NODES.iter().map(|name| Node::new(name, &world)).collect();
         Self { world, operators, nodes, dice: Dice::new(seed) }
@@ -43,11 +50,12 @@ impl History {
         match self.dice.below(100) {
             0..7 => self.ask(),
             7..10 => self.delete(),
-            10..18 => {
-                self.race();
-                return false;
+            10..20 => {
+                if self.operators.iter().all(|operator| operator.left.is_empty()) {
+                    self.race();
+                }
             }
-            18..26 => {
+            20..26 => {
                 let kind = self.dice.below(KINDS);
                 self.operators[which].look(&self.world, kind);
                 return false;
@@ -56,13 +64,13 @@ impl History {
                 (0..KINDS).for_each(|kind| self.operators[which].look(&self.world, kind));
                 return false;
             }
-            28..40 => {
-                if self.operators[which].left.is_empty() || self.dice.once_in(4) {
+            28..38 => {
+                if self.operators[which].left.is_empty() || self.dice.once_in(10) {
                     self.operators[which].decide(&self.world, &mut self.dice);
                 }
                 return false;
             }
-            40..69 => return self.operators[which].step(&mut self.world),
+            38..69 => return self.operators[which].step(&mut self.world),
             69..71 => self.crash(which),
             71 => self.flicker(node),
             72..80 => {
@@ -133,7 +141,9 @@ impl History {
             if self.dice.once_in(4) {
                 self.resize();
             }
-            (0..KINDS).filter(|_| !self.dice.once_in(5)).for_each(|kind| self.operators[which].look(&self.world, kind));
+            (0..KINDS)
+                .filter(|_| !self.dice.once_in(5))
+                .for_each(|kind| self.operators[which].look(&self.world, kind));
             let other = self.dice.pick(&new).cloned().unwrap_or_else(|| one.clone());
             let about = if self.dice.once_in(3) { other } else { one.clone() };
             let left = self.operators[which].about(&Object::Reservation(about), &self.world);
@@ -143,7 +153,8 @@ impl History {
 
     /// A user deletes something; every other time what an operator is just about to place.
     fn delete(&mut self) {
-        let placed: Vec<Uid> = self.operators.iter().flat_map(|operator| operator.placing(&self.world)).collect();
+        let placed: Vec<Uid> =
+            self.operators.iter().flat_map(|operator| operator.placing(&self.world)).collect();
         let all: Vec<Uid> = self.world.objects.reservations.keys().cloned().collect();
         let from = if self.dice.once_in(2) && !placed.is_empty() { placed } else { all };
         if let Some(uid) = self.dice.pick(&from) {
@@ -214,7 +225,10 @@ impl History {
         if let Some((uid, places)) = self.world.placements.iter().find(|(_, places)| places.len() > 1) {
             return Some(format!("{uid} was given {places:?}"));
         }
-        check(&self.world.objects).into_iter().find(|finding| !finding.may_pass()).map(|finding| finding.to_string())
+        check(&self.world.objects)
+            .into_iter()
+            .find(|finding| !finding.may_pass())
+            .map(|finding| finding.to_string())
     }
 
     /// Everybody does all that there is to do, until nothing changes any more.
@@ -300,11 +314,19 @@ impl History {
     /// Everything was deleted long ago.
     fn left_over(&self) -> Option<String> {
         let objects = &self.world.objects;
-        let promised: Vec<&Uid> = objects.ledgers.values().flat_map(|ledger| ledger.promises.keys()).collect();
-        let held = self.nodes.iter().flat_map(|node| node.records.values()).any(|record| !record.obeyed.is_empty());
-        let clean = promised.is_empty() && !held && objects.reservations.is_empty() && objects.images.is_empty();
-        let what = || format!("left: promises {promised:?}, images {:?}, reservations {:?}, bytes {held}",
-            objects.images.keys(), objects.reservations.keys());
+        let promised: Vec<&Uid> =
+            objects.ledgers.values().flat_map(|ledger| ledger.promises.keys()).collect();
+        let held =
+            self.nodes.iter().flat_map(|node| node.records.values()).any(|record| !record.obeyed.is_empty());
+        let clean =
+            promised.is_empty() && !held && objects.reservations.is_empty() && objects.images.is_empty();
+        let what = || {
+            format!(
+                "left: promises {promised:?}, images {:?}, reservations {:?}, bytes {held}",
+                objects.images.keys(),
+                objects.reservations.keys()
+            )
+        };
         (!clean).then(what)
     }
 }
@@ -319,7 +341,8 @@ fn fitting(objects: &View, request: &ReservationView) -> Option<String> {
         Access::Block => request.max_size.0.max(virtual_size),
     };
     let usable = objects.ledgers.values().filter(|ledger| {
-        request.pools.allows(&objects.pools[&ledger.pool]) && request.node.as_ref().is_none_or(|n| *n == ledger.node)
+        request.pools.allows(&objects.pools[&ledger.pool])
+            && request.node.as_ref().is_none_or(|n| *n == ledger.node)
     });
     let mut fitting = usable.filter(|ledger| {
         let promised: u64 = ledger.promises.values().map(|promise| promise.charge.data.0).sum();
@@ -365,7 +388,14 @@ fn promises_hold_in_every_history() {
     assert!(coverage.conflicts >= coverage.histories, "too few conflicts: {coverage:?}");
     assert!(coverage.crashes >= coverage.histories, "too few crashes: {coverage:?}");
     assert!(coverage.swept >= 5, "too few promises swept: {coverage:?}");
-    for kind in ["WriteLedger", "AssignReservation", "UnguardReservation", "CreateImage", "DeleteImage", "UnguardImage"] {
+    for kind in [
+        "WriteLedger",
+        "AssignReservation",
+        "UnguardReservation",
+        "CreateImage",
+        "DeleteImage",
+        "UnguardImage",
+    ] {
         let count = coverage.writes.get(kind).copied().unwrap_or_default();
         assert!(count >= coverage.histories / 2, "{kind} only {count} times");
     }
@@ -396,7 +426,7 @@ fn every_sabotage_is_found() {
         Sabotage::EarlyRelease,
         Sabotage::SweepWithoutAsking,
     ] {
-        let (coverage, found) = run(0..HISTORIES, sabotage);
+        let (coverage, found) = run(0..3 * HISTORIES, sabotage);
         println!("{sabotage:?}: after {} histories: {found:?}", coverage.histories);
         assert!(found.is_some(), "{sabotage:?} was not found");
     }

@@ -3,15 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_core::change::{Change, ReservationReport};
-use berth_core::ids::{
-    Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name,
-};
+use berth_core::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name};
 use berth_core::ledger::Holder;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    DurableImage, ImageView, ImportState, ImportView, LedgerView, NodePoolState, NodeState, ObjectVersion, Placement,
-    PoolChoice, PoolView, ReservationState, View, WhenFull,
+    DurableImage, ImageView, ImportState, ImportView, LedgerView, NodePoolState, NodeState, ObjectVersion,
+    Placement, PoolChoice, PoolView, ReservationState, View, WhenFull,
 };
 
 /// A defect put in on purpose, to show that the model would find it.
@@ -158,7 +156,8 @@ impl World {
             Change::WriteLedger { name, version, revision, capacity, promises } => {
                 let next = self.version();
                 let blind = self.sabotage == Sabotage::LedgerWithoutVersion;
-                let ledger = self.objects.ledgers.values_mut().find(|ledger| ledger.name == *name).ok_or(Conflict)?;
+                let ledger =
+                    self.objects.ledgers.values_mut().find(|ledger| ledger.name == *name).ok_or(Conflict)?;
                 if ledger.version != *version && !blind {
                     return Err(Conflict);
                 }
@@ -194,7 +193,12 @@ impl World {
         };
         match change {
             Change::GuardReservation { uid, .. } => {
-                let object = self.objects.reservations.get_mut(uid).filter(|object| !object.deleting).ok_or(Conflict)?;
+                let object = self
+                    .objects
+                    .reservations
+                    .get_mut(uid)
+                    .filter(|object| !object.deleting)
+                    .ok_or(Conflict)?;
                 object.has_finalizer = true;
                 object.version = next;
                 Ok(true)
@@ -276,7 +280,9 @@ impl World {
                 _ => false,
             },
             Change::UnguardImage { name, uid } => match self.objects.images.get(name) {
-                Some(image) if image.uid == *uid && image.deleting => self.objects.images.remove(name).is_some(),
+                Some(image) if image.uid == *uid && image.deleting => {
+                    self.objects.images.remove(name).is_some()
+                }
                 _ => false,
             },
             _ => false,

@@ -55,7 +55,13 @@ pub enum StepError {
 pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
     match step {
         Step::PreparePool { pool } => prepare(node, pool).await,
-        Step::Obey { pool, lineage, revision, promises } => obey(node, pool, lineage, *revision, promises).await,
+        Step::ClosePool { pool } => {
+            let (node, pool) = (Arc::clone(node), pool.clone());
+            Ok(tokio::task::spawn_blocking(move || node.pools.close(&pool)).await??)
+        }
+        Step::Obey { pool, lineage, revision, promises } => {
+            obey(node, pool, lineage, *revision, promises).await
+        }
         Step::MakeWorkDir { pool, reservation, generation, bytes } => {
             let (uid, generation, bytes) = (reservation.clone(), *generation, *bytes);
             on_pool(node, pool, move |pool| Ok(volumes::make_work_dir(pool, &uid, generation, bytes)?)).await
@@ -64,7 +70,10 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let (uid, generation, size, origin) = (reservation.clone(), *generation, *size, origin.clone());
             let labels = node.watches.assigned.find(|r| r.metadata.uid.as_deref() == Some(uid.as_str()));
             let labels = labels.map(|reservation| reservation.labels().clone()).unwrap_or_default();
-            on_pool(node, pool, move |pool| Ok(volumes::make(pool, &uid, generation, size, &origin, &labels)?)).await
+            on_pool(node, pool, move |pool| {
+                Ok(volumes::make(pool, &uid, generation, size, &origin, &labels)?)
+            })
+            .await
         }
         Step::RemoveWorkDir { pool, reservation } => {
             let uid = reservation.clone();
@@ -93,9 +102,10 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             Ok(imports::abandon(node, import, *generation).await?)
         }
         Step::StopJob { job } => Ok(node.jobs.stop(job).await?),
-        Step::FillImage { .. } | Step::StartProbe { .. } | Step::StartImport { .. } | Step::ProbeStore { .. } => {
-            start(node, step)
-        }
+        Step::FillImage { .. }
+        | Step::StartProbe { .. }
+        | Step::StartImport { .. }
+        | Step::ProbeStore { .. } => start(node, step),
     }
 }
 
@@ -112,7 +122,8 @@ fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         }
         Step::StartProbe { import, generation } => {
             let uid = import.clone();
-            node.jobs.start(key(JobKind::Probe, import, *generation), |cancel| imports::probe(here, uid, cancel));
+            node.jobs
+                .start(key(JobKind::Probe, import, *generation), |cancel| imports::probe(here, uid, cancel));
         }
         Step::StartImport { import, generation, pool, reservation, promised } => {
             let (uid, generation, pool) = (import.clone(), *generation, open(pool)?);

@@ -4,36 +4,33 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_api::fields::{Progress, Source as ApiSource, Stage as ApiStage};
+use berth_api::fields::{Progress, Stage as ApiStage};
 use berth_api::parse::{self, InvalidField};
 use berth_api::template_import::{DurableImage, ImportPlan};
 use berth_api::{TemplateImport, defaults};
 use berth_core::ids::{Digest, ObjectName, Uid};
 use berth_core::reason::Reason;
 use berth_core::retry::{Retry, after};
-use berth_core::stages::Shape;
+use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation};
-use berth_objectstore::s3::{ConnectError, S3Config, S3Store};
-use berth_objectstore::source::address::{AddressPolicy, Network, NetworkError};
-use berth_objectstore::source::{HttpConfig, HttpSource, ObjectSource, RangedSource};
+use berth_objectstore::s3::ConnectError;
+use berth_objectstore::source::address::NetworkError;
 use kube::ResourceExt as _;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use super::news::{ImportNews, last_error};
 use super::pools::OpenPool;
+use super::sources;
 use super::stores::{self, AccessError};
-use crate::credentials::{CredentialSource, CredentialsError, SecretCredentials};
+use crate::credentials::CredentialsError;
 use crate::import::{
-    self, Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Probed, Reporter, Snapshot, probe_source,
+    self, Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Probed, Reporter, Snapshot,
+    probe_source,
 };
 use crate::node::{Node, now};
 use crate::telemetry::chain;
 
-/// Networks that sources may not be read from unless they are allowed: the node's own.
-const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
-/// An address of each kind, to tell whether an allowed network opens it.
-const LINK_LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254));
 /// How long traces of a deleted import are worth keeping its object for, where the store cannot be reached.
 const ABANDON_PATIENCE_MILLIS: u64 = 60_000;
 
@@ -89,7 +86,11 @@ impl WorkError {
     fn is_transient(&self) -> bool {
         match self {
             Self::Gone(_) | Self::Credentials(_) => true,
-            Self::Field(_) | Self::Checksum(_) | Self::Connect(_) | Self::Network(_) | Self::Address { .. } => false,
+            Self::Field(_)
+            | Self::Checksum(_)
+            | Self::Connect(_)
+            | Self::Network(_)
+            | Self::Address { .. } => false,
             Self::Store(error) => error.is_transient(),
             Self::Import(error) => error.is_transient(),
         }
@@ -109,7 +110,9 @@ fn name_of(import: &TemplateImport) -> ObjectName {
 fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
     let asked = &import.spec.limits;
     let size = |field, quantity: &Option<_>| {
-        quantity.as_ref().map_or(Ok(Bytes(defaults::SIZE_LIMIT_BYTES)), |quantity| parse::bytes(field, quantity))
+        quantity
+            .as_ref()
+            .map_or(Ok(Bytes(defaults::SIZE_LIMIT_BYTES)), |quantity| parse::bytes(field, quantity))
     };
     let stall = asked.stall_timeout.as_ref();
     let stall = stall.map_or(Ok(defaults::STALL_TIMEOUT_SECONDS), |span| {
@@ -121,71 +124,6 @@ fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
         stall: Duration::from_secs(stall.max(1)),
         retries: asked.retries.and_then(|n| u32::try_from(n).ok()).unwrap_or(defaults::RETRY_LIMIT),
     })
-}
-
-/// From where sources may be read: not from the node itself and not from where clouds keep credentials, unless allowed.
-pub fn address_policy(allowed: &[String]) -> Result<AddressPolicy, NetworkError> {
-    let allowed = allowed.iter().map(|text| text.parse::<Network>()).collect::<Result<Vec<_>, _>>()?;
-    let opens = |address: IpAddr| allowed.iter().any(|network| network.contains(address));
-    let mut refused = Vec::new();
-    for network in LOOPBACK {
-        let first = network.split_once('/').map_or(network, |(first, _)| first);
-        if !first.parse().is_ok_and(opens) {
-            refused.push(network.parse()?);
-        }
-    }
-    Ok(AddressPolicy { allow_link_local: opens(LINK_LOCAL), refused })
-}
-
-async fn source(node: &Node, import: &TemplateImport, stall: Duration) -> Result<RangedSource, WorkError> {
-    let addresses = address_policy(&node.config.allow_source_cidrs)?;
-    match &import.spec.source {
-        ApiSource { http: Some(http), .. } => {
-            let config = HttpConfig {
-                url: http.url.clone(),
-                headers: Vec::new(),
-                ca_bundle: http.ca_bundle.clone().map(String::into_bytes),
-                addresses,
-                stall,
-            };
-            Ok(HttpSource::new(config).map_err(ImportError::from)?.into())
-        }
-        ApiSource { s3: Some(s3), .. } => {
-            refuse_endpoint(&s3.endpoint, &addresses).await?;
-            let secret = s3.secret_ref.as_ref().map(|reference| reference.name.as_str());
-            let namespace = import.namespace().unwrap_or_default();
-            let config = S3Config {
-                endpoint: Some(s3.endpoint.clone()),
-                region: stores::region(s3.region.as_ref()),
-                bucket: s3.bucket.clone(),
-                addressing: stores::addressing(s3.addressing),
-                credentials: SecretCredentials::new(node.client.clone()).get(&namespace, secret).await?,
-                ca_bundle: s3.ca_bundle.clone().map(String::into_bytes),
-            };
-            let store = S3Store::connect(config).await?;
-            Ok(ObjectSource::new(store, s3.key.clone(), s3.version_id.clone(), stall).into())
-        }
-        ApiSource { .. } => {
-            Err(InvalidField::Shape { field: "spec.source", problem: "no source is set".to_owned() }.into())
-        }
-    }
-}
-
-/// Refuses an endpoint whose name stands for an address that is refused. A name that changes its address afterwards is
-/// not caught: the client resolves it anew.
-async fn refuse_endpoint(endpoint: &str, addresses: &AddressPolicy) -> Result<(), WorkError> {
-    let (scheme, rest) = endpoint.split_once("://").unwrap_or(("https", endpoint));
-    let authority = rest.trim_end_matches('/');
-    let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    let port = if scheme == "http" { 80 } else { 443 };
-    let target = if has_port { authority.to_owned() } else { format!("{authority}:{port}") };
-    let Ok(found) = tokio::net::lookup_host(target).await else { return Ok(()) }; // the client will say what is wrong
-    for address in found {
-        if !addresses.allows(address.ip()) {
-            return Err(WorkError::Address { endpoint: endpoint.to_owned(), address: address.ip() });
-        }
-    }
-    Ok(())
 }
 
 /// Reads the head of an import's source, until that went well or cannot.
@@ -213,16 +151,19 @@ pub async fn probe(node: Arc<Node>, uid: Uid, cancel: CancellationToken) {
 async fn probe_once(node: &Node, object: &TemplateImport) -> Result<ImportPlan, WorkError> {
     let limits = limits(object)?;
     checksum(object)?;
-    let store = stores::find(node, &ObjectName::new(name_of(object).namespace, object.spec.store.name.clone()))?;
+    let store =
+        stores::find(node, &ObjectName::new(name_of(object).namespace, object.spec.store.name.clone()))?;
     let chunk_size = stores::chunk_size(store.spec.chunk_size.as_ref())?;
-    let source = source(node, object, limits.stall).await?;
+    let source = sources::open(node, object, limits.stall).await?;
     let probed = probe_source(&source, &limits).await?;
     Ok(plan(&probed, chunk_size))
 }
 
 fn plan(probed: &Probed, chunk_size: Bytes) -> ImportPlan {
     let shape = probed.shape(chunk_size);
-    let why = if probed.converted { "a tool converts this format to raw beside the fetched source" } else {
+    let why = if probed.converted {
+        "a tool converts this format to raw beside the fetched source"
+    } else {
         "the fetched source is read as it is"
     };
     ImportPlan {
@@ -324,7 +265,8 @@ impl Reporter for Teller {
             news = true;
             import.said = said;
             let (index, total) = shape.position(at.stage);
-            import.stage = Some(ApiStage { index: index.into(), total: total.into(), name: at.stage.to_string() });
+            import.stage =
+                Some(ApiStage { index: index.into(), total: total.into(), name: at.stage.to_string() });
             let rate = rate(import, at.on_wire);
             import.progress = Some(Progress {
                 percent: Some(said.percent.into()),
@@ -379,7 +321,8 @@ pub async fn run(
     let mut failures = 0;
     loop {
         let Ok(object) = find(&node, &uid) else { return };
-        let teller = Arc::new(Teller { node: Arc::clone(&node), uid: uid.clone(), object: Arc::clone(&object) });
+        let teller =
+            Arc::new(Teller { node: Arc::clone(&node), uid: uid.clone(), object: Arc::clone(&object) });
         let place = (&*pool, &reservation, promised);
         let error = match run_once(&node, &teller, generation, place, &cancel).await {
             Ok(durable) => {
@@ -422,7 +365,7 @@ async fn run_once(
 ) -> Result<Durable, WorkError> {
     let object = &teller.object;
     let job = job(node, object, &teller.uid, generation, Some(place))?;
-    let source = source(node, object, job.limits.stall).await?;
+    let source = sources::open(node, object, job.limits.stall).await?;
     let chunks = stores::open_or_create(node, &store_name(object)).await?;
     let journal = Journal::new(Arc::clone(&node.record), teller.uid.clone(), generation);
     let reporter: Arc<dyn Reporter> = Arc::clone(teller) as _;
@@ -435,6 +378,9 @@ fn finish(news: &mut ImportNews, durable: &Durable) {
     news.pausing = false;
     if let Some(progress) = &mut news.progress {
         progress.percent = Some(100);
+    }
+    if let Some(stage) = &mut news.stage {
+        *stage = ApiStage { index: stage.total, total: stage.total, name: Stage::Publish.to_string() };
     }
     news.durable = Some(DurableImage {
         digest: durable.digest.to_string(),
@@ -488,7 +434,8 @@ pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Res
     });
     let place = place.as_ref().map(|(pool, uid)| (&**pool, uid, Bytes::ZERO));
     match take_back(node, &object, uid, generation, place, true).await {
-        Err(WorkError::Store(AccessError::Missing(_) | AccessError::Open { .. })) if never_began(&object) => {}
+        Err(WorkError::Store(AccessError::Missing(_) | AccessError::Open { .. })) if never_began(&object) => {
+        }
         Err(WorkError::Store(AccessError::Missing(_))) => {}
         Err(error) if waited_long(&object) || !error.is_transient() => {
             tracing::warn!(import = %name, error = chain(&error), "traces of a deleted import stay in its store");
@@ -509,25 +456,7 @@ fn never_began(object: &TemplateImport) -> bool {
 
 fn waited_long(object: &TemplateImport) -> bool {
     let since = object.metadata.deletion_timestamp.as_ref();
-    since.is_some_and(|time| now().millis_since(berth_api::conditions::timestamp(time)) > ABANDON_PATIENCE_MILLIS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_node_itself_is_no_source_unless_allowed() {
-        let refuses = |allowed: &[&str], address: &str| {
-            let allowed: Vec<String> = allowed.iter().map(|text| (*text).to_owned()).collect();
-            !address_policy(&allowed).unwrap().allows(address.parse().unwrap())
-        };
-        for address in ["127.0.0.1", "127.8.0.1", "::1", "169.254.169.254"] {
-            assert!(refuses(&[], address), "{address}");
-        }
-        assert!(!refuses(&[], "10.0.0.1"));
-        assert!(!refuses(&["127.0.0.0/8"], "127.0.0.1") && refuses(&["127.0.0.0/8"], "::1"));
-        assert!(!refuses(&["169.254.0.0/16"], "169.254.169.254"));
-        assert!(address_policy(&["here".to_owned()]).is_err());
-    }
+    since.is_some_and(|time| {
+        now().millis_since(berth_api::conditions::timestamp(time)) > ABANDON_PATIENCE_MILLIS
+    })
 }

@@ -66,6 +66,8 @@ pub struct StoreNews {
     pub usage: Option<(i64, i64, i64)>,
     /// Why it cannot be used.
     pub error: Option<(Reason, String)>,
+    /// How often in a row it could not.
+    pub failures: u32,
 }
 
 /// All of it.

@@ -10,8 +10,8 @@ use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::node::NodeView;
 use berth_core::node::view::{
-    AreaView, HeldImage, HeldVolume, HeldWorkDir, NodeImage, NodeImport, NodeReservation, NodeStore, ObeyedPromise,
-    PoolOnNode,
+    AreaView, HeldImage, HeldVolume, HeldWorkDir, NodeImage, NodeImport, NodeReservation, NodeStore,
+    ObeyedPromise, PoolOnNode,
 };
 use berth_core::units::{Bytes, Generation};
 use berth_core::view::{Access, LedgerCapacity, LedgerView, ObjectVersion};
@@ -51,7 +51,8 @@ fn look(node: &Node) -> Result<NodeView, ObserveError> {
         view.pools.entry(name).or_default().wanted = Some(spec.uid);
     }
     for pool in node.pools.all() {
-        let area = area_view(node, &pool).map_err(|source| ObserveError::Record { pool: pool.name.clone(), source })?;
+        let area = area_view(node, &pool)
+            .map_err(|source| ObserveError::Record { pool: pool.name.clone(), source })?;
         view.pools.entry(pool.name.clone()).or_default().area = Some(area);
     }
     for ledger in node.watches.ledgers.state() {
@@ -75,9 +76,15 @@ pub fn wanted_pools(node: &Node) -> BTreeMap<PoolName, PoolSpec> {
     let nodes = node.watches.node.state();
     let Some(kube_node) = nodes.first() else { return BTreeMap::new() };
     let labels = kube_node.labels();
-    let selects = |pool: &StagingPool| pool.spec.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value));
+    let selects = |pool: &StagingPool| {
+        pool.spec.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    };
     let pools = node.watches.pools.state();
-    pools.iter().filter(|pool| selects(pool)).filter_map(|pool| Some((pool.name_any().into(), spec_of(pool)?))).collect()
+    pools
+        .iter()
+        .filter(|pool| selects(pool))
+        .filter_map(|pool| Some((pool.name_any().into(), spec_of(pool)?)))
+        .collect()
 }
 
 fn spec_of(pool: &StagingPool) -> Option<PoolSpec> {
@@ -89,7 +96,8 @@ fn spec_of(pool: &StagingPool) -> Option<PoolSpec> {
 fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
     let record = pool.record.record();
     let (position, promises) = pool.promises()?;
-    let attached: BTreeSet<Uid> = record.entries(tables::ATTACHMENTS)?.into_iter().map(|(uid, _)| uid).collect();
+    let attached: BTreeSet<Uid> =
+        record.entries(tables::ATTACHMENTS)?.into_iter().map(|(uid, _)| uid).collect();
     let promises = promises.into_iter().filter(|(_, promise)| promise.obeyed);
     let class = |class| match class {
         berth_record::PromiseClass::Images => Class::Images,
@@ -144,7 +152,10 @@ fn ledger_view(name: &str, version: Option<String>, spec: &StagingLedgerSpec) ->
             data: Bytes::from_i64(promise.data_bytes),
             metadata: Bytes::from_i64(promise.metadata_bytes),
         };
-        (Uid::from(uid.as_str()), Promise { holder, class, charge, generation: generation(promise.generation) })
+        (
+            Uid::from(uid.as_str()),
+            Promise { holder, class, charge, generation: generation(promise.generation) },
+        )
     });
     LedgerView {
         name: name.to_owned(),
@@ -237,7 +248,8 @@ fn stores(node: &Node) -> BTreeMap<ObjectName, NodeStore> {
     stores
         .iter()
         .filter_map(|store| {
-            let assignment = store.status.as_ref()?.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
+            let assignment =
+                store.status.as_ref()?.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
             let uid = Uid::from(store.uid()?);
             if store.metadata.deletion_timestamp.is_some() {
                 return None;
@@ -251,10 +263,12 @@ fn stores(node: &Node) -> BTreeMap<ObjectName, NodeStore> {
 
 /// The defect `obey-without-ledger`: every assignment counts as promised.
 fn invent_promises(view: &mut NodeView) {
-    let holders = view.reservations.iter().map(|(uid, r)| (uid.clone(), r.pool.clone(), r.name.clone(), r.generation));
+    let holders =
+        view.reservations.iter().map(|(uid, r)| (uid.clone(), r.pool.clone(), r.name.clone(), r.generation));
     for (uid, pool, name, generation) in holders.collect::<Vec<_>>() {
         let charge = Charge { data: Bytes::mib(64), metadata: Bytes::ZERO };
-        let promise = Promise { holder: Holder::Reservation(name), class: Class::Volumes, charge, generation };
+        let promise =
+            Promise { holder: Holder::Reservation(name), class: Class::Volumes, charge, generation };
         let Some(PoolOnNode { ledger: Some(ledger), .. }) = view.pools.get_mut(&pool) else { continue };
         ledger.promises.entry(uid).or_insert(promise);
     }

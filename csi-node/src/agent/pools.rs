@@ -59,6 +59,12 @@ pub enum PoolError {
         /// The record.
         path: PathBuf,
     },
+    /// A call or a job still works in it.
+    #[error("pool {pool} is in use")]
+    InUse {
+        /// The pool.
+        pool: PoolName,
+    },
     /// A directory.
     #[error("cannot make {path}")]
     Directory {
@@ -85,9 +91,9 @@ impl PoolError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Area { source, .. } => match source.as_ref() {
-                ClaimError::InUseByPool { .. } | ClaimError::InUseByNode { .. } | ClaimError::ForeignImage { .. } => {
-                    Reason::InUseByPool
-                }
+                ClaimError::InUseByPool { .. }
+                | ClaimError::InUseByNode { .. }
+                | ClaimError::ForeignImage { .. } => Reason::InUseByPool,
                 ClaimError::TooSmall { .. } => Reason::InvalidSpec,
                 _ => Reason::PoolAreaFailed,
             },
@@ -132,7 +138,11 @@ struct Unrecorded {
 
 impl OpenPool {
     /// Records that the ledger at this position is obeyed, with these promises.
-    pub fn obey(&self, position: &LedgerPosition, promises: &[(Uid, PromiseEntry)]) -> Result<(), ChangeError> {
+    pub fn obey(
+        &self,
+        position: &LedgerPosition,
+        promises: &[(Uid, PromiseEntry)],
+    ) -> Result<(), ChangeError> {
         if !sabotage::active(sabotage::NO_RECORD) {
             return self.record.obey(position, promises);
         }
@@ -279,11 +289,10 @@ impl Pools {
         }
         let mut known = self.known()?;
         if known.insert(name.clone(), spec.clone()).as_ref() != Some(spec) {
-            let text = serde_json::to_vec_pretty(&known)
-                .map_err(|e| PoolError::Unreadable { path: self.known_file.clone(), reason: e.to_string() })?;
-            files::write_durably(&self.known_file, &text)?;
+            self.write_known(&known)?;
         }
-        let pool = OpenPool { name: name.clone(), spec: spec.clone(), area, record, unrecorded: Mutex::default() };
+        let pool =
+            OpenPool { name: name.clone(), spec: spec.clone(), area, record, unrecorded: Mutex::default() };
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), Arc::new(pool));
         tracing::info!(pool = %name, "pool open");
         Ok(())
@@ -305,7 +314,37 @@ impl Pools {
         if DIRECTORIES.iter().any(|directory| area.root.join(directory).exists()) {
             return Err(PoolError::RecordGone { pool: name.clone(), path });
         }
-        PoolRecord::create(&path, identity).map_err(|source| PoolError::NewRecord { pool: name.clone(), source })
+        PoolRecord::create(&path, identity)
+            .map_err(|source| PoolError::NewRecord { pool: name.clone(), source })
+    }
+
+    /// Unmounts the area of a pool in which nothing is left, and forgets the pool. What lies on its disk stays. Blocks.
+    pub fn close(&self, name: &PoolName) -> Result<(), PoolError> {
+        let Some(pool) = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(name) else {
+            return Ok(());
+        };
+        let pool = match Arc::try_unwrap(pool) {
+            Ok(pool) => pool,
+            Err(pool) => {
+                self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), pool);
+                return Err(PoolError::InUse { pool: name.clone() });
+            }
+        };
+        let OpenPool { area, record, .. } = pool;
+        drop(record);
+        let mut known = self.known()?;
+        known.remove(name);
+        self.write_known(&known)?;
+        area.unmount_and_detach()
+            .map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
+        tracing::info!(pool = %name, "pool closed");
+        Ok(())
+    }
+
+    fn write_known(&self, known: &BTreeMap<PoolName, PoolSpec>) -> Result<(), PoolError> {
+        let text = serde_json::to_vec_pretty(known)
+            .map_err(|e| PoolError::Unreadable { path: self.known_file.clone(), reason: e.to_string() })?;
+        Ok(files::write_durably(&self.known_file, &text)?)
     }
 
     fn known(&self) -> Result<BTreeMap<PoolName, PoolSpec>, PoolError> {

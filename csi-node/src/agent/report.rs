@@ -70,14 +70,20 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
         warn(report_store(node, &view, &store).await);
     }
     let stores = view.stores.values().map(|store| store.uid.clone()).collect();
-    node.news.retain(&view.imports.keys().cloned().collect(), &view.images.keys().cloned().collect(), &stores);
+    node.news.retain(
+        &view.imports.keys().cloned().collect(),
+        &view.images.keys().cloned().collect(),
+        &stores,
+    );
     Ok(told && node.news.set_obeyed(obeyed(&view)))
 }
 
 fn obeyed(view: &NodeView) -> BTreeSet<(PoolName, Uid, Generation)> {
     let areas = view.pools.iter().filter_map(|(name, pool)| Some((name, pool.area.as_ref()?)));
     areas
-        .flat_map(|(name, area)| area.promises.iter().map(move |(uid, p)| (name.clone(), uid.clone(), p.generation)))
+        .flat_map(|(name, area)| {
+            area.promises.iter().map(move |(uid, p)| (name.clone(), uid.clone(), p.generation))
+        })
         .collect()
 }
 
@@ -116,7 +122,13 @@ struct Wanted<'a> {
     conditions: &'a [ConditionType],
 }
 
-async fn apply<K>(node: &Node, api: Api<K>, object: &K, shown: Value, wanted: Wanted<'_>) -> Result<(), ReportError>
+async fn apply<K>(
+    node: &Node,
+    api: Api<K>,
+    object: &K,
+    shown: Value,
+    wanted: Wanted<'_>,
+) -> Result<(), ReportError>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
 {
@@ -150,7 +162,11 @@ fn shown<T: Serialize>(status: Option<&T>) -> Result<Value, ReportError> {
     Ok(status.map(serde_json::to_value).transpose()?.unwrap_or_else(|| json!({})))
 }
 
-async fn report_reservation(node: &Node, view: &NodeView, object: &StagingReservation) -> Result<(), ReportError> {
+async fn report_reservation(
+    node: &Node,
+    view: &NodeView,
+    object: &StagingReservation,
+) -> Result<(), ReportError> {
     let uid = Uid::from(object.uid().unwrap_or_default());
     let Some(reservation) = view.reservations.get(&uid) else { return Ok(()) };
     if reservation.deleting {
@@ -230,7 +246,9 @@ async fn report_image(node: &Node, view: &NodeView, object: &StagedImage) -> Res
     let fill = node.news.fill(&uid).unwrap_or_default();
     let (state, truth, reason, message) = match (complete, &fill.error) {
         (true, _) => (StagedImageState::Ready, Truth::True, Reason::Ready, String::new()),
-        (false, Some((reason, message))) => (StagedImageState::Failed, Truth::False, *reason, message.clone()),
+        (false, Some((reason, message))) => {
+            (StagedImageState::Failed, Truth::False, *reason, message.clone())
+        }
         (false, None) => (StagedImageState::Filling, Truth::False, Reason::Progressing, String::new()),
     };
     let percent = if complete { 100 } else { fill.percent };
@@ -263,7 +281,8 @@ async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) ->
     }
     let news = node.news.import(&uid, object);
     let mut status = Map::new();
-    let mut put = |name: &str, value: Value| drop((!value.is_null()).then(|| status.insert(name.to_owned(), value)));
+    let mut put =
+        |name: &str, value: Value| drop((!value.is_null()).then(|| status.insert(name.to_owned(), value)));
     put("plan", json!(news.plan));
     put("stage", json!(news.stage));
     put("progress", json!(news.progress));
@@ -359,14 +378,23 @@ async fn report_node(node: &Node, view: &NodeView) -> Result<bool, ReportError> 
     let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
     let missing: Vec<&str> =
         preflight.failures().filter(|check| check.required).map(|check| check.detail.as_str()).collect();
-    let (truth, reason) =
-        if missing.is_empty() { (Truth::True, Reason::Ready) } else { (Truth::False, Reason::PreflightFailed) };
+    let (truth, reason) = if missing.is_empty() {
+        (Truth::True, Reason::Ready)
+    } else {
+        (Truth::False, Reason::PreflightFailed)
+    };
     let generation = object.metadata.generation;
-    let ready = condition(&previous, ConditionType::Ready, truth, reason, missing.join("; "), generation, now());
+    let ready =
+        condition(&previous, ConditionType::Ready, truth, reason, missing.join("; "), generation, now());
     let checks: Vec<PreflightCheck> = preflight
         .checks
         .iter()
-        .map(|c| PreflightCheck { name: c.name.into(), ok: c.ok, required: c.required, detail: c.detail.clone() })
+        .map(|c| PreflightCheck {
+            name: c.name.into(),
+            ok: c.ok,
+            required: c.required,
+            detail: c.detail.clone(),
+        })
         .collect();
     let status = json!({
         "pools": pools, "preflight": checks, "versions": versions(&preflight), "conditions": [ready],
@@ -393,12 +421,17 @@ fn pools(node: &Node, view: &NodeView) -> Vec<NodePool> {
     let shown = |name: &&PoolName| {
         wanted.contains_key(*name) || view.pools.get(*name).is_some_and(|pool| pool.area.is_some())
     };
-    names.into_iter().filter(shown).map(|name| pool(node, view, name, wanted.get(name).map(|spec| &spec.uid))).collect()
+    names
+        .into_iter()
+        .filter(shown)
+        .map(|name| pool(node, view, name, wanted.get(name).map(|spec| &spec.uid)))
+        .collect()
 }
 
 fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> NodePool {
     let mut told = NodePool { name: name.to_string(), ..NodePool::default() };
-    let (Some(open), Some(area)) = (node.pools.get(name), view.pools.get(name).and_then(|pool| pool.area.as_ref()))
+    let (Some(open), Some(area)) =
+        (node.pools.get(name), view.pools.get(name).and_then(|pool| pool.area.as_ref()))
     else {
         let (reason, message) =
             node.pools.failure(name).unwrap_or((Reason::Progressing, "is being prepared".to_owned()));
@@ -416,7 +449,9 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
     };
     told.message = match (&open.area.advisory, wanted) {
         (Some(advisory), Some(_)) if same => advisory.to_string(),
-        (_, Some(_)) if !same => format!("the area belongs to an earlier pool of this name (uid {})", open.spec.uid),
+        (_, Some(_)) if !same => {
+            format!("the area belongs to an earlier pool of this name (uid {})", open.spec.uid)
+        }
         (_, None) => "the pool does not select this node any more".to_owned(),
         _ => String::new(),
     };
@@ -443,10 +478,13 @@ mod tests {
 
     #[test]
     fn only_own_fields_and_conditions_count() {
-        let ready = |status: &str, time: &str| json!({"type": "Ready", "status": status, "lastTransitionTime": time});
+        let ready =
+            |status: &str, time: &str| json!({"type": "Ready", "status": status, "lastTransitionTime": time});
         let shown = json!({"state": "Promised", "path": "/a", "conditions": [ready("True", "1"), {"type": "Promised"}]});
         let same = json!({"path": "/a", "conditions": [ready("True", "2")]});
-        let differs = |wanted: &Value| differs(&shown, wanted, &["path", "preparedGeneration"], &[ConditionType::Ready]);
+        let differs = |wanted: &Value| {
+            differs(&shown, wanted, &["path", "preparedGeneration"], &[ConditionType::Ready])
+        };
         assert!(!differs(&same), "times and others' fields do not count");
         assert!(differs(&json!({"path": "/b", "conditions": [ready("True", "1")]})));
         assert!(differs(&json!({"path": "/a", "conditions": [ready("False", "1")]})));

@@ -84,7 +84,9 @@ impl FillError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Access(error) => error.reason(),
-            Self::Pin(PublishError::Store(source)) | Self::Read(ReadError::Store { source, .. }) => store_reason(source),
+            Self::Pin(PublishError::Store(source)) | Self::Read(ReadError::Store { source, .. }) => {
+                store_reason(source)
+            }
             Self::Read(error) if error.is_transient() => Reason::ObjectStoreUnavailable,
             Self::Read(ReadError::Target { source, .. }) | Self::Io { source, .. }
                 if source.kind() == io::ErrorKind::StorageFull =>
@@ -225,7 +227,11 @@ fn complete(pool: &OpenPool, digest: &Digest, file: &File) -> Result<(), FillErr
     files::sync_file_and_parent(file, &path)?;
     drop(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED));
     let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o400);
-    fs::set_permissions(&path, read_only).map_err(|source| FillError::Io { action: "protect", path, source })?;
+    fs::set_permissions(&path, read_only).map_err(|source| FillError::Io {
+        action: "protect",
+        path,
+        source,
+    })?;
     Ok(pool.record.fill_complete(digest)?)
 }
 
@@ -247,7 +253,12 @@ fn tell(node: &Node, uid: &Uid, done: Bytes, size: Bytes) {
 
 /// Removes an image's bytes, then its pin. A pin that cannot be removed stays in the store and protects chunks that
 /// nothing needs: it is logged, and does not keep the promise.
-pub async fn remove(node: &Arc<Node>, pool: &Arc<OpenPool>, uid: &Uid, digest: Digest) -> Result<(), FillError> {
+pub async fn remove(
+    node: &Arc<Node>,
+    pool: &Arc<OpenPool>,
+    uid: &Uid,
+    digest: Digest,
+) -> Result<(), FillError> {
     let area = Arc::clone(pool);
     tokio::task::spawn_blocking(move || {
         area.record.begin_evict(&digest)?;

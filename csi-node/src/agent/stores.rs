@@ -28,8 +28,8 @@ use crate::telemetry::chain;
 
 /// How often a store that answers is looked at, in milliseconds.
 const AGAIN_MILLIS: u64 = 300_000;
-/// How soon one that does not answer is tried again, in milliseconds.
-const RETRY_MILLIS: u64 = 20_000;
+/// How soon one that does not answer is tried again, in milliseconds; doubles up to 32 s.
+const RETRY_MILLIS: u64 = 500;
 /// Signatures name this region where the object does not.
 const DEFAULT_REGION: &str = "us-east-1";
 /// How long a look at a store may take.
@@ -180,7 +180,8 @@ pub async fn open_or_create(node: &Node, name: &ObjectName) -> Result<ChunkStore
     let store = find(node, name)?;
     let size = chunk_size(store.spec.chunk_size.as_ref())
         .map_err(|source| AccessError::Field { store: name.clone(), source })?;
-    let size = ChunkSize::new(size).map_err(|source| AccessError::ChunkSize { store: name.clone(), source })?;
+    let size =
+        ChunkSize::new(size).map_err(|source| AccessError::ChunkSize { store: name.clone(), source })?;
     let client = client(node, name, &store).await?;
     ChunkStore::open_or_create(client, layout(name, &store)?, size)
         .await
@@ -220,23 +221,29 @@ async fn probe_here(node: Arc<Node>, name: ObjectName) {
             capabilities: Some(capabilities),
             usage: Some(counted),
             error: None,
+            failures: 0,
         },
         Err(error) => {
             tracing::warn!(store = %name, error = chain(&error), "image store is not usable");
             let before = node.news.store(&uid);
+            let failures = before.as_ref().map_or(0, |news| news.failures).saturating_add(1);
             StoreNews {
                 observed,
-                due: Timestamp(now().0 + RETRY_MILLIS),
+                due: Timestamp(now().0 + (RETRY_MILLIS << failures.min(6))),
                 capabilities: before.as_ref().and_then(|news| news.capabilities.clone()),
                 usage: before.and_then(|news| news.usage),
                 error: Some((error.reason(), chain(&error))),
+                failures,
             }
         }
     };
     node.news.set_store(&uid, news);
 }
 
-async fn look(node: Arc<Node>, name: ObjectName) -> Result<(StoreCapabilities, (i64, i64, i64)), AccessError> {
+async fn look(
+    node: Arc<Node>,
+    name: ObjectName,
+) -> Result<(StoreCapabilities, (i64, i64, i64)), AccessError> {
     let chunks = open_or_create(&node, &name).await?;
     let found = chunks.capabilities();
     let capabilities = StoreCapabilities {

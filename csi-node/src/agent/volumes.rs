@@ -143,7 +143,12 @@ pub fn remove(pool: &OpenPool, uid: &Uid) -> Result<(), VolumeError> {
 }
 
 /// Makes the directory that a transfer may work in.
-pub fn make_work_dir(pool: &OpenPool, uid: &Uid, generation: Generation, bytes: Bytes) -> Result<(), VolumeError> {
+pub fn make_work_dir(
+    pool: &OpenPool,
+    uid: &Uid,
+    generation: Generation,
+    bytes: Bytes,
+) -> Result<(), VolumeError> {
     let path = pool.work_dir(uid);
     let dir = Path::new("staging").join(uid.as_str());
     pool.record.begin_staging(uid, &StagingEntry { generation, dir, bytes })?;

@@ -10,9 +10,9 @@ use berth_api::{
 use berth_core::ids::{NodeName, node_lease_name};
 use futures::{StreamExt as _, pin_mut};
 use k8s_openapi::api::core::v1::Node as KubeNode;
+use kube::runtime::WatchStreamExt as _;
 use kube::runtime::reflector::{self, Store};
 use kube::runtime::watcher::{self, watcher};
-use kube::runtime::WatchStreamExt as _;
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
@@ -55,7 +55,13 @@ struct Starter {
 
 impl Watches {
     /// Starts all watches of `node`. They end with `stop`.
-    pub fn start(client: &Client, node: &NodeName, namespace: &str, wake: Arc<Notify>, stop: CancellationToken) -> Self {
+    pub fn start(
+        client: &Client,
+        node: &NodeName,
+        namespace: &str,
+        wake: Arc<Notify>,
+        stop: CancellationToken,
+    ) -> Self {
         let unsynced = Arc::new(AtomicUsize::new(0));
         let (changes, changed) = watch::channel(0);
         let starter = Starter { wake, stop, unsynced: Arc::clone(&unsynced), changes };
@@ -95,7 +101,8 @@ impl Starter {
     {
         let (reader, writer) = reflector::store();
         self.unsynced.fetch_add(1, Ordering::AcqRel);
-        let (wake, unsynced, changes) = (Arc::clone(&self.wake), Arc::clone(&self.unsynced), self.changes.clone());
+        let (wake, unsynced, changes) =
+            (Arc::clone(&self.wake), Arc::clone(&self.unsynced), self.changes.clone());
         let stop = self.stop.clone();
         tokio::spawn(stop.run_until_cancelled_owned(async move {
             let events = watcher(api, config).default_backoff().reflect(writer);

@@ -176,6 +176,7 @@ pub async fn run(args: TemplateArgs, cancel: &CancellationToken) -> Result<(), T
 /// Imports a file, and removes what the work has left.
 pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Result<Durable, TemplateError> {
     let file = args.file.canonicalize().map_err(failed("find", &args.file))?;
+    probe_file(&file)?;
     let uid = work_uid(args, &file)?;
     let chunk_size = ChunkSize::new(Bytes::kib(args.chunk_size))?;
     let limits = limits(args);
@@ -204,7 +205,8 @@ pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Resul
     {
         tracing::warn!(error = left.chain(), "traces of the failed import stay");
     }
-    if outcome.is_ok() {
+    // Only what another start goes on with stays.
+    if !matches!(outcome, Err(ImportError::Cancelled | ImportError::Exhausted { .. })) {
         clean_up(args, &job, &record, journal)?;
     }
     outcome.map_err(|source| TemplateError::Import { path: args.file.clone(), source: Box::new(source) })
@@ -214,7 +216,8 @@ pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Resul
 fn work_uid(args: &ImportArgs, file: &Path) -> Result<Uid, TemplateError> {
     let meta = file.metadata().map_err(failed("look at", file))?;
     let name = file.as_os_str().as_encoded_bytes();
-    let text = format!("{}\n{}\n{}.{}\n{}", meta.dev(), meta.size(), meta.mtime(), meta.mtime_nsec(), args.name);
+    let text =
+        format!("{}\n{}\n{}.{}\n{}", meta.dev(), meta.size(), meta.mtime(), meta.mtime_nsec(), args.name);
     let sum = Sha256Sum::of(&[text.as_bytes(), b"\n", name].concat()).to_string();
     Ok(Uid(format!("file-{}", &sum[..32])))
 }
@@ -231,7 +234,8 @@ fn limits(args: &ImportArgs) -> Limits {
 /// What the work needs, if the directory has it.
 fn space(file: &Path, dir: &Path, limits: &Limits, chunk_size: ChunkSize) -> Result<Bytes, TemplateError> {
     let probe = probe_file(file)?;
-    let imported = |source: ImportError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
+    let imported =
+        |source: ImportError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
     let probed = checked(&probe, Bytes::ZERO, limits).map_err(imported)?;
     let shape = Shape { in_place: true, ..probed.shape(chunk_size.size()) };
     let found = statvfs(dir).map_err(|errno| failed("look at the space of", dir)(errno.into()))?;
@@ -271,7 +275,12 @@ fn open_record(path: &Path, node: &NodeName) -> Result<NodeRecord, TemplateError
 }
 
 /// Removes the record, and the directory if it is ours.
-fn clean_up(args: &ImportArgs, job: &ImportJob, record: &Path, journal: Journal) -> Result<(), TemplateError> {
+fn clean_up(
+    args: &ImportArgs,
+    job: &ImportJob,
+    record: &Path,
+    journal: Journal,
+) -> Result<(), TemplateError> {
     drop(journal);
     std::fs::remove_file(record).map_err(failed("remove", record))?;
     if args.work_dir.is_none() {
@@ -286,7 +295,12 @@ fn print(args: &ImportArgs, durable: &Durable) -> io::Result<()> {
         Output::Text => writeln!(
             out,
             "{} is {}: {} virtual, {} of them data, {} stored in {} chunks",
-            args.name, durable.digest, durable.virtual_size, durable.real_size, durable.stored_bytes, durable.chunks
+            args.name,
+            durable.digest,
+            durable.virtual_size,
+            durable.real_size,
+            durable.stored_bytes,
+            durable.chunks
         ),
         Output::Json => {
             let mut value = serde_json::to_value(durable)?;

@@ -28,7 +28,9 @@ pub enum ImportError {
     #[error("the fetched source is refused")]
     Probe(#[from] ProbeError),
     /// The disk is larger than allowed.
-    #[error("the image's virtual size is {found}, more than the {limit} that `spec.limits.virtualSize` allows")]
+    #[error(
+        "the image's virtual size is {found}, more than the {limit} that `spec.limits.virtualSize` allows"
+    )]
     VirtualSize {
         /// What it is.
         found: Bytes,
@@ -145,7 +147,9 @@ impl ImportError {
     /// The machine-readable reason.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Refused(refusal) | Self::Probe(ProbeError::Refused { source: refusal, .. }) => refusal.reason(),
+            Self::Refused(refusal) | Self::Probe(ProbeError::Refused { source: refusal, .. }) => {
+                refusal.reason()
+            }
             Self::VirtualSize { .. } => Reason::VirtualSizeTooLarge,
             Self::SourceSize { .. } => Reason::SourceTooLarge,
             Self::Checksum { .. } => Reason::ChecksumMismatch,
@@ -264,7 +268,9 @@ fn upload_reason(error: &UploadError) -> Reason {
     match error {
         UploadError::Chunk { source, .. } => store_reason(source),
         UploadError::Index(source) => index_reason(source),
-        UploadError::Compress { .. } | UploadError::Misaligned { .. } | UploadError::Worker(_) => Reason::Retrying,
+        UploadError::Compress { .. } | UploadError::Misaligned { .. } | UploadError::Worker(_) => {
+            Reason::Retrying
+        }
     }
 }
 
@@ -308,9 +314,9 @@ fn io_reason(error: &io::Error) -> Reason {
 pub fn store_reason(error: &StoreError) -> Reason {
     match error {
         StoreError::NoSuchBucket { .. } => Reason::BucketNotFound,
-        StoreError::AccessDenied { .. } | StoreError::InvalidRequest { .. } | StoreError::Unsupported { .. } => {
-            Reason::ObjectStoreDenied
-        }
+        StoreError::AccessDenied { .. }
+        | StoreError::InvalidRequest { .. }
+        | StoreError::Unsupported { .. } => Reason::ObjectStoreDenied,
         StoreError::Unavailable { .. }
         | StoreError::BadDigest { .. }
         | StoreError::PreconditionFailed { .. }

@@ -179,7 +179,8 @@ fn check_limit(job: &ImportJob, size: Bytes) -> Result<(), ImportError> {
 fn report<S: ObjectStore>(attempt: &Attempt<'_, S>, shape: &Shape, done: Bytes) {
     let total = shape.source_bytes;
     let reporter: &dyn Reporter = attempt.reporter.as_ref();
-    reporter.progress(shape, Snapshot { stage: Stage::Fetch, done, total, skipped: Bytes::ZERO, on_wire: done });
+    reporter
+        .progress(shape, Snapshot { stage: Stage::Fetch, done, total, skipped: Bytes::ZERO, on_wire: done });
 }
 
 /// Blocking: writes what comes, syncs it every [`WINDOW`] and when no more comes, whatever the reason, and records that.
@@ -213,7 +214,12 @@ fn write(
 fn checkpoint(journal: &Journal, progress: &Progress) -> Result<(), ImportError> {
     let Some(version) = &progress.version else { return Ok(()) };
     let (shape, offset) = (progress.shape, progress.offset);
-    journal.save_now(&Phase::Fetching { shape, version: version.clone(), offset, hash: progress.hash.state() })?;
+    journal.save_now(&Phase::Fetching {
+        shape,
+        version: version.clone(),
+        offset,
+        hash: progress.hash.state(),
+    })?;
     journal.mark(Mark::Fetched, offset);
     tracing::info!(stage = "Fetch", offset = offset.0, "checkpoint");
     Ok(())

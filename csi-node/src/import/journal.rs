@@ -92,7 +92,9 @@ impl Journal {
     pub async fn load(&self) -> Result<Phase, ImportError> {
         let (record, uid) = (Arc::clone(&self.record), self.uid.clone());
         match self.work(move || record.job(&uid)).await?? {
-            Some(entry) if entry.generation > self.generation && !crate::sabotage::active("no-generation-check") => {
+            Some(entry)
+                if entry.generation > self.generation && !crate::sabotage::active("no-generation-check") =>
+            {
                 Err(ChangeError::StaleGeneration {
                     table: tables::JOBS.name(),
                     key: self.uid.to_string(),

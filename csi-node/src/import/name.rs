@@ -15,12 +15,14 @@ const STORED_BYTES: &str = "berth.stored-bytes";
 const CHUNKS: &str = "berth.chunks";
 
 /// The manifest of an image. The caller knows its generation, and the bytes of its distinct chunks.
-pub(crate) fn manifest(durable: &Durable, chunk_size: ChunkSize, owner: &Uid, created: Timestamp) -> Manifest {
-    let labels = [
-        (REAL_BYTES, durable.real_size.0),
-        (STORED_BYTES, durable.stored_bytes.0),
-        (CHUNKS, durable.chunks),
-    ];
+pub(crate) fn manifest(
+    durable: &Durable,
+    chunk_size: ChunkSize,
+    owner: &Uid,
+    created: Timestamp,
+) -> Manifest {
+    let labels =
+        [(REAL_BYTES, durable.real_size.0), (STORED_BYTES, durable.stored_bytes.0), (CHUNKS, durable.chunks)];
     Manifest {
         format_version: 1,
         digest: durable.digest,

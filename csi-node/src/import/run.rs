@@ -222,7 +222,10 @@ impl<S: ObjectStore> Attempt<'_, S> {
                 // Otherwise it would be found there, and not be sent.
                 self.chunks.store().delete(&self.chunks.layout().chunk(id)).await?;
             }
-            if matches!(error, VerifyError::Missing { .. } | VerifyError::Size { .. } | VerifyError::Damaged { .. }) {
+            if matches!(
+                error,
+                VerifyError::Missing { .. } | VerifyError::Size { .. } | VerifyError::Damaged { .. }
+            ) {
                 session.start_over().await?;
             }
             return Err(error.into());
@@ -232,7 +235,12 @@ impl<S: ObjectStore> Attempt<'_, S> {
         self.session().await
     }
 
-    async fn publish(&self, finished: &FinishedIndex, durable: &Durable, shape: &Shape) -> Result<(), ImportError> {
+    async fn publish(
+        &self,
+        finished: &FinishedIndex,
+        durable: &Durable,
+        shape: &Shape,
+    ) -> Result<(), ImportError> {
         let steps = Bytes(2);
         self.say(shape, Stage::Publish, Bytes::ZERO, steps);
         tracing::info!(stage = "Publish", digest = %durable.digest, "publishing");
@@ -283,7 +291,10 @@ fn has_length(path: &Path, len: Bytes) -> bool {
 }
 
 /// Ends the session of an import, if there is one and nobody later has it.
-pub(crate) async fn end_session<S: ObjectStore>(chunks: &ChunkStore<S>, job: &ImportJob) -> Result<(), ImportError> {
+pub(crate) async fn end_session<S: ObjectStore>(
+    chunks: &ChunkStore<S>,
+    job: &ImportJob,
+) -> Result<(), ImportError> {
     if crate::sabotage::active("keep-session") {
         return Ok(());
     }

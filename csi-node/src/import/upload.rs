@@ -134,7 +134,9 @@ impl<R: ExtentReader> Walk<R> {
     /// extents; one that is shorter than a chunk is read with its neighbours.
     async fn zeros(&mut self, at: Bytes) -> Result<Bytes, ReadError> {
         let mut end = at;
-        while let Some(Extent { kind, offset, len }) = self.reader.next_extent(end).await? {
+        while end < self.size()
+            && let Some(Extent { kind, offset, len }) = self.reader.next_extent(end).await?
+        {
             let extent_end = offset.saturating_add(len);
             if kind == ExtentKind::Data {
                 self.data_until = extent_end;
@@ -228,7 +230,8 @@ mod tests {
 
     #[tokio::test]
     async fn holes_are_not_read_and_pieces_of_them_are() {
-        let (found, _) = steps(&[(250, true), (30, false), (20, false), (500, false), (60, true), (40, false)]).await;
+        let (found, _) =
+            steps(&[(250, true), (30, false), (20, false), (500, false), (60, true), (40, false)]).await;
         assert_eq!(found, [(100, true), (100, true), (100, true), (500, false), (100, true)]);
         let (found, _) = steps(&[(130, false), (20, true), (70, false)]).await;
         assert_eq!(found, [(100, false), (100, true), (20, false)]);

@@ -87,7 +87,9 @@ impl FoundVolume {
             Attachment { loop_device: None, backing_file: file.clone(), staged_path: path.to_owned(), mode };
         self.pool.record.attach(&self.uid, &attachment)?;
         let extent = match (wanted, content.partition) {
-            (Use::Filesystem(_), Some(number)) if self.entry.origin.is_some() => Some(partition_of(&file, number)?),
+            (Use::Filesystem(_), Some(number)) if self.entry.origin.is_some() => {
+                Some(partition_of(&file, number)?)
+            }
             _ => None,
         };
         let options = LoopOptions { direct_io: true, extent, ..LoopOptions::default() };
@@ -101,7 +103,9 @@ impl FoundVolume {
     }
 
     fn mount(&self, device: &LoopDevice, path: &Path, asked: FsType) -> Result<(), RpcError> {
-        let fs_type = if self.entry.origin.is_none() { self.format_if_blank(device, asked)? } else {
+        let fs_type = if self.entry.origin.is_none() {
+            self.format_if_blank(device, asked)?
+        } else {
             self.mountable(filesystem::probe_signature(&device.path)?)?
         };
         // Every clone of an image has the file system UUID of the image.
@@ -138,7 +142,13 @@ impl FoundVolume {
     }
 
     /// Shows the staged volume at `target`.
-    pub fn publish(&self, staged: &Path, target: &Path, wanted: Use, read_only: bool) -> Result<(), RpcError> {
+    pub fn publish(
+        &self,
+        staged: &Path,
+        target: &Path,
+        wanted: Use,
+        read_only: bool,
+    ) -> Result<(), RpcError> {
         let attachment = self.attachment()?.filter(|found| found.staged_path == staged);
         let attachment = attachment.ok_or_else(|| self.not_staged(staged))?;
         let node = attachment.loop_device.clone().ok_or_else(|| self.not_staged(staged))?;

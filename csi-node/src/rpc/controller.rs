@@ -34,7 +34,8 @@ use crate::csi::v1::validate_volume_capabilities_response::Confirmed;
 use crate::csi::v1::{
     ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
     CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest,
-    GetCapacityResponse, Topology, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume,
+    GetCapacityResponse, Topology, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
+    Volume,
 };
 
 /// How long a call waits for what is usually quick, before it says that it is under way.
@@ -85,8 +86,11 @@ impl Controller for Services {
         &self,
         _: Request<ControllerGetCapabilitiesRequest>,
     ) -> Result<Response<ControllerGetCapabilitiesResponse>, Status> {
-        let of = |kind: rpc::Type| ControllerServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
-        let capabilities = [rpc::Type::CreateDeleteVolume, rpc::Type::GetCapacity, rpc::Type::SingleNodeMultiWriter];
+        let of = |kind: rpc::Type| ControllerServiceCapability {
+            r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        let capabilities =
+            [rpc::Type::CreateDeleteVolume, rpc::Type::GetCapacity, rpc::Type::SingleNodeMultiWriter];
         let capabilities = capabilities.into_iter().map(of).collect();
         self.answer("ControllerGetCapabilities", Ok(ControllerGetCapabilitiesResponse { capabilities }))
     }
@@ -171,12 +175,20 @@ impl Services {
         let uid = Uid::from(found.uid().unwrap_or_default());
         if found.metadata.deletion_timestamp.is_some() {
             let what = format!("volume {}", asked.name);
-            return Err(RpcError::Waiting { what, why: "its earlier reservation is being released".to_owned() });
+            return Err(RpcError::Waiting {
+                what,
+                why: "its earlier reservation is being released".to_owned(),
+            });
         }
         Ok(uid)
     }
 
-    fn reservation(&self, asked: &VolumeRequest, name: &str, spec: &StagingReservationSpec) -> StagingReservation {
+    fn reservation(
+        &self,
+        asked: &VolumeRequest,
+        name: &str,
+        spec: &StagingReservationSpec,
+    ) -> StagingReservation {
         let mut labels = BTreeMap::from([(LABEL_MADE_BY.to_owned(), node_lease_name(&self.node.name))]);
         if let Some(claim) = &asked.claim {
             labels.insert(LABEL_CLAIM_NAMESPACE.to_owned(), claim.namespace.clone());
@@ -216,7 +228,8 @@ impl Services {
                 }
             }
             if tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
-                let why = seen.map_or_else(|| "the operator has not seen it".to_owned(), |found| waits_for(&found));
+                let why =
+                    seen.map_or_else(|| "the operator has not seen it".to_owned(), |found| waits_for(&found));
                 return Err(RpcError::Waiting { what: format!("volume {}", asked.name), why });
             }
         }
@@ -306,7 +319,8 @@ impl Services {
             return Err(RpcError::NotSynced);
         }
         let class = ClassParameters::parse(&request.parameters)?;
-        let here = request.accessible_topology.as_ref().is_none_or(|topology| is_here(topology, &self.node.name));
+        let here =
+            request.accessible_topology.as_ref().is_none_or(|topology| is_here(topology, &self.node.name));
         let possible = request.volume_capabilities.is_empty() || uses(&request.volume_capabilities).is_ok();
         let view = observe(&self.node).await?;
         let pool = view.pools.get(&class.pool).filter(|pool| here && possible && pool.wanted.is_some());
@@ -316,7 +330,12 @@ impl Services {
                 return None;
             }
             let sum = |of: fn(Class) -> bool| -> Bytes {
-                ledger.promises.values().filter(|promise| of(promise.class)).map(|promise| promise.charge.data).sum()
+                ledger
+                    .promises
+                    .values()
+                    .filter(|promise| of(promise.class))
+                    .map(|promise| promise.charge.data)
+                    .sum()
             };
             let volumes = ledger.capacity.volumes.data.saturating_sub(sum(|class| class == Class::Volumes));
             Some(volumes.min(ledger.capacity.total.data.saturating_sub(sum(|_| true))))
@@ -376,7 +395,8 @@ fn refusal(found: &StagingReservation) -> Option<RpcError> {
     let told = [ConditionType::Promised, ConditionType::Ready]
         .into_iter()
         .find_map(|kind| conditions::find(&status.conditions, kind));
-    let reason = told.and_then(|condition| Reason::from_name(&condition.reason)).unwrap_or(Reason::CapacityRefused);
+    let reason =
+        told.and_then(|condition| Reason::from_name(&condition.reason)).unwrap_or(Reason::CapacityRefused);
     let message = told.map(|condition| condition.message.clone()).unwrap_or_default();
     Some(RpcError::Refused { reason, message })
 }

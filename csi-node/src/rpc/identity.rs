@@ -30,7 +30,9 @@ impl Identity for Services {
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
     ) -> Result<Response<GetPluginCapabilitiesResponse>, Status> {
-        let of = |kind: service::Type| PluginCapability { r#type: Some(Type::Service(Service { r#type: kind.into() })) };
+        let of = |kind: service::Type| PluginCapability {
+            r#type: Some(Type::Service(Service { r#type: kind.into() })),
+        };
         let capabilities =
             vec![of(service::Type::ControllerService), of(service::Type::VolumeAccessibilityConstraints)];
         self.answer("GetPluginCapabilities", Ok(GetPluginCapabilitiesResponse { capabilities }))

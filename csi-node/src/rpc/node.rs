@@ -18,9 +18,10 @@ use crate::csi::v1::node_service_capability::{Rpc, Type, rpc};
 use crate::csi::v1::volume_usage::Unit;
 use crate::csi::v1::{
     NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
-    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse,
-    NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest,
-    NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, Topology, VolumeUsage,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
+    NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse,
+    NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest,
+    NodeUnstageVolumeResponse, Topology, VolumeUsage,
 };
 
 #[tonic::async_trait]
@@ -69,13 +70,18 @@ impl NodeService for Services {
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
-        let of = |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
-        let capabilities = [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
+        let of =
+            |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
+        let capabilities =
+            [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
         let capabilities = capabilities.into_iter().map(of).collect();
         self.answer("NodeGetCapabilities", Ok(NodeGetCapabilitiesResponse { capabilities }))
     }
 
-    async fn node_get_info(&self, _: Request<NodeGetInfoRequest>) -> Result<Response<NodeGetInfoResponse>, Status> {
+    async fn node_get_info(
+        &self,
+        _: Request<NodeGetInfoRequest>,
+    ) -> Result<Response<NodeGetInfoResponse>, Status> {
         let segments = HashMap::from([(TOPOLOGY_KEY.to_owned(), self.node.name.to_string())]);
         let reply = NodeGetInfoResponse {
             node_id: self.node.name.to_string(),
@@ -114,11 +120,15 @@ impl Services {
         let wanted = use_of(request.volume_capability.as_ref())?;
         let content = content(&request.volume_context)?;
         let guard = self.in_flight.begin(&id, "NodeStageVolume")?;
-        self.guarded(guard, move |services| services.find_volume(&id)?.stage(&staged, wanted, content)).await?;
+        self.guarded(guard, move |services| services.find_volume(&id)?.stage(&staged, wanted, content))
+            .await?;
         Ok(NodeStageVolumeResponse {})
     }
 
-    async fn unstage(&self, request: &NodeUnstageVolumeRequest) -> Result<NodeUnstageVolumeResponse, RpcError> {
+    async fn unstage(
+        &self,
+        request: &NodeUnstageVolumeRequest,
+    ) -> Result<NodeUnstageVolumeResponse, RpcError> {
         let id = volume_id(&request.volume_id)?;
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let Ok(uid) = reservation_of_volume(id) else { return Ok(NodeUnstageVolumeResponse {}) };
@@ -128,7 +138,10 @@ impl Services {
         Ok(NodeUnstageVolumeResponse {})
     }
 
-    async fn publish(&self, request: &NodePublishVolumeRequest) -> Result<NodePublishVolumeResponse, RpcError> {
+    async fn publish(
+        &self,
+        request: &NodePublishVolumeRequest,
+    ) -> Result<NodePublishVolumeResponse, RpcError> {
         let id = volume_id(&request.volume_id)?.to_owned();
         let target = path("target_path", &request.target_path)?;
         let wanted = use_of(request.volume_capability.as_ref())?;
@@ -144,7 +157,10 @@ impl Services {
         Ok(NodePublishVolumeResponse {})
     }
 
-    async fn unpublish(&self, request: &NodeUnpublishVolumeRequest) -> Result<NodeUnpublishVolumeResponse, RpcError> {
+    async fn unpublish(
+        &self,
+        request: &NodeUnpublishVolumeRequest,
+    ) -> Result<NodeUnpublishVolumeResponse, RpcError> {
         let id = volume_id(&request.volume_id)?;
         let target = path("target_path", &request.target_path)?;
         let guard = self.in_flight.begin(id, "NodeUnpublishVolume")?;
@@ -152,7 +168,10 @@ impl Services {
         Ok(NodeUnpublishVolumeResponse {})
     }
 
-    async fn stats(&self, request: &NodeGetVolumeStatsRequest) -> Result<NodeGetVolumeStatsResponse, RpcError> {
+    async fn stats(
+        &self,
+        request: &NodeGetVolumeStatsRequest,
+    ) -> Result<NodeGetVolumeStatsResponse, RpcError> {
         let id = volume_id(&request.volume_id)?.to_owned();
         let shown: PathBuf = path("volume_path", &request.volume_path)?;
         let uid: Uid = reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
@@ -164,7 +183,8 @@ impl Services {
 
 fn content(context: &HashMap<String, String>) -> Result<ImportedContent, RpcError> {
     let partition = context.get(CONTEXT_PARTITION).map(|text| {
-        text.parse().map_err(|_| RpcError::invalid("volume_context", format!("`partition: {text}` is no number")))
+        text.parse()
+            .map_err(|_| RpcError::invalid("volume_context", format!("`partition: {text}` is no number")))
     });
     let host_mount = context.get(CONTEXT_HOST_MOUNT).is_some_and(|text| text == "true");
     Ok(ImportedContent { host_mount, partition: partition.transpose()? })

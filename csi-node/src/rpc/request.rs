@@ -57,7 +57,10 @@ impl VolumeRequest {
             return Err(RpcError::invalid("name", format!("1 to {MAX_NAME} bytes are needed")));
         }
         if request.volume_content_source.is_some() {
-            return Err(RpcError::invalid("volume_content_source", "volumes start from nothing or from a template"));
+            return Err(RpcError::invalid(
+                "volume_content_source",
+                "volumes start from nothing or from a template",
+            ));
         }
         let uses = uses(&request.volume_capabilities)?;
         let class = ClassParameters::parse(&request.parameters)?;
@@ -98,8 +101,13 @@ pub struct ClassParameters {
 impl ClassParameters {
     /// Reads them. Unknown ones are refused, so that a misspelt one is not taken for a default.
     pub fn parse(parameters: &HashMap<String, String>) -> Result<Self, RpcError> {
-        let mut class =
-            Self { pool: PoolName::default(), template: None, host_mount: false, partition: None, claim: None };
+        let mut class = Self {
+            pool: PoolName::default(),
+            template: None,
+            host_mount: false,
+            partition: None,
+            claim: None,
+        };
         let (mut namespace, mut name) = (None, None);
         for (key, value) in parameters {
             match key.as_str() {
@@ -122,7 +130,9 @@ impl ClassParameters {
 }
 
 fn template(text: &str) -> Result<ObjectName, RpcError> {
-    let part = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b));
+    let part = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.".contains(&b))
+    };
     match text.split_once('/') {
         Some((namespace, name)) if part(namespace) && part(name) => Ok(ObjectName::new(namespace, name)),
         _ => Err(RpcError::invalid("parameters", format!("`template: {text}` is not <namespace>/<name>"))),
@@ -130,7 +140,9 @@ fn template(text: &str) -> Result<ObjectName, RpcError> {
 }
 
 fn boolean(text: &str) -> Result<bool, RpcError> {
-    text.parse().map_err(|_| RpcError::invalid("parameters", format!("`hostMount: {text}` is neither true nor false")))
+    text.parse().map_err(|_| {
+        RpcError::invalid("parameters", format!("`hostMount: {text}` is neither true nor false"))
+    })
 }
 
 fn number(text: &str) -> Result<u32, RpcError> {
@@ -165,9 +177,10 @@ pub fn use_of(capability: Option<&VolumeCapability>) -> Result<Use, RpcError> {
         AccessType::Mount(mount) => match mount.fs_type.as_str() {
             "" | "ext4" => Ok(Use::Filesystem(FsType::Ext4)),
             "xfs" => Ok(Use::Filesystem(FsType::Xfs)),
-            other => {
-                Err(RpcError::invalid("volume_capability", format!("file system `{other}` is neither ext4 nor xfs")))
-            }
+            other => Err(RpcError::invalid(
+                "volume_capability",
+                format!("file system `{other}` is neither ext4 nor xfs"),
+            )),
         },
     }
 }

@@ -103,7 +103,9 @@ pub enum RpcError {
         path: String,
     },
     /// The file system of an imported image is not to be mounted on the host.
-    #[error("HostMountNotAllowed: volume {0} starts from a template; its StorageClass lacks `hostMount: \"true\"`")]
+    #[error(
+        "HostMountNotAllowed: volume {0} starts from a template; its StorageClass lacks `hostMount: \"true\"`"
+    )]
     HostMount(String),
     /// What the volume holds cannot be mounted.
     #[error("volume {volume} holds {found:?}, which is not mounted: {advice}")]
@@ -248,7 +250,10 @@ mod tests {
         ] {
             assert_eq!(Status::from(&error).code(), code, "{error}");
         }
-        let status = Status::from(&RpcError::Busy { key: "v".into(), method: "X", age: Duration::from_secs(3) });
-        assert!(status.message().contains('X') && status.message().contains("3s") && status.details().is_empty());
+        let status =
+            Status::from(&RpcError::Busy { key: "v".into(), method: "X", age: Duration::from_secs(3) });
+        assert!(
+            status.message().contains('X') && status.message().contains("3s") && status.details().is_empty()
+        );
     }
 }

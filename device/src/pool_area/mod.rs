@@ -295,7 +295,9 @@ fn attach(image: &Path) -> Result<(LoopDevice, bool), ClaimError> {
 }
 
 fn mount_verified(device: &LoopDevice, mount_point: &Path) -> Result<(), ClaimError> {
-    let options = MountOptions { no_access_times: true, ..MountOptions::default() };
+    // The superblock was checked by us. The kernel's own check of the UUID would refuse a second node of the same pool on
+    // one kernel, as nodes in containers are.
+    let options = MountOptions { no_access_times: true, duplicate_uuid: true, ..MountOptions::default() };
     Ok(mounts::mount_device(&device.path, mount_point, FsType::Xfs, options)?)
 }
 

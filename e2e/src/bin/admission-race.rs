@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context as _;
-use berth_e2e::race::{self, OPERATOR_SABOTAGE, RaceOptions, Report};
+use berth_e2e::ours::OPERATOR_SABOTAGE;
+use berth_e2e::race::{self, RaceOptions, Report};
 use clap::Parser;
 
 /// Lets two operators race for the same space, with one killed in the middle, and counts what was promised.

@@ -4,13 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::cluster::{Cluster, ClusterError, IdentityError};
-use crate::ours::{BuildError, Ours};
+use crate::ours::{BuildError, OPERATOR, OPERATOR_SABOTAGE};
 use crate::ports::free_port;
 use crate::process::{Process, Program, ReadyError, SpawnError};
-
-/// The operator with its defects to choose.
-pub const OPERATOR_SABOTAGE: Ours =
-    Ours { package: "berth-operator", binary: "berth-operator-sabotage", feature: Some("sabotage") };
 
 /// How long an operator may take until it has seen everything.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -60,7 +56,7 @@ impl Operator {
         identity: &str,
         sabotage: Option<&str>,
     ) -> Result<Self, OperatorError> {
-        let ours = if sabotage.is_some() { OPERATOR_SABOTAGE } else { crate::ours::OPERATOR };
+        let ours = if sabotage.is_some() { OPERATOR_SABOTAGE } else { OPERATOR };
         let built = tokio::task::spawn_blocking(move || ours.obtain()).await;
         let path: PathBuf = built.expect("building does not panic")?;
         let kubeconfig = cluster.service_account_kubeconfig("berth-system", "berth-operator").await?;

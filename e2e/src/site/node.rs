@@ -68,6 +68,8 @@ impl SiteNode {
                 &dir.join("mounts"),
             ])
             .args([Path::new("--csi-socket"), &dir.join("csi.sock")])
+            // Where this site's servers are.
+            .args(["--allow-source-cidr", "127.0.0.0/8"])
             .env("KUBECONFIG", kubeconfig);
         let program = finish(program);
         let agent = Some(program.spawn()?);

@@ -206,9 +206,9 @@ async fn signed(method: &'static str, url: &str, into: Option<&Path>) -> Result<
 async fn curl(method: &'static str, url: &str, more: &[String]) -> Result<String, ServerError> {
     let mut command = Command::new("curl");
     command.args(["--silent", "--show-error", "--noproxy", "*", "--max-time", "120"]);
-    // Uploads are PUT by themselves; curl signs a body that it streams as unsigned.
     command.args(["--request", method, "--aws-sigv4", &format!("aws:amz:{REGION}:s3")]);
     command.args(["--user", &format!("{ACCESS_KEY_ID}:{SECRET_ACCESS_KEY}")]);
+    command.args(["--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]);
     command.args(["--write-out", "\n%{http_code}"]).args(more).arg(url);
     let output = command.output().await.map_err(ServerError::Curl)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -3,11 +3,14 @@
 //! A file here is a list of [`scenario::Scenario`]s; adding one means a `mod` line and a line in [`scenarios`].
 //! What the machine cannot run is reported as ignored, with the reason.
 
+mod bad_input;
 mod cluster;
 mod manifests;
+mod memory;
 mod minio;
 mod operator;
 mod process;
+mod safety;
 mod scenario;
 mod volume;
 
@@ -19,7 +22,7 @@ use crate::scenario::Scenario;
 
 /// Every scenario of the suite.
 fn scenarios() -> Vec<Scenario> {
-    [process::scenarios(), cluster::scenarios(), manifests::scenarios(), minio::scenarios(), operator::scenarios(), volume::scenarios()].into_iter().flatten().collect()
+    [process::scenarios(), cluster::scenarios(), manifests::scenarios(), minio::scenarios(), operator::scenarios(), volume::scenarios(), bad_input::scenarios(), memory::scenarios(), safety::scenarios()].into_iter().flatten().collect()
 }
 
 fn main() -> ExitCode {

@@ -10,6 +10,7 @@ use anyhow::{Context as _, ensure};
 use berth_api::conditions::{ConditionType, find};
 use berth_api::staging_reservation::ReservationState;
 use berth_api::{ImageTransfer, StagingPool, StagingReservation};
+use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE};
 use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::events::v1::Event;
@@ -17,17 +18,19 @@ use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
 
 use self::bed::{Bed, GIB, MOMENT};
-use crate::scenario::{CONTROL_PLANE, Scenario};
+use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 
 pub fn scenarios() -> Vec<Scenario> {
+    let operator = [CONTROL_PLANE, &[Need::Program(OPERATOR)]].concat();
+    let sabotaged = [CONTROL_PLANE, &[Need::Program(OPERATOR_SABOTAGE)]].concat();
     vec![
-        Scenario::new("operator::promises_queues_and_releases", CONTROL_PLANE, promises_queues_and_releases),
-        Scenario::new("operator::refuses_with_the_shortfall", CONTROL_PLANE, refuses_with_the_shortfall),
-        Scenario::new("operator::continues_after_a_kill", CONTROL_PLANE, continues_after_a_kill),
-        Scenario::new("operator::two_never_promise_too_much", CONTROL_PLANE, two_never_promise_too_much),
-        Scenario::new("operator::checks_notice_lost_promises", CONTROL_PLANE, checks_notice_lost_promises),
-        Scenario::new("operator::checks_notice_an_early_release", CONTROL_PLANE, checks_notice_an_early_release),
-        Scenario::new("operator::sees_health_and_ends_in_order", CONTROL_PLANE, sees_health_and_ends_in_order),
+        Scenario::new("operator::promises_queues_and_releases", &operator, promises_queues_and_releases),
+        Scenario::new("operator::refuses_with_the_shortfall", &operator, refuses_with_the_shortfall),
+        Scenario::new("operator::continues_after_a_kill", &operator, continues_after_a_kill),
+        Scenario::new("operator::two_never_promise_too_much", &operator, two_never_promise_too_much),
+        Scenario::new("operator::checks_notice_lost_promises", &sabotaged, checks_notice_lost_promises),
+        Scenario::new("operator::checks_notice_an_early_release", &sabotaged, checks_notice_an_early_release),
+        Scenario::new("operator::sees_health_and_ends_in_order", &operator, sees_health_and_ends_in_order),
     ]
 }
 
@@ -46,7 +49,8 @@ async fn promises_queues_and_releases() -> anyhow::Result<()> {
     let ledger = bed.ledger("n1").await?.context("no ledger")?;
     let promise = ledger.spec.promises.get(&uid).context("no promise in the ledger")?;
     ensure!(promise.data_bytes == 6 * GIB && promise.generation == assignment.generation, "{promise:?}");
-    let writers: BTreeSet<_> = ledger.managed_fields().iter().filter_map(|entry| entry.manager.clone()).collect();
+    let writers: BTreeSet<_> =
+        ledger.managed_fields().iter().filter_map(|entry| entry.manager.clone()).collect();
     ensure!(writers.contains("berth-operator/one"), "the ledger does not tell who admitted: {writers:?}");
 
     bed.reserve("second", 6 * GIB, "Queue").await?;
@@ -62,7 +66,10 @@ async fn promises_queues_and_releases() -> anyhow::Result<()> {
     bed.reservations().delete("first", &DeleteParams::default()).await?;
     bed.wait_state("first", ReservationState::Releasing).await?;
     promise_stays(&bed, &uid).await?;
-    ensure!(bed.state("second").await? == Some(ReservationState::Queued), "admitted into space that is not free");
+    ensure!(
+        bed.state("second").await? == Some(ReservationState::Queued),
+        "admitted into space that is not free"
+    );
     node.set_releases(true);
     bed.wait_gone("first").await?;
     bed.wait_state("second", ReservationState::Ready).await?;
@@ -200,7 +207,11 @@ async fn two_never_promise_too_much() -> anyhow::Result<()> {
         };
         let count = |state| list.iter().filter(|r| state_of(r) == Some(state)).count();
         let (ready, queued) = (count(ReservationState::Ready), count(ReservationState::Queued));
-        if ready == 20 && queued == 10 { Look::Done(()) } else { Look::NotYet(format!("{ready} and {queued}")) }
+        if ready == 20 && queued == 10 {
+            Look::Done(())
+        } else {
+            Look::NotYet(format!("{ready} and {queued}"))
+        }
     });
     waited.await?;
     for node in ["n1", "n2"] {
@@ -210,7 +221,10 @@ async fn two_never_promise_too_much() -> anyhow::Result<()> {
     bed.check_promises().await?;
     let conflicts = bed.metric("one", "berth_ledger_conflicts_total").await?
         + bed.metric("two", "berth_ledger_conflicts_total").await?;
-    let admissions = [bed.metric("one", "berth_admissions_total").await?, bed.metric("two", "berth_admissions_total").await?];
+    let admissions = [
+        bed.metric("one", "berth_admissions_total").await?,
+        bed.metric("two", "berth_admissions_total").await?,
+    ];
     println!("two operators: admissions {admissions:?}, ledger conflicts {conflicts}");
     bed.no_denials()
 }
@@ -284,7 +298,10 @@ async fn sees_health_and_ends_in_order() -> anyhow::Result<()> {
     bed.wait_lease("one").await?;
     let operator = bed.cluster.client_for(&bed.operator_kubeconfig).await?;
     let secrets = Api::<Secret>::all(operator).list(&ListParams::default()).await;
-    ensure!(matches!(&secrets, Err(kube::Error::Api(s)) if s.is_forbidden()), "the operator reads Secrets: {secrets:?}");
+    ensure!(
+        matches!(&secrets, Err(kube::Error::Api(s)) if s.is_forbidden()),
+        "the operator reads Secrets: {secrets:?}"
+    );
 
     let begun = std::time::Instant::now();
     let code = bed.stop_operator("one")?;

@@ -28,6 +28,8 @@ pub enum Need {
     Program(Ours),
     /// A machine that can run a whole site.
     Site,
+    /// A memory controller that limits a process.
+    MemoryCgroup,
 }
 
 /// etcd and kube-apiserver.
@@ -65,6 +67,9 @@ impl Need {
                 Ok(_) => Ok(()),
                 Err(error) => Err(Obstacle::Broken(format!("{:#}", anyhow::Error::from(error)))),
             },
+            Self::MemoryCgroup => {
+                crate::memory::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason)))
+            }
             Self::Site => Site::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
             Self::Command(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
@@ -94,6 +99,13 @@ impl Scenario {
         Fut: Future<Output = anyhow::Result<()>> + 'static,
     {
         Self { name, needs: needs.to_vec(), limit: LIMIT, body: Box::new(|| body().boxed_local()) }
+    }
+
+    /// The same, with another limit of time.
+    #[must_use]
+    pub fn limited(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
     }
 
     /// Turns it into a trial of the test runner.

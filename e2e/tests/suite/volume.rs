@@ -291,8 +291,7 @@ async fn nothing_remains(scene: &Scene, staged: &str) -> anyhow::Result<()> {
     }
     let mounts = node.mounts();
     ensure!(mounts == [scene.site.dir().join("disk"), pool], "mounts: {mounts:?}");
-    let loops: Vec<_> =
-        leaks::loops().into_iter().filter(|(_, file)| file.starts_with(scene.site.dir())).collect();
+    let loops = leaks::loops_below(scene.site.dir());
     ensure!(loops.len() == 1, "loop devices: {loops:?}");
     let manifests = scene.site.s3().keys("images/manifests/").await?;
     ensure!(manifests.is_empty(), "manifests: {manifests:?}");

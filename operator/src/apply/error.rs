@@ -55,7 +55,9 @@ pub fn answer<T>(
     match result {
         Ok(value) => Ok(Answer::Done(value)),
         Err(Error::Api(status)) if status.code == 404 => Ok(Answer::Gone),
-        Err(Error::Api(status)) if status.code == 409 && status.reason == "AlreadyExists" => Ok(Answer::Exists),
+        Err(Error::Api(status)) if status.code == 409 && status.reason == "AlreadyExists" => {
+            Ok(Answer::Exists)
+        }
         Err(Error::Api(status)) if status.code == 409 => Err(ApplyError::Conflict { operation, object }),
         Err(source) => Err(ApplyError::Request { operation, object, source: Box::new(source) }),
     }
@@ -65,7 +67,11 @@ pub fn answer<T>(
 ///
 /// # Errors
 /// As [`answer`].
-pub fn swapped<T>(operation: &'static str, object: impl Display, result: Result<T, Error>) -> Result<T, ApplyError> {
+pub fn swapped<T>(
+    operation: &'static str,
+    object: impl Display,
+    result: Result<T, Error>,
+) -> Result<T, ApplyError> {
     let object = object.to_string();
     match answer(operation, &object, result)? {
         Answer::Done(value) => Ok(value),
@@ -89,6 +95,9 @@ mod tests {
         assert!(matches!(answer("write", "X a", refused(409, "AlreadyExists")), Ok(Answer::Exists)));
         assert!(matches!(answer("write", "X a", refused(409, "Conflict")), Err(ApplyError::Conflict { .. })));
         assert!(matches!(answer("write", "X a", refused(403, "Forbidden")), Err(ApplyError::Request { .. })));
-        assert!(matches!(swapped("write", "X a", refused(404, "NotFound")), Err(ApplyError::Conflict { .. })));
+        assert!(matches!(
+            swapped("write", "X a", refused(404, "NotFound")),
+            Err(ApplyError::Conflict { .. })
+        ));
     }
 }

@@ -67,7 +67,8 @@ impl Applier {
         ledger.metadata.managed_fields = None;
         ledger.spec.revision = revision.try_into().unwrap_or(i64::MAX);
         ledger.spec.capacity = capacity_of(capacity);
-        ledger.spec.promises = promises.iter().map(|(uid, promise)| (uid.0.clone(), promise_of(promise))).collect();
+        ledger.spec.promises =
+            promises.iter().map(|(uid, promise)| (uid.0.clone(), promise_of(promise))).collect();
         let api: Api<StagingLedger> = Api::all(self.client.clone());
         if sabotage::active(sabotage::NO_COMPARE_AND_SWAP) {
             // The version and revision of whoever was faster, and the promises that this replica saw a while ago.
@@ -86,7 +87,11 @@ impl Applier {
 }
 
 fn capacity_of(capacity: LedgerCapacity) -> ApiCapacity {
-    ApiCapacity { images: bytes_of(capacity.images), volumes: bytes_of(capacity.volumes), total: bytes_of(capacity.total) }
+    ApiCapacity {
+        images: bytes_of(capacity.images),
+        volumes: bytes_of(capacity.volumes),
+        total: bytes_of(capacity.total),
+    }
 }
 
 fn bytes_of(charge: Charge) -> LedgerBytes {
@@ -95,7 +100,9 @@ fn bytes_of(charge: Charge) -> LedgerBytes {
 
 fn promise_of(promise: &Promise) -> LedgerPromise {
     let (kind, namespace, name) = match &promise.holder {
-        Holder::Reservation(name) => (HolderKind::StagingReservation, Some(name.namespace.clone()), name.name.clone()),
+        Holder::Reservation(name) => {
+            (HolderKind::StagingReservation, Some(name.namespace.clone()), name.name.clone())
+        }
         Holder::Image(name) => (HolderKind::StagedImage, None, name.clone()),
     };
     LedgerPromise {

@@ -66,7 +66,8 @@ impl Applier {
         finalizer: &str,
         wanted: bool,
     ) -> Result<bool, ApplyError> {
-        let Some(seen) = self.observer.stored::<K>(name).filter(|o| o.uid().as_deref() == Some(uid.as_str())) else {
+        let Some(seen) = self.observer.stored::<K>(name).filter(|o| o.uid().as_deref() == Some(uid.as_str()))
+        else {
             return Ok(false);
         };
         let mut finalizers = seen.finalizers().to_vec();
@@ -131,7 +132,8 @@ impl Applier {
             controller: Some(true),
             block_owner_deletion: None,
         }]);
-        let result = self.namespaced::<StagingReservation>(name).create(&self.as_replica(), &reservation).await;
+        let result =
+            self.namespaced::<StagingReservation>(name).create(&self.as_replica(), &reservation).await;
         answer("create", format!("StagingReservation {name}"), result)?;
         Ok(false)
     }

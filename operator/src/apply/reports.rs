@@ -77,7 +77,15 @@ impl Applier {
         let status = seen.status.clone().unwrap_or_default();
         let generation = seen.metadata.generation;
         let write = |kind, holds| {
-            condition(&status.conditions, kind, truth(holds), report.reason, &report.message, generation, now())
+            condition(
+                &status.conditions,
+                kind,
+                truth(holds),
+                report.reason,
+                &report.message,
+                generation,
+                now(),
+            )
         };
         let promised = matches!(report.state, ReservationState::Promised | ReservationState::Ready);
         let mut kinds = vec![ConditionType::Promised];
@@ -131,18 +139,31 @@ impl Applier {
         let generation = seen.metadata.generation;
         let ready = report.state == ImportState::Ready;
         let write = |kind, holds| {
-            condition(&status.conditions, kind, truth(holds), report.reason, report.message, generation, now())
+            condition(
+                &status.conditions,
+                kind,
+                truth(holds),
+                report.reason,
+                report.message,
+                generation,
+                now(),
+            )
         };
         let wanted = ImportFields {
             state: Some(import_state(report.state)),
-            conditions: vec![write(ConditionType::Ready, ready), write(ConditionType::Reserved, report.reserved)],
+            conditions: vec![
+                write(ConditionType::Ready, ready),
+                write(ConditionType::Reserved, report.reserved),
+            ],
         };
         let kinds = [ConditionType::Ready, ConditionType::Reserved];
         let is = ImportFields { state: status.state, conditions: of_kinds(&status.conditions, &kinds) };
         if is == wanted {
             return Ok(false);
         }
-        let Some(written) = self.report(self.namespaced(name), &*seen, None, &wanted).await? else { return Ok(false) };
+        let Some(written) = self.report(self.namespaced(name), &*seen, None, &wanted).await? else {
+            return Ok(false);
+        };
         self.observer.absorb(written);
         if is.state != wanted.state || reason_of(&is.conditions) != reason_of(&wanted.conditions) {
             let action = format!("{:?}", report.state);
@@ -154,7 +175,9 @@ impl Applier {
     }
 
     pub(super) async fn report_pool(&self, name: &PoolName, report: &PoolReport) -> Result<bool, ApplyError> {
-        let Some(seen) = self.seen::<StagingPool>(&ObjectName::new("", name.as_str()), None) else { return Ok(false) };
+        let Some(seen) = self.seen::<StagingPool>(&ObjectName::new("", name.as_str()), None) else {
+            return Ok(false);
+        };
         let status = seen.status.clone().unwrap_or_default();
         let ready = condition(
             &status.conditions,
@@ -209,7 +232,8 @@ impl Applier {
         let reason = Reason::NotImplemented;
         let message = "this version carries out no image transfers; use a TemplateImport";
         let generation = seen.metadata.generation;
-        let wanted = condition(&is, ConditionType::Succeeded, Truth::False, reason, message, generation, now());
+        let wanted =
+            condition(&is, ConditionType::Succeeded, Truth::False, reason, message, generation, now());
         if find(&is, ConditionType::Succeeded) == Some(&wanted) {
             return Ok(());
         }

@@ -23,7 +23,10 @@ impl Controlled for ImageStore {
         match touched {
             Touched::Store(name) => vec![reference(name)],
             Touched::Node(node) => {
-                let theirs = view.stores.values().filter(|store| store.assignment.as_ref().is_none_or(|(n, _)| n == node));
+                let theirs = view
+                    .stores
+                    .values()
+                    .filter(|store| store.assignment.as_ref().is_none_or(|(n, _)| n == node));
                 theirs.map(|store| reference(&store.name)).collect()
             }
             _ => Vec::new(),

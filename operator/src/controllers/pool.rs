@@ -43,7 +43,10 @@ impl Controlled for StagingPool {
 
 /// The pools with a promise like this: its holder is gone, and it may have to be swept.
 fn promised(view: &View, like: impl Fn(&Uid, &Promise) -> bool) -> Vec<&PoolName> {
-    let ledgers = view.ledgers.values().filter(|ledger| ledger.promises.iter().any(|(uid, promise)| like(uid, promise)));
+    let ledgers = view
+        .ledgers
+        .values()
+        .filter(|ledger| ledger.promises.iter().any(|(uid, promise)| like(uid, promise)));
     ledgers.map(|ledger| &ledger.pool).collect()
 }
 

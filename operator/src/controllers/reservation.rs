@@ -28,12 +28,16 @@ impl Controlled for StagingReservation {
             }
             Touched::Pool(_) => all.filter(|r| is_waiting(r)).map(|r| reference(&r.name)).collect(),
             Touched::Node(node) => all
-                .filter(|r| r.assignment.as_ref().map_or_else(|| is_waiting(r), |a| a.node == *node && !is_settled(r)))
+                .filter(|r| {
+                    r.assignment.as_ref().map_or_else(|| is_waiting(r), |a| a.node == *node && !is_settled(r))
+                })
                 .map(|r| reference(&r.name))
                 .collect(),
             Touched::Ledger(pool, node) => all
                 .filter(|r| {
-                    let here = |a: &berth_core::view::Placement| a.node == *node && a.pool == *pool && !is_settled(r);
+                    let here = |a: &berth_core::view::Placement| {
+                        a.node == *node && a.pool == *pool && !is_settled(r)
+                    };
                     r.assignment.as_ref().map_or_else(|| is_waiting(r), here)
                 })
                 .map(|r| reference(&r.name))
@@ -116,10 +120,14 @@ mod tests {
             reservation("elsewhere", Some("n2"), ReservationState::Promised),
             leaving,
         ];
-        let view = View { reservations: all.into_iter().map(|r| (r.uid.clone(), r)).collect(), ..View::default() };
+        let view =
+            View { reservations: all.into_iter().map(|r| (r.uid.clone(), r)).collect(), ..View::default() };
         let n1 = NodeName::from("n1");
         assert_eq!(concerned(&view, &Touched::Node(n1.clone())), ["leaving", "promised", "queued"]);
-        assert_eq!(concerned(&view, &Touched::Ledger(PoolName::from("p"), n1)), ["leaving", "promised", "queued"]);
+        assert_eq!(
+            concerned(&view, &Touched::Ledger(PoolName::from("p"), n1)),
+            ["leaving", "promised", "queued"]
+        );
         assert_eq!(concerned(&view, &Touched::Pool(PoolName::from("p"))), ["leaving", "queued"]);
         let known = Touched::Reservation(ObjectName::new("default", "ready"), Uid::from("ready"));
         assert_eq!(concerned(&view, &known), ["ready"]);

@@ -21,7 +21,9 @@ use super::{Observer, State, Touched};
 use crate::telemetry::chain;
 
 /// A kind that is watched.
-pub trait Observed: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static {
+pub trait Observed:
+    Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug + Send + Sync + 'static
+{
     /// Where its objects are kept.
     fn objects(observer: &Observer) -> &Kind<Self>;
     /// Enters this object into the view, in place of an older form of it.
@@ -49,7 +51,12 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Default for Kind<K> {
     fn default() -> Self {
         let writer = Writer::default();
         let (queue, queued) = mpsc::unbounded();
-        Self { reader: writer.as_reader(), writer: Mutex::new(writer), queue, queued: Mutex::new(Some(queued)) }
+        Self {
+            reader: writer.as_reader(),
+            writer: Mutex::new(writer),
+            queue,
+            queued: Mutex::new(Some(queued)),
+        }
     }
 }
 
@@ -109,7 +116,9 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
             state.unreadable.retain(|(kind, _)| *kind != K::kind(&()));
             state.settle_leader();
         }
-        Event::InitApply(DeserializeGuard(Ok(object))) => K::objects(observer).write(&Event::InitApply(object)),
+        Event::InitApply(DeserializeGuard(Ok(object))) => {
+            K::objects(observer).write(&Event::InitApply(object))
+        }
         Event::InitApply(DeserializeGuard(Err(bad))) => {
             // The last readable form goes through the new list.
             if let Some(last) = observer.stored::<K>(&name_of(&bad.metadata)) {
@@ -193,7 +202,8 @@ fn replace_all<K: Observed>(observer: &Observer) {
         K::objects(observer).write(&Event::InitDone);
         for old in before {
             let now = observer.stored::<K>(&name_of(old.meta()));
-            backwards |= now.is_some_and(|now| now.uid() == old.uid() && version(now.meta()) < version(old.meta()));
+            backwards |=
+                now.is_some_and(|now| now.uid() == old.uid() && version(now.meta()) < version(old.meta()));
             old.leave(&mut state);
         }
         for object in K::objects(observer).reader.state() {

@@ -1,8 +1,8 @@
 //! How each kind enters the view.
 
 use berth_api::{
-    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
-    parse,
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
+    TemplateImport, parse,
 };
 use berth_core::ids::{NodeName, PoolName, Uid};
 use kube::{Resource as _, ResourceExt as _};

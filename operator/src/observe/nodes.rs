@@ -109,7 +109,10 @@ async fn watch(observer: &Observer) {
             Ok(Some(Event::Init)) => listing.clear(),
             Ok(Some(Event::InitApply(lease))) => listing.push(lease),
             Ok(Some(Event::InitDone)) => {
-                observer.write().heard.retain(|name, _| listing.iter().any(|lease| lease.name_any() == *name));
+                observer
+                    .write()
+                    .heard
+                    .retain(|name, _| listing.iter().any(|lease| lease.name_any() == *name));
                 listing.drain(..).for_each(|lease| hear(observer, &lease, true));
                 if std::mem::take(&mut first) {
                     observer.one_synced();

@@ -75,7 +75,8 @@ struct Bench<'b> {
 pub fn run(ours: &Ours, inputs: &Inputs, dir: &Path, rounds: u32) -> anyhow::Result<Vec<Series>> {
     let mut series = Vec::new();
     for input in &inputs.files {
-        let file_size = Bytes(fs::metadata(&input.file).with_context(|| input.file.display().to_string())?.len());
+        let file_size =
+            Bytes(fs::metadata(&input.file).with_context(|| input.file.display().to_string())?.len());
         series.push(Series { input: input.name, file_size, rounds: Vec::new() });
     }
     for round in 1..=rounds {
@@ -97,7 +98,8 @@ impl Bench<'_> {
         order.rotate_left(turn);
         for place in order {
             let case = Case::ALL[place];
-            samples[place] = self.case(case, input).with_context(|| format!("{}, {}", case.name(), input.name))?;
+            samples[place] =
+                self.case(case, input).with_context(|| format!("{}, {}", case.name(), input.name))?;
             let Cost { wall, cpu, memory } = samples[place].cost;
             eprintln!("round {round} {:5} {case:?}: {wall:.2?} wall, {cpu:.2?} CPU, {memory}", input.name);
         }
@@ -133,7 +135,15 @@ impl Bench<'_> {
         let mut command = Command::new(&self.ours.node);
         command
             .args(["template", "import", "--output", "json", "--name", "bench/disk"])
-            .args(["--store-endpoint", &self.server.endpoint, "--bucket", BUCKET, "--prefix", "store", "--work-dir"])
+            .args([
+                "--store-endpoint",
+                &self.server.endpoint,
+                "--bucket",
+                BUCKET,
+                "--prefix",
+                "store",
+                "--work-dir",
+            ])
             .arg(self.scratch.join("work"))
             .arg(&input.file)
             .env("AWS_ACCESS_KEY_ID", KEYS.0)
@@ -175,11 +185,11 @@ impl Bench<'_> {
         let mut list = String::new();
         for key in self.server.written(position, "store/chunks/")? {
             let chunk = key.trim_start_matches("store/chunks/");
-            list.push_str(&format!("url = \"{}\"\noutput = \"{}\"\n", self.server.url(&key), store.join(chunk).display()));
+            list.push_str(&fetched(&self.server.url(&key), &store.join(chunk)));
         }
         let index = self.server.url(&format!("store/images/{digest}.caibx"));
         let local = self.scratch.join("fetched.caibx");
-        list.push_str(&format!("url = \"{index}\"\noutput = \"{}\"\n", local.display()));
+        list.push_str(&fetched(&index, &local));
         let names = self.scratch.join("fetch.txt");
         fs::write(&names, list).context("writing curl's list")?;
         succeed(self.server.curl().args(["--create-dirs", "--config"]).arg(&names))?;
@@ -203,6 +213,11 @@ impl Bench<'_> {
         succeed(Command::new("cmp").arg(&input.file).arg(&got))?;
         fs::remove_file(&got).context("removing the fetched file")
     }
+}
+
+/// Two lines of a curl configuration.
+fn fetched(url: &str, file: &Path) -> String {
+    format!("url = \"{url}\"\noutput = \"{}\"\n", file.display())
 }
 
 /// Bytes of the files in a folder and its folders.

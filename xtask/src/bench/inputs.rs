@@ -51,7 +51,9 @@ pub fn prepare(dir: &Path, data_mib: u64) -> anyhow::Result<Inputs> {
             convert.args(["convert", "-f", "raw", "-O", "qcow2"]).args(options).arg(&raw).arg(path);
             succeed(&mut convert)?;
             // A peer that only decodes leaves nothing to compare: the input itself is compared once.
-            succeed(Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "raw"]).arg(path).arg(&raw))
+            succeed(
+                Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "raw"]).arg(path).arg(&raw),
+            )
         })?;
         files.push(Input { name, file });
     }

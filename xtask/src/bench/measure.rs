@@ -27,7 +27,9 @@ pub struct Cost {
 pub fn timed(command: &Command, scratch: &Path) -> anyhow::Result<(Cost, Vec<u8>)> {
     let notes = scratch.join("time.txt");
     let mut timed = Command::new("timeout");
-    timed.args(["--kill-after", "10", LIMIT, TIME, "--quiet", "--format", "%U %S %M", "--output"]).arg(&notes);
+    timed
+        .args(["--kill-after", "10", LIMIT, TIME, "--quiet", "--format", "%U %S %M", "--output"])
+        .arg(&notes);
     timed.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {

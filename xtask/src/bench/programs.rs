@@ -33,7 +33,11 @@ pub struct Ours {
 pub fn check() -> anyhow::Result<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let missing = missing(NEEDED, &std::env::split_paths(&path).collect::<Vec<_>>());
-    ensure!(missing.is_empty(), "not measured, because programs are missing: apt-get install {}", missing.join(" "));
+    ensure!(
+        missing.is_empty(),
+        "not measured, because programs are missing: apt-get install {}",
+        missing.join(" ")
+    );
     Ok(())
 }
 
@@ -78,7 +82,8 @@ mod tests {
     #[test]
     fn packages_of_missing_programs_are_named() {
         let path = ["/nowhere".into(), "/bin".into(), "/usr/bin".into()];
-        let needed = [("sh", "dash"), ("no-such-program", "some-package"), ("/no/such/file", "other-package")];
+        let needed =
+            [("sh", "dash"), ("no-such-program", "some-package"), ("/no/such/file", "other-package")];
         assert_eq!(missing(&needed, &path), ["some-package", "other-package"]);
     }
 }

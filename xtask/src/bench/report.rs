@@ -27,7 +27,8 @@ pub fn import(args: &BenchArgs, results: &[Series]) -> String {
         std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         match args.profile {
             Profile::Release => "release build",
-            Profile::Dev => "**development build: Berth is not optimised in it, its times say nothing**",
+            Profile::Dev =>
+                "**development build**: most of Berth is not optimised in it, so only bytes, requests and memory mean anything",
         },
     );
     for series in results {
@@ -38,16 +39,24 @@ pub fn import(args: &BenchArgs, results: &[Series]) -> String {
 
 fn table(text: &mut String, series: &Series) {
     let Series { input, file_size, rounds } = series;
-    text.push_str(&format!("\n### {input} qcow2, a file of {file_size}\n\n"));
-    text.push_str("| | wall | CPU | CPU of the S3 server | peak memory | stored | requests | Berth's wall time is |\n");
+    // Writing to a text cannot fail.
+    let _ = write!(text, "\n### {input} qcow2, a file of {file_size}\n\n");
+    text.push_str(
+        "| | wall | CPU | CPU of the S3 server | peak memory | stored | requests | Berth's wall time is |\n",
+    );
     text.push_str("|---|---:|---:|---:|---:|---:|---:|---:|\n");
     for (place, case) in Case::ALL.into_iter().enumerate() {
         let samples: Vec<Sample> = rounds.iter().map(|round| round[place]).collect();
         let of = |time: fn(&Sample) -> Duration| median(samples.iter().map(time).collect()).as_secs_f64();
-        let ratios = rounds.iter().map(|round| round[0].cost.wall.as_secs_f64() / round[place].cost.wall.as_secs_f64());
-        let ratio = if case == Case::Berth { String::new() } else { format!("{:.2} ×", median_ratio(ratios.collect())) };
-        // Writing to a text cannot fail.
-        writeln!(
+        let ratios = rounds
+            .iter()
+            .map(|round| round[0].cost.wall.as_secs_f64() / round[place].cost.wall.as_secs_f64());
+        let ratio = if case == Case::Berth {
+            String::new()
+        } else {
+            format!("{:.2} ×", median_ratio(ratios.collect()))
+        };
+        let _ = writeln!(
             text,
             "| {} | {:.2} s | {:.2} s | {:.2} s | {} | {} | {} | {ratio} |",
             case.name(),
@@ -57,8 +66,7 @@ fn table(text: &mut String, series: &Series) {
             median(samples.iter().map(|sample| sample.cost.memory).collect()),
             median(samples.iter().map(|sample| sample.stored.bytes).collect()),
             median(samples.iter().map(|sample| sample.stored.requests).collect()),
-        )
-        .ok();
+        );
     }
 }
 
@@ -88,7 +96,9 @@ fn replaced(page: &str, subject: &str, text: &str) -> anyhow::Result<String> {
     let (begin, end) = (format!("<!-- begin {subject} -->"), format!("<!-- end {subject} -->"));
     let block = format!("{begin}\n{}\n{end}\n", text.trim());
     match (page.split_once(&begin), page.split_once(&end)) {
-        (Some((before, _)), Some((_, after))) => Ok(format!("{before}{block}{}", after.trim_start_matches('\n'))),
+        (Some((before, _)), Some((_, after))) => {
+            Ok(format!("{before}{block}{}", after.trim_start_matches('\n')))
+        }
         (None, None) => Ok(format!("{}\n\n{block}", page.trim_end())),
         _ => bail!("one of the marks of `{subject}` is missing"),
     }

@@ -61,7 +61,9 @@ impl Server {
         });
         let line = told.recv_timeout(START).context("the S3 server did not start in time")?;
         let line = line.context("the S3 server has no output")?;
-        let Some(endpoint) = line.trim().strip_prefix("listening ") else { bail!("the S3 server did not start") };
+        let Some(endpoint) = line.trim().strip_prefix("listening ") else {
+            bail!("the S3 server did not start")
+        };
         endpoint.clone_into(&mut server.endpoint);
         Ok(server)
     }
@@ -79,7 +81,8 @@ impl Server {
     /// Keys that were written after `position` and begin with `prefix`.
     pub fn written(&self, position: usize, prefix: &str) -> anyhow::Result<BTreeSet<String>> {
         let log = self.log()?;
-        let wrote = |entry: &&Value| matches!(entry["op"].as_str(), Some("PutObject" | "CompleteMultipartUpload"));
+        let wrote =
+            |entry: &&Value| matches!(entry["op"].as_str(), Some("PutObject" | "CompleteMultipartUpload"));
         let keys = log.iter().skip(position).filter(wrote).filter_map(|entry| entry["key"].as_str());
         Ok(keys.filter(|key| key.starts_with(prefix)).map(str::to_owned).collect())
     }
@@ -94,14 +97,20 @@ impl Server {
     pub fn cpu(&self) -> anyhow::Result<Duration> {
         let path = format!("/proc/{}/stat", self.child.id());
         let stat = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        ticks(&stat).map(|ticks| Duration::from_secs(ticks) / TICKS).context("/proc/PID/stat is not as expected")
+        ticks(&stat)
+            .map(|ticks| Duration::from_secs(ticks) / TICKS)
+            .context("/proc/PID/stat is not as expected")
     }
 
     /// curl, signing for this server. It fails where the server refuses.
     pub fn curl(&self) -> Command {
         let mut curl = Command::new("curl");
-        curl.args(["--silent", "--show-error", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3"])
-            .args(["--user", &format!("{}:{}", KEYS.0, KEYS.1), "--header", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]);
+        curl.args(["--silent", "--show-error", "--fail", "--aws-sigv4", "aws:amz:us-east-1:s3"]).args([
+            "--user",
+            &format!("{}:{}", KEYS.0, KEYS.1),
+            "--header",
+            "x-amz-content-sha256: UNSIGNED-PAYLOAD",
+        ]);
         curl
     }
 

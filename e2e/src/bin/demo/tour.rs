@@ -123,9 +123,10 @@ async fn apply_examples(screen: &Screen, site: &Site, url: &str) -> anyhow::Resu
     let (_, step) = applied("01-pool.yaml", &[(POOL_PATH, &pool)]).await?;
     drive::wait_pool(&site.client(), "quickstart", 1).await?;
     step.done("pool ready: a preallocated XFS image, so the bound is enforced");
+    // What whoever owns the namespace does once: charts/berth/files/rbac/node-secret-example.yaml.
+    site.let_nodes_read("default", &["images-s3"]).await?;
     let keys = [(ACCESS_KEY, access_key.as_str()), (SECRET_KEY, &secret_key), (STORE_ENDPOINT, &endpoint)];
     let (_, step) = applied("02-store.yaml", &keys).await?;
-    site.let_nodes_read("default", &["images-s3"]).await?;
     drive::wait_store(&site.client(), "default", "images").await?;
     step.done("image store ready: probed from the node");
     let (_, step) = applied("03-template.yaml", &[(SOURCE_URL, url)]).await?;

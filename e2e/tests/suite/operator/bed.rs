@@ -12,8 +12,8 @@ use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE, Ours};
 use berth_e2e::process::{Process, Program};
 use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::{Api, ResourceExt as _};
 use kube::api::{ListParams, PostParams};
+use kube::{Api, ResourceExt as _};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -60,7 +60,8 @@ impl Bed {
         let pool = "apiVersion: staging.berth.dev/v1alpha1\nkind: StagingPool\nmetadata: {name: p}\n\
                     spec: {backend: {filesystem: {path: /staging, size: 10Gi}}}\n";
         cluster.apply_yaml(pool).await?;
-        let operator_kubeconfig = cluster.service_account_kubeconfig(SYSTEM_NAMESPACE, "berth-operator").await?;
+        let operator_kubeconfig =
+            cluster.service_account_kubeconfig(SYSTEM_NAMESPACE, "berth-operator").await?;
         Ok(Self { operators: BTreeMap::new(), cluster, operator_kubeconfig, program, sabotage, dir })
     }
 
@@ -115,7 +116,11 @@ impl Bed {
     }
 
     /// Waits for a state.
-    pub async fn wait_state(&self, name: &str, wanted: ReservationState) -> anyhow::Result<StagingReservation> {
+    pub async fn wait_state(
+        &self,
+        name: &str,
+        wanted: ReservationState,
+    ) -> anyhow::Result<StagingReservation> {
         let api = self.reservations();
         let what = format!("{name} to be {wanted:?}");
         let waited = wait::until(&what, MOMENT, || async {
@@ -135,7 +140,9 @@ impl Bed {
         let waited = wait::until(&what, MOMENT, || async {
             match api.get_opt(name).await {
                 Ok(None) => Look::Done(()),
-                Ok(Some(found)) => Look::NotYet(format!("{:?} {:?}", found.metadata.finalizers, found.status)),
+                Ok(Some(found)) => {
+                    Look::NotYet(format!("{:?} {:?}", found.metadata.finalizers, found.status))
+                }
                 Err(error) => Look::Failed(error),
             }
         });
@@ -155,7 +162,10 @@ impl Bed {
         // In this order: a promise comes before the placement, and goes after the release.
         let reservations = self.reservations().list(&ListParams::default()).await?;
         for reservation in reservations.iter().filter(|r| r.metadata.deletion_timestamp.is_none()) {
-            let Some(place) = reservation.status.as_ref().and_then(|status| status.assignment.as_ref()) else { continue };
+            let Some(place) = reservation.status.as_ref().and_then(|status| status.assignment.as_ref())
+            else {
+                continue;
+            };
             let ledger = self.ledger(&place.node).await?.context("a placement without a ledger")?;
             let uid = reservation.uid().unwrap_or_default();
             let generation = ledger.spec.promises.get(&uid).map(|promise| promise.generation);
@@ -195,7 +205,9 @@ impl Bed {
         ensure!(code == 200, "metrics: {code}");
         let values = body.lines().filter_map(|line| {
             let rest = line.strip_prefix(name)?;
-            let value = rest.strip_prefix(' ').or_else(|| rest.starts_with('{').then(|| rest.rsplit(' ').next())?)?;
+            let value = rest
+                .strip_prefix(' ')
+                .or_else(|| rest.starts_with('{').then(|| rest.rsplit(' ').next())?)?;
             value.parse::<i64>().ok()
         });
         Ok(values.sum())
@@ -208,7 +220,11 @@ impl Bed {
             match leases.get_opt("berth-operator").await {
                 Ok(lease) => {
                     let found = lease.and_then(|lease| lease.spec).and_then(|spec| spec.holder_identity);
-                    if found.as_deref() == Some(holder) { Look::Done(()) } else { Look::NotYet(format!("{found:?}")) }
+                    if found.as_deref() == Some(holder) {
+                        Look::Done(())
+                    } else {
+                        Look::NotYet(format!("{found:?}"))
+                    }
                 }
                 Err(error) => Look::Failed(error),
             }
@@ -230,7 +246,8 @@ impl Bed {
 
     async fn fetch(&self, identity: &str, path: &str) -> anyhow::Result<(u16, String)> {
         let log = std::fs::read_to_string(self.log(identity))?;
-        let line = log.lines().rfind(|line| line.contains("metrics listening")).context("not listening yet")?;
+        let line =
+            log.lines().rfind(|line| line.contains("metrics listening")).context("not listening yet")?;
         let address = line.rsplit("address=").next().context("no address in the log")?.trim();
         let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
         let answer = client.get(format!("http://{address}/{path}")).send().await?;

@@ -107,7 +107,9 @@ impl Memory {
 
     fn obey(&mut self, ledger: &StagingLedger, reservations: &[StagingReservation], releases: bool) {
         let spec = &ledger.spec;
-        if self.lineage.get_or_insert_with(|| spec.lineage.clone()) != &spec.lineage || spec.revision < self.revision {
+        if self.lineage.get_or_insert_with(|| spec.lineage.clone()) != &spec.lineage
+            || spec.revision < self.revision
+        {
             return;
         }
         self.revision = spec.revision;
@@ -121,7 +123,8 @@ impl Memory {
                     self.obeyed.remove(&uid);
                     self.released.insert(uid, assigned.generation);
                 }
-            } else if spec.promises.get(&uid).is_some_and(|promise| promise.generation == assigned.generation) {
+            } else if spec.promises.get(&uid).is_some_and(|promise| promise.generation == assigned.generation)
+            {
                 self.obeyed.insert(uid, assigned.generation);
             }
         }
@@ -129,7 +132,9 @@ impl Memory {
 
     async fn report(&self) -> kube::Result<()> {
         let list = |map: &BTreeMap<String, i64>| {
-            map.iter().map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation }).collect()
+            map.iter()
+                .map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation })
+                .collect()
         };
         let pool = NodePool {
             name: self.pool.clone(),
@@ -157,7 +162,9 @@ impl Memory {
             let Some(generation) = self.obeyed.get(&reservation.uid().unwrap_or_default()) else { continue };
             let namespace = reservation.namespace().unwrap_or_default();
             let status = reservation.status.clone().unwrap_or_default();
-            if status.prepared_generation == Some(*generation) || reservation.metadata.deletion_timestamp.is_some() {
+            if status.prepared_generation == Some(*generation)
+                || reservation.metadata.deletion_timestamp.is_some()
+            {
                 continue;
             }
             let body = json!({

@@ -1,0 +1,112 @@
+//! Sources as this node reads them, and from where it may.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use berth_api::TemplateImport;
+use berth_api::fields::Source as ApiSource;
+use berth_api::parse::InvalidField;
+use berth_objectstore::s3::{S3Config, S3Store};
+use berth_objectstore::source::address::{AddressPolicy, Network, NetworkError};
+use berth_objectstore::source::{HttpConfig, HttpSource, ObjectSource, RangedSource};
+use kube::ResourceExt as _;
+
+use super::imports::WorkError;
+use super::stores;
+use crate::credentials::{CredentialSource, SecretCredentials};
+use crate::import::ImportError;
+use crate::node::Node;
+
+/// Networks that sources may not be read from unless they are allowed: the node's own.
+const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
+/// An address of each kind, to tell whether an allowed network opens it.
+const LINK_LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254));
+/// From where sources may be read: not from the node itself and not from where clouds keep credentials, unless allowed.
+pub fn address_policy(allowed: &[String]) -> Result<AddressPolicy, NetworkError> {
+    let allowed = allowed.iter().map(|text| text.parse::<Network>()).collect::<Result<Vec<_>, _>>()?;
+    let opens = |address: IpAddr| allowed.iter().any(|network| network.contains(address));
+    let mut refused = Vec::new();
+    for network in LOOPBACK {
+        let first = network.split_once('/').map_or(network, |(first, _)| first);
+        if !first.parse().is_ok_and(opens) {
+            refused.push(network.parse()?);
+        }
+    }
+    Ok(AddressPolicy { allow_link_local: opens(LINK_LOCAL), refused })
+}
+
+/// The source of an import, as this node reads it.
+pub(super) async fn open(
+    node: &Node,
+    import: &TemplateImport,
+    stall: Duration,
+) -> Result<RangedSource, WorkError> {
+    let addresses = address_policy(&node.config.allow_source_cidrs)?;
+    match &import.spec.source {
+        ApiSource { http: Some(http), .. } => {
+            let config = HttpConfig {
+                url: http.url.clone(),
+                headers: Vec::new(),
+                ca_bundle: http.ca_bundle.clone().map(String::into_bytes),
+                addresses,
+                stall,
+            };
+            Ok(HttpSource::new(config).map_err(ImportError::from)?.into())
+        }
+        ApiSource { s3: Some(s3), .. } => {
+            refuse_endpoint(&s3.endpoint, &addresses).await?;
+            let secret = s3.secret_ref.as_ref().map(|reference| reference.name.as_str());
+            let namespace = import.namespace().unwrap_or_default();
+            let config = S3Config {
+                endpoint: Some(s3.endpoint.clone()),
+                region: stores::region(s3.region.as_ref()),
+                bucket: s3.bucket.clone(),
+                addressing: stores::addressing(s3.addressing),
+                credentials: SecretCredentials::new(node.client.clone()).get(&namespace, secret).await?,
+                ca_bundle: s3.ca_bundle.clone().map(String::into_bytes),
+            };
+            let store = S3Store::connect(config).await?;
+            Ok(ObjectSource::new(store, s3.key.clone(), s3.version_id.clone(), stall).into())
+        }
+        ApiSource { .. } => {
+            Err(InvalidField::Shape { field: "spec.source", problem: "no source is set".to_owned() }.into())
+        }
+    }
+}
+
+/// Refuses an endpoint whose name stands for an address that is refused. A name that changes its address afterwards is
+/// not caught: the client resolves it anew.
+async fn refuse_endpoint(endpoint: &str, addresses: &AddressPolicy) -> Result<(), WorkError> {
+    let (scheme, rest) = endpoint.split_once("://").unwrap_or(("https", endpoint));
+    let authority = rest.trim_end_matches('/');
+    let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let port = if scheme == "http" { 80 } else { 443 };
+    let target = if has_port { authority.to_owned() } else { format!("{authority}:{port}") };
+    let Ok(found) = tokio::net::lookup_host(target).await else { return Ok(()) }; // the client will say what is wrong
+    for address in found {
+        if !addresses.allows(address.ip()) {
+            return Err(WorkError::Address { endpoint: endpoint.to_owned(), address: address.ip() });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_itself_is_no_source_unless_allowed() {
+        let refuses = |allowed: &[&str], address: &str| {
+            let allowed: Vec<String> = allowed.iter().map(|text| (*text).to_owned()).collect();
+            !address_policy(&allowed).unwrap().allows(address.parse().unwrap())
+        };
+        for address in ["127.0.0.1", "127.8.0.1", "::1", "169.254.169.254"] {
+            assert!(refuses(&[], address), "{address}");
+        }
+        assert!(!refuses(&[], "10.0.0.1"));
+        assert!(!refuses(&["127.0.0.0/8"], "127.0.0.1") && refuses(&["127.0.0.0/8"], "::1"));
+        assert!(!refuses(&["169.254.0.0/16"], "169.254.169.254"));
+        assert!(address_policy(&["here".to_owned()]).is_err());
+    }
+}
