@@ -20,8 +20,6 @@ pub const LABEL_CLAIM_NAMESPACE: &str = "staging.berth.dev/claim-namespace";
 pub const LABEL_CLAIM_NAME: &str = "staging.berth.dev/claim-name";
 /// Annotation with the CSI volume name on its reservation.
 pub const ANNOTATION_VOLUME_NAME: &str = "staging.berth.dev/volume-name";
-/// Annotation whose change makes a failed import start again.
-pub const ANNOTATION_RETRY: &str = "staging.berth.dev/retry";
 
 /// How often a node renews its Lease, in seconds.
 pub const NODE_LEASE_RENEW_SECONDS: i32 = 15;
@@ -41,14 +39,8 @@ pub const SIZE_LIMIT_BYTES: u64 = 256 << 30;
 pub const CHUNK_SIZE_BYTES: u64 = 256 << 10;
 /// How often a fault that passes is tried again.
 pub const RETRY_LIMIT: u32 = 10;
-/// First pause before a retry, in seconds.
-pub const RETRY_FIRST_SECONDS: u64 = 1;
-/// Longest pause before a retry, in seconds.
-pub const RETRY_LONGEST_SECONDS: u64 = 300;
-/// How many promises one ledger may hold.
-pub const LEDGER_MAX_PROMISES: usize = 4096;
-/// Share of a pool that is never promised, in percent.
-pub const HEADROOM_PERCENT: u64 = 5;
+/// Share of an empty area that is kept back for its file system's metadata and for the record, in percent.
+pub const HEADROOM_PERCENT: u8 = 5;
 
 /// Field manager of a node agent's server-side applies.
 pub fn node_manager(node: &str) -> String {

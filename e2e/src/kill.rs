@@ -50,8 +50,14 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const MOST_ROUNDS: u64 = 6;
 
 /// Defects of the node agent that this command must notice.
-pub const SABOTAGES: &[&str] =
-    &["ready-before-verified", "skip-verify", "no-checkpoint", "stale-hash", "keep-session", "release-without-delete"];
+pub const SABOTAGES: &[&str] = &[
+    "ready-before-verified",
+    "skip-verify",
+    "no-checkpoint",
+    "stale-hash",
+    "keep-session",
+    "release-without-delete",
+];
 
 /// What is asked for.
 #[derive(Debug, Clone)]
@@ -90,8 +96,12 @@ impl Report {
     }
 
     fn check_floors(&mut self, options: &KillOptions) {
+        if !self.violations.is_empty() {
+            return;
+        }
         for stage in Stage::ALL {
-            let found: u64 = self.kills.iter().filter(|((at, _), _)| *at == stage).map(|(_, count)| count).sum();
+            let found: u64 =
+                self.kills.iter().filter(|((at, _), _)| *at == stage).map(|(_, count)| count).sum();
             if found < options.kills_per_stage {
                 let least = options.kills_per_stage;
                 self.below_floor.push(format!("{found} kills in {stage}, at least {least} are needed"));
@@ -100,11 +110,16 @@ impl Report {
         if options.sabotage.is_some() {
             return;
         }
+        if !self.imports.iter().any(|line| line.starts_with("lost: killed/")) {
+            self.below_floor.push("the store has lost nothing".to_owned());
+        }
         for victim in Victim::ALL {
-            let found: u64 = self.kills.iter().filter(|((_, who), _)| *who == victim).map(|(_, count)| count).sum();
+            let found: u64 =
+                self.kills.iter().filter(|((_, who), _)| *who == victim).map(|(_, count)| count).sum();
             let least = options.kills_per_stage;
             if found < least {
-                self.below_floor.push(format!("{victim:?} was killed {found} times, at least {least} are needed"));
+                self.below_floor
+                    .push(format!("{victim:?} was killed {found} times, at least {least} are needed"));
             }
         }
         if self.windows < 16 {
@@ -177,6 +192,8 @@ struct Run<'a> {
     digest: Option<String>,
     /// Kills of the imports into each store, and the names that were published there.
     stores: BTreeMap<String, (u64, Vec<String>)>,
+    /// True once the store has lost an object.
+    lost: bool,
     /// Kills so far: they take turns.
     strikes: u64,
     report: Report,
@@ -207,6 +224,7 @@ pub async fn run(options: &KillOptions) -> Result<Report, KillError> {
         seeded: Seeded::new(seed),
         digest: None,
         stores: BTreeMap::new(),
+        lost: false,
         strikes: 0,
         report: Report::default(),
     };
@@ -223,6 +241,9 @@ impl Run<'_> {
     async fn all(&mut self) -> Result<(), KillError> {
         let Images { qcow2, vmdk, .. } = self.images.clone();
         self.import(self.plan("reference", "reference", &qcow2)).await?;
+        if !self.report.violations.is_empty() {
+            return Ok(());
+        }
         self.give_up_in_the_middle().await?;
         self.slow_store_down()?;
         let mut wanted: BTreeMap<Stage, u64> = [Stage::Fetch, Stage::Upload, Stage::Verify, Stage::Publish]
@@ -284,17 +305,20 @@ impl Run<'_> {
         let url = self.serve(&plan)?;
         let began = Instant::now();
         self.request(&plan, &url).await?;
-        let mut limit = IMPORT_LIMIT + KILL_LIMIT * u32::try_from(plan.kills.values().sum::<u64>()).unwrap_or(1);
+        let mut limit =
+            IMPORT_LIMIT + KILL_LIMIT * u32::try_from(plan.kills.values().sum::<u64>()).unwrap_or(1);
         if self.options.sabotage.is_some() {
             limit = limit.min(IMPORT_LIMIT);
         }
         let planned: u64 = plan.kills.values().sum();
+        let before = self.node_kills();
         let left = self.strike_until_ended(&plan, began + limit).await?;
+        let node_kills = self.node_kills() - before;
         let struck = planned - left.values().sum::<u64>();
         let entry = self.stores.entry(plan.store.to_owned()).or_default();
         entry.0 += struck;
         entry.1.push(plan.name.clone());
-        self.check_outcome(&plan, struck, began.elapsed()).await?;
+        self.check_outcome(&plan, struck, node_kills, began.elapsed()).await?;
         self.stages.reset().map_err(|source| self.log_failed(source))?;
         Ok(left)
     }
@@ -319,6 +343,10 @@ impl Run<'_> {
         });
         self.site.apply(&import.to_string()).await?;
         Ok(())
+    }
+
+    fn node_kills(&self) -> u64 {
+        self.report.kills.iter().filter(|((_, who), _)| *who == Victim::Node).map(|(_, count)| count).sum()
     }
 
     fn log_failed(&self, source: io::Error) -> KillError {

@@ -136,7 +136,8 @@ pub fn loops() -> Vec<Loop> {
     let listed = listed.ok().and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
     let devices = listed.as_ref().and_then(|listed| listed["loopdevices"].as_array());
     // Numbers are text in some versions, with spaces around them.
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned).trim().to_owned();
+    let text =
+        |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned).trim().to_owned();
     let read = |device: &Value| {
         let file = text(&device["back-file"]);
         Loop {
@@ -163,7 +164,9 @@ pub fn loops_below(dir: &Path) -> Vec<Loop> {
     loop {
         let known: BTreeSet<&String> = ours.iter().map(|device| &device.number).collect();
         let is_ours = |device: &Loop| {
-            device.file.starts_with(dir) || files.contains(&device.identity) || known.contains(&device.identity.0)
+            device.file.starts_with(dir)
+                || files.contains(&device.identity)
+                || known.contains(&device.identity.0)
         };
         let (found, rest): (Vec<_>, Vec<_>) = others.into_iter().partition(is_ours);
         if found.is_empty() {

@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-pub use self::history::HistoryError;
-pub use self::operators::{Operator, OperatorError};
 use self::fake_node::{FakeNodeError, FakeNodes};
+pub use self::history::HistoryError;
 use self::history::{Ground, Outcome, play};
 use self::judge::{Tally, Violation, judge};
+pub use self::operators::{Operator, OperatorError};
 use self::record::Counter;
 use crate::cluster::{Cluster, ClusterError};
 use crate::seeded::Seeded;
@@ -138,7 +138,8 @@ impl Report {
             let manager = format!("berth-operator/{}", operator.identity);
             let own = self.tally.by_writer.get(&manager).copied().unwrap_or_default();
             if own * 100 < promises * LEAST_SHARE {
-                self.below_floor.push(format!("{manager} made {own} of {promises} admissions, below {LEAST_SHARE} %"));
+                self.below_floor
+                    .push(format!("{manager} made {own} of {promises} admissions, below {LEAST_SHARE} %"));
             }
         }
         let mut floor = |what: &str, found: u64, least: u64| {
@@ -172,7 +173,13 @@ pub async fn run(dir: &Path, options: &RaceOptions) -> Result<Report, RaceError>
     }
     let agents = cluster.client_for(&cluster.admin_kubeconfig()).await.map_err(ClusterError::from)?;
     let fake = Arc::new(FakeNodes::start(&agents, NAMESPACE, &nodes, options.seed).await?);
-    let ground = Ground { client: cluster.admin(), namespace: NAMESPACE.to_owned(), counter, nodes: fake, begun: Arc::default() };
+    let ground = Ground {
+        client: cluster.admin(),
+        namespace: NAMESPACE.to_owned(),
+        counter,
+        nodes: fake,
+        begun: Arc::default(),
+    };
     let mut race = Race { ground, operators, nodes, options, report: Report::default() };
     race.all_waves().await?;
     cluster.stop();
@@ -202,7 +209,10 @@ impl Race<'_> {
                     return Err(error);
                 }
             }
-            eprintln!("{}/{} histories, {} admissions", end, self.options.histories, self.report.tally.admissions);
+            eprintln!(
+                "{}/{} histories, {} admissions",
+                end, self.options.histories, self.report.tally.admissions
+            );
             if !self.report.tally.violations.is_empty() {
                 break;
             }

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use berth_api::defaults;
 use berth_core::ids::{Digest, NodeName, PoolName, Uid};
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation};
@@ -19,8 +20,6 @@ use thiserror::Error;
 
 use crate::sabotage;
 
-/// Percent of an empty area that is kept back for metadata of its file system and for the record.
-const HEADROOM_PERCENT: u8 = 5;
 /// Directories of an area.
 const DIRECTORIES: [&str; 3] = ["images", "staging", "volumes"];
 
@@ -269,7 +268,7 @@ impl Pools {
             size: spec.size,
             mount_point: self.mount_root.join(name.as_str()),
             identity: PoolIdentity { pool: spec.uid.clone(), name: name.clone(), node: self.node.clone() },
-            headroom_percent: HEADROOM_PERCENT,
+            headroom_percent: defaults::HEADROOM_PERCENT,
         };
         let area = PoolArea::open_or_create(&config)
             .map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;

@@ -40,7 +40,8 @@ async fn main() -> anyhow::Result<ExitCode> {
         print!("{known}");
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(name) = args.sabotage.as_ref().filter(|name| !known.lines().any(|line| line == name.as_str())) {
+    if let Some(name) = args.sabotage.as_ref().filter(|name| !known.lines().any(|line| line == name.as_str()))
+    {
         anyhow::bail!("no sabotage is called {name}; there are:\n{known}");
     }
     let temporary = tempfile::tempdir().context("no temporary directory")?;

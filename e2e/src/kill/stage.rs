@@ -114,7 +114,11 @@ mod tests {
     fn lines_tell_the_stage_and_its_end() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
-        std::fs::write(&log, "x INFO a::fetch: checkpoint stage=\"Fetch\" offset=1\nx INFO a: uploading stage=\"Upl").unwrap();
+        std::fs::write(
+            &log,
+            "x INFO a::fetch: checkpoint stage=\"Fetch\" offset=1\nx INFO a: uploading stage=\"Upl",
+        )
+        .unwrap();
         let mut watch = StageWatch::new(&log);
         assert_eq!(watch.look().unwrap(), (Some(Stage::Fetch), 1));
         let more = "x INFO a::fetch: checkpoint stage=\"Fetch\" offset=1\nx INFO a: uploading stage=\"Upload\" offset=0\n\

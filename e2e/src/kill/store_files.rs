@@ -83,7 +83,9 @@ impl StoreFiles {
             };
             let meta: Meta =
                 serde_json::from_slice(&text).map_err(|source| FilesError::Damaged { path, source })?;
-            let Some(key) = meta.key.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('/')) else { continue };
+            let Some(key) = meta.key.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('/')) else {
+                continue;
+            };
             let file = meta.segments.first().map(|one| data.join("data").join(&one.file)).unwrap_or_default();
             objects.insert(key.to_owned(), Object { size: meta.size, file });
         }
@@ -120,7 +122,8 @@ impl StoreFiles {
         }
         match self.chunks_of(digest) {
             Ok(ids) => {
-                lacking.extend(ids.iter().map(|id| chunk_key(id)).filter(|key| !self.objects.contains_key(key)));
+                lacking
+                    .extend(ids.iter().map(|id| chunk_key(id)).filter(|key| !self.objects.contains_key(key)));
             }
             Err(why) => lacking.push(why),
         }
@@ -161,14 +164,24 @@ impl StoreFiles {
     }
 }
 
-/// Loses the first chunk found below `prefix`, as if the store had never had it; the server must not run.
+/// Loses a chunk below `prefix` that the image of `digest`, complete below `complete`, has too: as if the store had never
+/// had it. The server must not run. Returns the key.
 ///
 /// # Errors
 /// [`FilesError`].
-pub fn lose_chunk(data: &Path, bucket: &str, prefix: &str) -> Result<Option<String>, FilesError> {
+pub fn lose_chunk(
+    data: &Path,
+    bucket: &str,
+    prefix: &str,
+    complete: &str,
+    digest: &str,
+) -> Result<Option<String>, FilesError> {
     let store = StoreFiles::read(data, bucket, prefix)?;
-    let Some(key) = store.keys("chunks/").next().map(|key| format!("{prefix}/{key}")) else { return Ok(None) };
-    let path = data.join("objects").join(bucket).join(format!("{}.json", hex(&Sha256::digest(key.as_bytes()))));
+    let named = StoreFiles::read(data, bucket, complete)?.chunks_of(digest).unwrap_or_default();
+    let mut keys = named.iter().map(|id| chunk_key(id)).filter(|key| store.objects.contains_key(key));
+    let Some(key) = keys.next().map(|key| format!("{prefix}/{key}")) else { return Ok(None) };
+    let path =
+        data.join("objects").join(bucket).join(format!("{}.json", hex(&Sha256::digest(key.as_bytes()))));
     fs::remove_file(&path).map_err(failed(&path))?;
     Ok(Some(key))
 }

@@ -76,11 +76,11 @@ impl Run<'_> {
                 (_, None) => armed = None,
                 (Some(one), Some(stage)) if one.stage == stage => {
                     if Instant::now() >= one.at {
-                        let victim = Victim::turn(self.strikes);
+                        let lose = losing && stage == Stage::Upload;
+                        let victim = if lose { Victim::Store } else { Victim::turn(self.strikes) };
                         self.strikes += 1;
-                        let lose = losing && victim == Victim::Store && stage == Stage::Upload;
                         self.strike(stage, victim, lose.then_some(plan.store)).await?;
-                        losing &= !lose;
+                        losing &= !self.lost;
                         count_down(&mut left, stage);
                         armed = None;
                     }
@@ -114,7 +114,10 @@ impl Run<'_> {
                 self.site.s3_mut().kill9();
                 sleep(pause).await;
                 if let Some(store) = lose {
-                    lose_chunk(&self.site.dir().join("s3"), BUCKET, store)?;
+                    let digest = self.digest.clone().unwrap_or_default();
+                    let lost = lose_chunk(&self.site.dir().join("s3"), BUCKET, store, "reference", &digest)?;
+                    self.report.imports.push(format!("lost: {}", lost.unwrap_or_default()));
+                    self.lost = true;
                 }
                 self.site.s3_mut().restart().await.map_err(crate::site::SiteError::from)?;
             }
@@ -145,7 +148,8 @@ impl Run<'_> {
             let ended = known.status.durable.is_some();
             if !deleted && (ended || self.stages.checkpoints() > before + 1) {
                 let answer = imports.delete("given-up", &DeleteParams::default()).await;
-                answer.map_err(|source| KillError::Request { action: "delete the import given-up", source })?;
+                answer
+                    .map_err(|source| KillError::Request { action: "delete the import given-up", source })?;
                 deleted = true;
             }
             sleep(LOOK).await;

@@ -65,7 +65,8 @@ fn take(known: &Mutex<BTreeMap<String, Known>>, data: &PathBuf, seen: Seen<Templ
     let (name, namespace) = (import.name_any(), import.namespace().unwrap_or_default());
     let status = import.status.clone().unwrap_or_default();
     let mut entry = lock(known).get(&name).cloned().unwrap_or_default();
-    let percent = |status: &TemplateImportStatus| status.progress.as_ref().and_then(|progress| progress.percent);
+    let percent =
+        |status: &TemplateImportStatus| status.progress.as_ref().and_then(|progress| progress.percent);
     if let (Some(before), Some(now)) = (percent(&entry.status), percent(&status))
         && now < before
     {

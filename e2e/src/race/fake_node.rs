@@ -159,7 +159,8 @@ impl State {
             }
         };
         let uid = reservation.uid().unwrap_or_default();
-        let Some(assignment) = reservation.status.as_ref().and_then(|status| status.assignment.clone()) else {
+        let Some(assignment) = reservation.status.as_ref().and_then(|status| status.assignment.clone())
+        else {
             return;
         };
         let work = self.work.entry(uid.clone()).or_insert_with(|| Work {
@@ -200,7 +201,9 @@ impl State {
 
     fn report(&self, node: &str) -> Vec<NodePool> {
         let list = |map: &BTreeMap<String, i64>| -> Vec<Released> {
-            map.iter().map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation }).collect()
+            map.iter()
+                .map(|(uid, generation)| Released { uid: uid.clone(), generation: *generation })
+                .collect()
         };
         let pools = self.pools.iter().filter(|((carrier, _), _)| carrier == node);
         pools
@@ -256,7 +259,10 @@ async fn serve(client: Client, namespace: String, node: String, state: Arc<Mutex
                 "status": { "preparedGeneration": work.generation, "path": format!("/none/{}", work.uid) },
             });
             // A reservation that went meanwhile needs nothing any more.
-            reservations.patch_status(&work.name, &PatchParams::apply(&manager).force(), &Patch::Apply(&ready)).await.ok();
+            reservations
+                .patch_status(&work.name, &PatchParams::apply(&manager).force(), &Patch::Apply(&ready))
+                .await
+                .ok();
         }
         sleep(LOOK).await;
     }

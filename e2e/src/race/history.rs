@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::fields::Quantity;
-use berth_api::staging_pool::{AdmissionPolicy, Backend, CapacityPolicy, FilesystemBackend, ReclaimPolicy, StagingPoolSpec};
+use berth_api::staging_pool::{
+    AdmissionPolicy, Backend, CapacityPolicy, FilesystemBackend, ReclaimPolicy, StagingPoolSpec,
+};
 use berth_api::staging_reservation::{Access, StagingReservationSpec};
 use berth_api::{StagingLedger, StagingPool, StagingReservation};
 use kube::api::{DeleteParams, ListParams, PostParams};
@@ -78,7 +80,12 @@ pub enum HistoryError {
 ///
 /// # Errors
 /// [`HistoryError`].
-pub async fn play(ground: Ground, pool: String, nodes: Vec<String>, seed: u64) -> Result<Outcome, HistoryError> {
+pub async fn play(
+    ground: Ground,
+    pool: String,
+    nodes: Vec<String>,
+    seed: u64,
+) -> Result<Outcome, HistoryError> {
     let history = History { ground, pool, operations: Arc::default() };
     let mut seeded = Seeded::new(seed);
     history.open(&nodes).await?;
@@ -127,7 +134,8 @@ impl History {
     /// One request: made at a random moment, and deleted at another, before or after it was admitted.
     async fn request(&self, number: u64, mut seeded: Seeded) -> Result<(), HistoryError> {
         let name = format!("{}-{number}", self.pool);
-        let api: Api<StagingReservation> = Api::namespaced(self.ground.client.clone(), &self.ground.namespace);
+        let api: Api<StagingReservation> =
+            Api::namespaced(self.ground.client.clone(), &self.ground.namespace);
         sleep(seeded.millis(0, 300)).await;
         let spec = StagingReservationSpec {
             pool_name: Some(self.pool.clone()),
@@ -152,7 +160,8 @@ impl History {
         deleted.map_err(|source| self.failed("delete a reservation", source))?;
         self.operations.fetch_add(2, Ordering::Relaxed);
         sleep(LOOK).await;
-        self.wait(|| self.ground.counter.reservation(&name).is_none(), &format!("reservation {name} to go")).await
+        self.wait(|| self.ground.counter.reservation(&name).is_none(), &format!("reservation {name} to go"))
+            .await
     }
 
     /// Waits until nothing is promised and the counter has seen all of it, then takes the pool away.
@@ -169,7 +178,8 @@ impl History {
         let all = ledgers.list(&ListParams::default()).await;
         let all = all.map_err(|source| self.failed("list the ledgers", source))?;
         for ledger in all.items.iter().filter(|ledger| ledger.spec.pool_name == self.pool) {
-            let seen = || self.ground.counter.latest("StagingLedger", &ledger.name_any()) >= version_of(ledger);
+            let seen =
+                || self.ground.counter.latest("StagingLedger", &ledger.name_any()) >= version_of(ledger);
             self.wait(seen, "the counter to see the ledger's last version").await?;
         }
         Ok(())

@@ -207,7 +207,8 @@ impl State {
         for (class, limit) in ["Images", "Volumes", ""].into_iter().zip(capacity) {
             if sum(class) > limit {
                 let what = if class.is_empty() { "in all" } else { class };
-                let detail = format!("pool {} on {}: {} of {limit} bytes promised {what}", key.0, key.1, sum(class));
+                let detail =
+                    format!("pool {} on {}: {} of {limit} bytes promised {what}", key.0, key.1, sum(class));
                 self.violated(Property::Bounded, version, detail);
             }
         }
@@ -251,7 +252,8 @@ impl State {
             (None, Some(after)) => {
                 self.tally.admissions += 1;
                 if deleting {
-                    let detail = format!("reservation {uid} was assigned to {} while being deleted", after.node);
+                    let detail =
+                        format!("reservation {uid} was assigned to {} while being deleted", after.node);
                     self.violated(Property::PlacementIsFinal, version, detail);
                 }
             }

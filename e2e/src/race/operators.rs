@@ -111,7 +111,8 @@ impl Operator {
             Ok(answer) => answer.text().await.unwrap_or_default(),
             Err(_) => String::new(),
         };
-        let value = |line: &str| line.strip_prefix("berth_ledger_conflicts_total")?.rsplit(' ').next()?.parse().ok();
+        let value =
+            |line: &str| line.strip_prefix("berth_ledger_conflicts_total")?.rsplit(' ').next()?.parse().ok();
         let now = text.lines().find_map(value);
         self.conflicts_before + now.unwrap_or(0_u64)
     }

@@ -162,7 +162,8 @@ impl Record {
     fn node(&mut self, seen: Seen<StagingNode>) {
         let Seen::Now(node) = seen else { return };
         let pools = node.status.iter().flat_map(|status| &status.pools);
-        let released = pools.flat_map(|pool| &pool.released).map(|one| (one.uid.clone(), one.generation)).collect();
+        let released =
+            pools.flat_map(|pool| &pool.released).map(|one| (one.uid.clone(), one.generation)).collect();
         let fact = Fact::Released { node: node.spec.node_name.clone(), released };
         self.push("StagingNode", node.name_any(), version_of(&node), fact);
     }
@@ -175,6 +176,8 @@ fn writer(managed: &[ManagedFieldsEntry], uid: &str) -> Option<String> {
         entry.fields_v1.as_ref()?.0.get("f:spec")?.get("f:promises").cloned()
     };
     let whole = |fields: &Value| fields.as_object().is_some_and(serde_json::Map::is_empty);
-    let found = managed.iter().find(|entry| promises(entry).is_some_and(|map| map.get(&key).is_some() || whole(&map)));
+    let found = managed
+        .iter()
+        .find(|entry| promises(entry).is_some_and(|map| map.get(&key).is_some() || whole(&map)));
     found.and_then(|entry| entry.manager.clone())
 }

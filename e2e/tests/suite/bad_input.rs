@@ -18,11 +18,16 @@ use berth_testkit::s3::log::RequestLog;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 use crate::scenario::{Need, Scenario};
 
 /// How long an import may take to end, well or not.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// What the stalling server sends, from the file's begin. Unit: bytes.
+const SENT: usize = 64 << 10;
 /// How long releases may take.
 const RELEASE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -55,7 +60,12 @@ impl Case {
         Self { name, path, spec: json!({}), store: "images", reason, message }
     }
 
-    fn of_server(name: &'static str, mood: &str, reason: &'static str, message: &'static [&'static str]) -> Self {
+    fn of_server(
+        name: &'static str,
+        mood: &str,
+        reason: &'static str,
+        message: &'static [&'static str],
+    ) -> Self {
         let path = format!("{mood}/good");
         Self { name, path, spec: json!({}), store: "images", reason, message }
     }
@@ -76,21 +86,60 @@ fn cases() -> Vec<Case> {
         Case::of_file("data-file", "ImageHasDataFile", &["data"]),
         Case::of_file("encrypted", "ImageEncrypted", &["encrypt"]),
         Case::of_file("huge", "VirtualSizeTooLarge", &["1 TiB", "256 GiB"]),
-        Case::of_server("checksum", "plain", "ChecksumMismatch", &["0000"]).with(json!({ "checksum": zeros })),
+        Case::of_server("checksum", "plain", "ChecksumMismatch", &["0000"])
+            .with(json!({ "checksum": zeros })),
         Case::of_server("too-large", "plain", "SourceTooLarge", &["1 MiB"])
             .with(json!({ "limits": { "bytes": "1Mi" } })),
-        Case::of_server("missing", "missing", "SourceNotFound", &["404"]),
+        Case::of_server("missing", "missing", "SourceNotFound", &["does not exist"]),
         Case::of_server("forbidden", "forbidden", "SourceForbidden", &["403"]),
-        Case::of_server("stalled", "stall", "RetriesExhausted", &["2s"])
-            .with(json!({ "limits": { "stallTimeout": "2s", "retries": 1 } })),
         lost_bucket,
     ]
+}
+
+/// A server that sends the first 64 KiB of `file` to whoever asks for them, and nothing ever after. Ends when dropped.
+async fn stalling(file: Vec<u8>) -> anyhow::Result<(String, JoinSet<()>)> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}/stalled", listener.local_addr()?);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut open = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            open.spawn(stall(stream, file.clone()));
+        }
+    });
+    Ok((url, tasks))
+}
+
+async fn stall(stream: TcpStream, file: Vec<u8>) {
+    let mut stream = BufReader::new(stream);
+    let (mut head, mut line) = (String::new(), String::new());
+    while stream.read_line(&mut line).await.is_ok_and(|len| len > 2) {
+        head.push_str(&line.to_ascii_lowercase());
+        line.clear();
+    }
+    let range = head.lines().find_map(|line| line.strip_prefix("range: bytes=")?.split_once('-'));
+    let (from, to) = range.map_or((0, file.len()), |(from, to)| {
+        let end = to.trim().parse().map_or(file.len(), |last: usize| last + 1);
+        (from.parse().unwrap_or_default(), end.min(file.len()))
+    });
+    let answer = format!(
+        "HTTP/1.1 {}\r\ncontent-length: {}\r\naccept-ranges: bytes\r\netag: \"stalled\"\r\ncontent-range: bytes {from}-{}/{}\r\n\r\n",
+        if range.is_some() { "206 Partial Content" } else { "200 OK" },
+        to - from,
+        to - 1,
+        file.len(),
+    );
+    let body = if from < SENT && !head.starts_with("head") { &file[from..to.min(SENT)] } else { &[] };
+    if stream.write_all(&[answer.as_bytes(), body].concat()).await.is_ok() {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Makes the files that the cases name: `good` is a qcow2 of 8 MiB of data.
 fn make_files(dir: &Path) -> anyhow::Result<()> {
     let qemu = |args: &[&str]| image::run(Command::new("qemu-img").current_dir(dir).args(args));
-    let data: Vec<u8> = (0..8_u32 << 18).flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    let data: Vec<u8> =
+        (0..8_u32 << 18).flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
     fs::write(dir.join("good.raw"), data)?;
     qemu(&["convert", "-q", "-f", "raw", "-O", "qcow2", "good.raw", "good"])?;
     let good = fs::read(dir.join("good"))?;
@@ -98,7 +147,18 @@ fn make_files(dir: &Path) -> anyhow::Result<()> {
     qemu(&["create", "-q", "-f", "qcow2", "-b", "good.raw", "-F", "raw", "backing"])?;
     qemu(&["create", "-q", "-f", "qcow2", "-o", "data_file=elsewhere,data_file_raw=on", "data-file", "8M"])?;
     let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
-    qemu(&["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abcdef", "-o", luks, "encrypted", "8M"])?;
+    qemu(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "--object",
+        "secret,id=s,data=abcdef",
+        "-o",
+        luks,
+        "encrypted",
+        "8M",
+    ])?;
     qemu(&["create", "-q", "-f", "qcow2", "huge", "1T"])?;
     Ok(())
 }
@@ -132,7 +192,12 @@ async fn each_ends_with_its_reason() -> anyhow::Result<()> {
     });
     site.apply(&store.to_string()).await?;
     let before = Snapshot::below(site.dir());
-    let cases = cases();
+    let mut cases = cases();
+    let (url, _server) = stalling(fs::read(site.files().join("good"))?).await?;
+    let stalled = Case::of_server("stalled", "", "RetriesExhausted", &["sent nothing for 2 s"]).with(
+        json!({ "limits": { "stallTimeout": "2s", "retries": 2 }, "source": { "http": { "url": url } } }),
+    );
+    cases.push(stalled);
     for case in &cases {
         begin(&site, case).await?;
     }
@@ -165,11 +230,12 @@ async fn each_ends_with_its_reason() -> anyhow::Result<()> {
 /// Waits until the import has failed; returns its message.
 async fn ended_as_expected(site: &Site, case: &Case) -> anyhow::Result<String> {
     let seen = |_: &TemplateImportStatus| {};
-    let (reason, message) = match drive::wait_import(&site.client(), "default", case.name, END_LIMIT, seen).await {
-        Err(drive::DriveError::Failed { reason, message, .. }) => (reason, message),
-        Err(error) => return Err(error.into()),
-        Ok(made) => bail!("it is ready: {made:?}"),
-    };
+    let (reason, message) =
+        match drive::wait_import(&site.client(), "default", case.name, END_LIMIT, seen).await {
+            Err(drive::DriveError::Failed { reason, message, .. }) => (reason, message),
+            Err(error) => return Err(error.into()),
+            Ok(made) => bail!("it is ready: {made:?}"),
+        };
     ensure!(reason == case.reason, "reason {reason}, not {}: {message}", case.reason);
     for part in case.message {
         ensure!(message.contains(part), "the message says nothing of {part:?}: {message}");
@@ -230,7 +296,12 @@ async fn a_full_pool_queues_with_numbers() -> anyhow::Result<()> {
         "spec": { "poolName": "work", "maxSize": (total - (4 << 20)).to_string() },
     });
     site.apply(&blocker.to_string()).await?;
-    wait_reservation(&reservations, |one| Some(one.status.as_ref()?.state == Some(ReservationState::Ready)), "blocker").await?;
+    wait_reservation(
+        &reservations,
+        |one| Some(one.status.as_ref()?.state == Some(ReservationState::Ready)),
+        "blocker",
+    )
+    .await?;
     begin(&site, &Case::of_server("waits", "plain", "", &[])).await?;
     let waiting = |one: &StagingReservation| {
         let status = one.status.as_ref()?;
@@ -261,12 +332,15 @@ async fn wait_reservation(
     wanted: impl Fn(&StagingReservation) -> Option<bool> + Copy,
     prefix: &str,
 ) -> anyhow::Result<StagingReservation> {
-    let found = wait::until(&format!("reservation {prefix}"), END_LIMIT, || async {
+    let what = format!("reservation {prefix}");
+    let found = wait::until(&what, END_LIMIT, || async {
         let list = match api.list(&ListParams::default()).await {
             Ok(list) => list.items,
             Err(error) => return Look::Failed(error),
         };
-        let named = |one: &StagingReservation| one.metadata.name.as_ref().is_some_and(|name| name.starts_with(prefix));
+        let named = |one: &StagingReservation| {
+            one.metadata.name.as_ref().is_some_and(|name| name.starts_with(prefix))
+        };
         match list.into_iter().find(named) {
             Some(one) if wanted(&one) == Some(true) => Look::Done(one),
             Some(one) => Look::NotYet(format!("{:?}", one.status)),

@@ -32,9 +32,13 @@ const V1: &str = "/sys/fs/cgroup/memory";
 const V2: &str = "/sys/fs/cgroup";
 
 pub fn scenarios() -> Vec<Scenario> {
-    let needs = [Need::SITE, &[Need::Command("qemu-img"), Need::Command("mkfs.xfs"), Need::MemoryCgroup]].concat();
+    let needs =
+        [Need::SITE, &[Need::Command("qemu-img"), Need::Command("mkfs.xfs"), Need::MemoryCgroup]].concat();
     let limit = IMPORT_LIMIT * 3;
-    vec![Scenario::new("memory::does_not_grow_with_the_disk", &needs, does_not_grow_with_the_disk).limited(limit)]
+    vec![
+        Scenario::new("memory::does_not_grow_with_the_disk", &needs, does_not_grow_with_the_disk)
+            .limited(limit),
+    ]
 }
 
 /// Why this machine cannot limit the memory of a process, if it cannot.
@@ -55,7 +59,10 @@ impl Group {
         let path = Path::new(if v1 { V1 } else { V2 }).join(name);
         if !v1 {
             let controllers = fs::read_to_string(Path::new(V2).join("cgroup.subtree_control"))?;
-            ensure!(controllers.split_whitespace().any(|one| one == "memory"), "the memory controller is not delegated");
+            ensure!(
+                controllers.split_whitespace().any(|one| one == "memory"),
+                "the memory controller is not delegated"
+            );
         }
         fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         let group = Self { path, v1 };
@@ -87,7 +94,8 @@ impl Group {
 
     /// How many processes were killed for want of memory.
     fn kills(&self) -> anyhow::Result<u64> {
-        let text = fs::read_to_string(self.path.join(if self.v1 { "memory.oom_control" } else { "memory.events" }))?;
+        let text =
+            fs::read_to_string(self.path.join(if self.v1 { "memory.oom_control" } else { "memory.events" }))?;
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok());
         count.context("the kernel does not count kills")
     }
@@ -144,7 +152,9 @@ fn family(pid: u32) -> BTreeSet<u32> {
         .filter_map(|child: u32| Some((child, status(child, "PPid:")?.try_into().ok()?)))
         .collect();
     let mut found = BTreeSet::from([pid]);
-    while let Some((child, _)) = parents.iter().find(|(child, parent)| found.contains(parent) && !found.contains(child)) {
+    while let Some((child, _)) =
+        parents.iter().find(|(child, parent)| found.contains(parent) && !found.contains(child))
+    {
         found.insert(*child);
     }
     found
@@ -187,7 +197,10 @@ async fn does_not_grow_with_the_disk() -> anyhow::Result<()> {
         ensure!(samples >= 10, "only {samples} samples");
         let data = u64::try_from(made.real_size)?;
         ensure!(data >= images.data && data < images.data + (1 << 30), "{data} bytes of data in {size}");
-        println!("{size}: {data_mib} MiB of data, peak {} KiB of anonymous memory, {samples} samples", peak >> 10);
+        println!(
+            "{size}: {data_mib} MiB of data, peak {} KiB of anonymous memory, {samples} samples",
+            peak >> 10
+        );
         peaks.push(peak);
     }
     ensure!(group.kills()? == 0, "{} processes were killed for want of memory", group.kills()?);

@@ -22,7 +22,8 @@ const LONG: Duration = Duration::from_mins(60);
 pub fn scenarios() -> Vec<Scenario> {
     let race = [CONTROL_PLANE, &[Need::Program(OPERATOR)]].concat();
     let sabotaged_race = [CONTROL_PLANE, &[Need::Program(OPERATOR_SABOTAGE)]].concat();
-    let kill = [Need::SITE, &[Need::Command("qemu-img"), Need::Command("casync"), Need::Command("mkfs.xfs")]].concat();
+    let kill = [Need::SITE, &[Need::Command("qemu-img"), Need::Command("casync"), Need::Command("mkfs.xfs")]]
+        .concat();
     let sabotaged_kill = [&kill[..], &[Need::Program(NODE_SABOTAGE)]].concat();
     let limit = if long() { LONG } else { SHORT };
     vec![

@@ -51,6 +51,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("volume::casync_reads_what_is_stored", &with_casync, casync_reads_what_is_stored),
         Scenario::new("volume::every_source_gives_the_same_image", &needs, every_source_gives_the_same_image),
         Scenario::new("volume::classes_that_are_refused", &needs, classes_that_are_refused),
+        Scenario::new("volume::two_nodes_and_two_operators", &needs, two_nodes_and_two_operators),
         Scenario::new("volume::through_minio", &with_minio, through_minio),
     ]
 }
@@ -393,6 +394,39 @@ async fn through_minio() -> anyhow::Result<()> {
     ensure!(release == OS_RELEASE, "another /etc/os-release");
     take_back(&csi, &used).await?;
     scene.finish()
+}
+
+/// One pool on two nodes at the same path; a volume on the second, while one of two operators is dead.
+async fn two_nodes_and_two_operators() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut options = SiteOptions::new(&dir.path().join("site"));
+    (options.nodes, options.operators) = (2, 2);
+    let mut site = Site::start(options).await?;
+    drive::make_pool(&site, "fast", "512Mi").await?;
+    ensure!(leaks::loops_below(site.dir()).len() == 2, "loop devices: {:?}", leaks::loops_below(site.dir()));
+    site.kill9_operator(0);
+    ensure!(
+        site.operator_pid(0).is_none() && site.operator_pid(1).is_some(),
+        "the wrong operator was killed"
+    );
+    let node = &site.nodes()[1];
+    let (csi, mut claim) = (node.csi(), claim("second", View::Filesystem, &[("pool", "fast")]));
+    claim.bytes = 64 << 20;
+    let used = give(node, &csi, &claim).await?;
+    fs::write(node.inside(&used.target).join("file"), "written")?;
+    let reservations: Api<StagingReservation> = Api::namespaced(site.client(), SYSTEM_NAMESPACE);
+    let made = reservations.list(&kube::api::ListParams::default()).await?.items;
+    let assigned =
+        made.first().and_then(|made| made.status.as_ref()?.assignment.as_ref()).context("no assignment")?;
+    ensure!(
+        made.len() == 1 && assigned.node == "node-2",
+        "{} reservations, the first on {}",
+        made.len(),
+        assigned.node
+    );
+    take_back(&csi, &used).await?;
+    ensure!(site.stop().is_empty(), "a loop device stays");
+    Ok(())
 }
 
 /// Checks that `longer` (a file or device) starts with the bytes of `shorter`.

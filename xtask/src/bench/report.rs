@@ -14,7 +14,8 @@ use super::{BenchArgs, Profile};
 /// What a new page begins with.
 const PAGE: &str = "# Benchmarks\n\n\
     Made by `cargo xtask bench`. Everything in one table ran in the same rounds, in an order that turned with every\n\
-    round, and every result was compared byte for byte with what it was made from. Seconds depend on the machine; the\n\
+    round, and every result was compared byte for byte with what it was made from (the input of a peer that only\n\
+    decodes was compared when it was made). Seconds depend on the machine and on what else it does; the\n\
     ratios are what to look at.\n";
 
 /// The table of imports.
