@@ -2,6 +2,7 @@
 //!
 //! Spec is intent. Status has one writer per field: `assignment`, `state` and the operator's conditions are written by
 //! the operator, everything that only a node can know by that node's agent.
+#![allow(clippy::duplicated_attributes)] // printed columns of one type are not written twice by mistake
 
 pub mod conditions;
 pub mod defaults;
