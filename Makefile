@@ -12,11 +12,11 @@ demo: setup ## the quickstart for real on this machine, as root: import an image
 	cargo build --package berth-operator --package berth-node --package berth-testkit --package berth-e2e --bins
 	@cargo run --quiet --package berth-e2e --bin berth-demo
 
-test: ## every test that needs no privileges; the last line counts them
+test: setup ## every test, the long ones short; the last line counts them
 	@cargo xtask test
 
-e2e: ## the long end-to-end suite
-	@cargo xtask test --package berth-e2e
+e2e: setup ## the end-to-end suite at full length
+	@BERTH_E2E_LONG=1 cargo xtask test --package berth-e2e
 
 bench: ## side by side with other tools
 	@cargo xtask bench

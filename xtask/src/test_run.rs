@@ -30,8 +30,14 @@ impl Counts {
 /// # Errors
 /// When cargo cannot be run.
 pub fn run(root: &Path, selection: &[String]) -> anyhow::Result<()> {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root).args(["test", "--no-fail-fast"]);
+    if !build_programs(root)? {
+        println!("0 passed, 1 failed, 0 skipped");
+        io::stdout().flush().ok();
+        std::process::exit(1);
+    }
+    let mut cargo = cargo(root);
+    // The suite runs the programs that were just built.
+    cargo.args(["test", "--no-fail-fast"]).env("BERTH_E2E_USE_BUILT", "1");
     if selection.is_empty() {
         cargo.arg("--workspace");
     }
@@ -52,6 +58,32 @@ pub fn run(root: &Path, selection: &[String]) -> anyhow::Result<()> {
         std::process::exit(1);
     }
     Ok(())
+}
+
+fn cargo(root: &Path) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root);
+    cargo
+}
+
+/// Builds every program that the tests start, with the features of the whole workspace, so that nothing is built twice.
+fn build_programs(root: &Path) -> anyhow::Result<bool> {
+    let shipped = ["build", "--workspace", "--bins"];
+    let sabotaged = [
+        "build",
+        "--workspace",
+        "--features=berth-operator/sabotage,berth-node/sabotage",
+        "--bin=berth-operator-sabotage",
+        "--bin=berth-node-sabotage",
+    ];
+    for arguments in [&shipped[..], &sabotaged[..]] {
+        let status = cargo(root).args(arguments).status().context("failed to run cargo build")?;
+        if !status.success() {
+            println!("cargo build ended with {status}");
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Copies lines, as they come, and adds up the counts among them.
