@@ -18,14 +18,27 @@ use crate::fields::{Addressing, Assignment, Quantity, SecretRef};
     category = "berth",
     status = "ImageStoreStatus",
     doc = "An S3 bucket and prefix that is the system of record for images.",
-    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Bucket", type_ = "string", json_path = ".spec.bucket"),
     printcolumn(name = "Images", type_ = "integer", json_path = ".status.images"),
     printcolumn(name = "Unique", type_ = "integer", json_path = ".status.uniqueBytes"),
     printcolumn(name = "Unreferenced", type_ = "integer", json_path = ".status.unreferencedBytes"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = 1
+    )
 )]
 #[x_kube(validation = Rule::new("self.bucket == oldSelf.bucket && self.endpoint == oldSelf.endpoint && has(self.prefix) == has(oldSelf.prefix) && (!has(self.prefix) || self.prefix == oldSelf.prefix)")
     .message("spec: `endpoint`, `bucket` and `prefix` are immutable"))]
@@ -90,6 +103,7 @@ pub struct ImageStoreStatus {
 }
 
 /// What a store was seen to do; never assumed.
+#[allow(clippy::struct_excessive_bools)] // four facts that do not depend on each other
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct StoreCapabilities {

@@ -15,8 +15,16 @@ use serde::{Deserialize, Serialize};
     category = "berth",
     status = "StagingNodeStatus",
     doc = "What one node's agent reports. Written by Berth itself.",
-    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
+    ),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Pools", type_ = "string", json_path = ".status.pools[*].name"),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.versions.agent"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")

@@ -20,13 +20,22 @@ use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, WhenFull};
     selectable = ".status.assignment.node",
     doc = "A promise of space on a pool, and a reference to what is staged in it.",
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Pool", type_ = "string", json_path = ".status.assignment.pool"),
     printcolumn(name = "Node", type_ = "string", json_path = ".status.assignment.node"),
     printcolumn(name = "Size", type_ = "string", json_path = ".spec.maxSize"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Path", type_ = "string", json_path = ".status.path", priority = 1),
-    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = 1
+    )
 )]
 #[x_kube(validation = Rule::new("self == oldSelf").message("spec: immutable; make another reservation"))]
 #[x_kube(validation = Rule::new("!(has(self.poolName) && has(self.poolSelector))")

@@ -20,14 +20,23 @@ use crate::fields::{Assignment, LastError, PoolSelector, Progress, Quantity, Sou
     selectable = ".status.assignment.node",
     doc = "An image from elsewhere, registered as a template.",
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
+    printcolumn(
+        name = "Reason",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
     printcolumn(name = "Stage", type_ = "string", json_path = ".status.stage.name"),
     printcolumn(name = "Progress", type_ = "integer", json_path = ".status.progress.percent"),
     printcolumn(name = "Node", type_ = "string", json_path = ".status.assignment.node"),
     printcolumn(name = "Size", type_ = "integer", json_path = ".status.durable.virtualSize"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Rate", type_ = "integer", json_path = ".status.progress.rate", priority = 1),
-    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = 1
+    )
 )]
 #[x_kube(validation = Rule::new("self.source == oldSelf.source && self.store == oldSelf.store && has(self.checksum) == has(oldSelf.checksum) && (!has(self.checksum) || self.checksum == oldSelf.checksum)")
     .message("spec: `source`, `store` and `checksum` are immutable; make another import"))]
@@ -49,7 +58,10 @@ pub struct TemplateImportSpec {
     pub pool_selector: Option<PoolSelector>,
     /// Namespaces whose claims may start from the template, beside its own. `*` allows all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 256), inner(length(min = 1, max = 63), regex(pattern = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?|\*)$")))]
+    #[schemars(
+        length(max = 256),
+        inner(length(min = 1, max = 63), regex(pattern = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?|\*)$"))
+    )]
     pub allowed_namespaces: Vec<String>,
 }
 

@@ -149,12 +149,15 @@ pub enum Change {
         /// Where.
         placement: Placement,
     },
-    /// Say what became of an import. Written only where it differs.
+    /// Say what became of an import, if it is still at this version: what ended must not be taken back by an operator
+    /// that saw an older one. Written only where it differs.
     ReportImport {
         /// Which.
         name: ObjectName,
         /// Its UID.
         uid: Uid,
+        /// The version that is replaced.
+        version: ObjectVersion,
         /// Its state.
         state: ImportState,
         /// Why.

@@ -5,8 +5,9 @@ pub mod step;
 pub mod view;
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 mod simulated;
 
 pub use plan::{behind, plan};
-pub use step::{Origin, Step};
+pub use step::{Halted, Origin, Step};
 pub use view::NodeView;

@@ -171,6 +171,8 @@ reasons! {
     HostMountNotAllowed => Terminal,
     /// This version does not carry out objects of this kind.
     NotImplemented => Terminal,
+    /// The volume's file is gone from the pool.
+    VolumeLost => Terminal,
 }
 
 impl fmt::Display for Reason {

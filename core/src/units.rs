@@ -61,7 +61,11 @@ impl Bytes {
     /// `percent` hundredths of this, rounded down. Exact for every value.
     #[must_use]
     pub const fn percent(self, percent: u64) -> Self {
-        Self((self.0 / 100).saturating_mul(percent).saturating_add((self.0 % 100).saturating_mul(percent) / 100))
+        Self(
+            (self.0 / 100)
+                .saturating_mul(percent)
+                .saturating_add((self.0 % 100).saturating_mul(percent) / 100),
+        )
     }
 
     /// As a signed number, for Kubernetes status fields. Clamped to `i64::MAX`.

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_core::node::{Step, plan};
+use berth_core::node::{Halted, Step, plan};
 use berth_core::units::Timestamp;
 
 use crate::node::{Node, now};
@@ -40,6 +40,19 @@ struct Failed(BTreeMap<String, (u32, Timestamp)>);
 impl Failed {
     fn may_run(&self, step: &Step) -> bool {
         self.0.get(&format!("{step:?}")).is_none_or(|(_, again)| *again <= now())
+    }
+
+    /// What may be run now, and nothing behind a step for the same object that may not.
+    fn due(&self, steps: Vec<Step>) -> Vec<Step> {
+        let mut halted = Halted::default();
+        let mut due = |step: &Step| {
+            let may = !halted.bars(step) && self.may_run(step);
+            if !may {
+                halted.note(step);
+            }
+            may
+        };
+        steps.into_iter().filter(|step| due(step)).collect()
     }
 
     fn note(&mut self, step: &Step, ok: bool) {
@@ -97,16 +110,23 @@ async fn pass(node: &Arc<Node>, failed: &mut Failed) {
 /// Plans and executes once; if nothing could be done, reports. True if there may be more to do at once.
 async fn round(node: &Arc<Node>, failed: &mut Failed) -> Result<bool, report::ReportError> {
     let view = observe::observe(node).await?;
-    let steps: Vec<Step> = plan(&view, now()).into_iter().filter(|step| failed.may_run(step)).collect();
+    let steps = failed.due(plan(&view, now()));
     if steps.is_empty() {
         return report::report(node).await;
     }
+    let mut halted = Halted::default();
     for step in steps {
         if node.stop.is_cancelled() {
             return Ok(false);
         }
+        if halted.bars(&step) {
+            continue;
+        }
         let ok = run_step(node, &step).await;
         failed.note(&step, ok);
+        if !ok {
+            halted.note(&step);
+        }
     }
     Ok(true)
 }
@@ -123,5 +143,29 @@ async fn run_step(node: &Arc<Node>, step: &Step) -> bool {
             tracing::warn!(?step, error = chain(&error), "step failed");
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_core::ids::Uid;
+    use berth_core::units::Generation;
+
+    #[test]
+    fn what_follows_a_step_that_rests_for_the_same_object_rests_too() {
+        let remove = |uid: &str| Step::RemoveVolume { pool: "p".into(), reservation: Uid::from(uid) };
+        let released = |uid: &str| Step::Released {
+            pool: "p".into(),
+            holder: Uid::from(uid),
+            generation: Generation(1),
+        };
+        let steps = vec![remove("a"), released("a"), remove("b"), released("b")];
+        let mut failed = Failed::default();
+        assert_eq!(failed.due(steps.clone()), steps);
+        failed.note(&remove("a"), false);
+        assert_eq!(failed.due(steps.clone()), steps[2..]);
+        failed.note(&remove("a"), true);
+        assert_eq!(failed.due(steps.clone()), steps);
     }
 }

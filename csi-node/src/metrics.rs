@@ -1,5 +1,6 @@
 //! Counters and gauges of the agent, and the endpoint that shows them.
 
+use std::future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,16 +10,17 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use axum::routing::get;
+use berth_core::metric::Metric;
 use berth_core::node::Step;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric as RegisteredMetric, Registry};
 use tokio_util::sync::CancellationToken;
 
-use crate::node::Node;
+use crate::node::{Node, now};
 
 /// Which step, and whether it went well.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -52,27 +54,25 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::default();
-        let (steps, rpcs) = (Family::default(), Family::default());
-        let (total, used, obeyed) = (Family::default(), Family::default(), Family::default());
-        registry.register("berth_node_steps", "Steps taken, by kind and result", Family::clone(&steps));
-        registry.register("berth_node_rpcs", "CSI calls answered, by method and code", Family::clone(&rpcs));
-        registry.register(
-            "berth_node_pool_total_bytes",
-            "What may be promised in a pool here",
-            Family::clone(&total),
-        );
-        registry.register(
-            "berth_node_pool_used_bytes",
-            "What is written in a pool here",
-            Family::clone(&used),
-        );
-        registry.register(
-            "berth_node_pool_obeyed_bytes",
-            "Promises obeyed and not released",
-            Family::clone(&obeyed),
-        );
-        Self { registry, steps, rpcs, total, used, obeyed }
+        let started: Gauge = register(&mut registry, Metric::ProcessStartTimeSeconds);
+        started.set(i64::try_from(now().0 / 1000).unwrap_or(i64::MAX));
+        Self {
+            steps: register(&mut registry, Metric::NodeStepsTotal),
+            rpcs: register(&mut registry, Metric::NodeRpcsTotal),
+            total: register(&mut registry, Metric::NodePoolTotalBytes),
+            used: register(&mut registry, Metric::NodePoolUsedBytes),
+            obeyed: register(&mut registry, Metric::NodePoolObeyedBytes),
+            registry,
+        }
     }
+}
+
+/// A metric under its name, with what it says. The encoder appends the suffix of counters itself.
+fn register<M: RegisteredMetric + Default + Clone>(registry: &mut Registry, metric: Metric) -> M {
+    let family = M::default();
+    let (name, help) = (metric.name().trim_end_matches("_total"), metric.help().trim_end_matches('.'));
+    registry.register(name, help, family.clone());
+    family
 }
 
 impl Metrics {
@@ -95,11 +95,11 @@ impl Metrics {
         self.obeyed.get_or_create(&labels).set(obeyed);
     }
 
-    /// All of it, in the OpenMetrics text format.
+    /// All of it, in the `OpenMetrics` text format.
     pub fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a String cannot fail.
-        drop(encode(&mut text, &self.registry));
+        let _ = encode(&mut text, &self.registry);
         text
     }
 }
@@ -135,12 +135,12 @@ pub async fn serve(node: Arc<Node>, address: SocketAddr, stop: CancellationToken
     let metrics = Arc::clone(&node.metrics);
     let router = Router::new()
         .route("/healthz", get(|| async { "ok" }))
-        .route("/readyz", get(move || ready(Arc::clone(&node))))
-        .route("/metrics", get(move || show(Arc::clone(&metrics))));
+        .route("/readyz", get(move || future::ready(ready(&node))))
+        .route("/metrics", get(move || future::ready(show(&metrics))));
     axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
 }
 
-async fn ready(node: Arc<Node>) -> impl IntoResponse {
+fn ready(node: &Node) -> impl IntoResponse + use<> {
     if node.watches.synced() {
         (StatusCode::OK, "ok")
     } else {
@@ -148,7 +148,7 @@ async fn ready(node: Arc<Node>) -> impl IntoResponse {
     }
 }
 
-async fn show(metrics: Arc<Metrics>) -> impl IntoResponse {
+fn show(metrics: &Metrics) -> impl IntoResponse + use<> {
     ([(CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], metrics.text())
 }
 
@@ -170,5 +170,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{text}");
         }
+        let started = text.lines().find_map(|line| line.strip_prefix("berth_process_start_time_seconds "));
+        assert!(started.unwrap().parse::<u64>().unwrap() > 1_700_000_000, "{text}");
     }
 }

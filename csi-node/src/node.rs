@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use berth_api::staging_node::Versions;
 use berth_core::ids::NodeName;
 use berth_core::units::Timestamp;
 use berth_device::preflight::Preflight;
@@ -49,6 +50,8 @@ pub struct Node {
     pub news: News,
     /// The agent's own record.
     pub record: Arc<NodeRecord>,
+    /// Held from looking until the node's own object is written, so that an older report never follows a newer one.
+    pub reporting: tokio::sync::Mutex<()>,
     /// What the machine has and lacks.
     pub preflight: LastPreflight,
     /// Counters.
@@ -83,6 +86,17 @@ impl LastPreflight {
             let found = Preflight::run();
             *self.0.write().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), found);
         }
+    }
+}
+
+/// What runs here, and what it runs on.
+pub fn versions(preflight: &Preflight) -> Versions {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let qemu = preflight.checks.iter().find(|check| check.name == "qemu-img" && check.ok);
+    Versions {
+        agent: env!("CARGO_PKG_VERSION").to_owned(),
+        kernel: kernel.trim().to_owned(),
+        qemu_img: qemu.map(|check| check.detail.clone()),
     }
 }
 

@@ -118,6 +118,7 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
         jobs: Jobs::new(Arc::clone(&wake), stop.clone()),
         news: News::default(),
         record: Arc::new(record),
+        reporting: tokio::sync::Mutex::default(),
         preflight,
         metrics: Arc::new(Metrics::default()),
         wake,

@@ -1,7 +1,10 @@
 //! Imports against a real S3 protocol and a real web server, with images of `qemu-img`.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
+#[allow(dead_code)] // no test program uses all of it
 mod bed;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -9,8 +12,10 @@ use bed::{Bed, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
 use berth_core::ids::Digest;
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
-use berth_core::units::Bytes;
-use berth_node::import::{ImportError, Origin, probe_source};
+use berth_core::units::{Bytes, Generation, Timestamp};
+use berth_node::import::{ImportError, Origin, abandon, probe_source};
+use berth_objectstore::chunks::publish::Expected;
+use berth_objectstore::chunks::session::{Session, Writer};
 use berth_testkit::http_source::HttpSource;
 use berth_testkit::s3::fault::{FaultAction, FaultRule};
 use tokio_util::sync::CancellationToken;
@@ -266,12 +271,12 @@ async fn what_is_done_is_not_done_again_and_names_are_not_taken_over() {
     let durable = work.run(&bed, &origin).await.unwrap();
     let (sent_before, seq) = (sent(&bed), bed.s3.log().unwrap().last_seq());
     assert_eq!(work.run(&bed, &origin).await.unwrap(), durable, "from the record");
-    let elsewhere = Work::on(&bed, "once", "node-b", 2);
-    assert_eq!(elsewhere.run(&bed, &origin).await.unwrap(), durable, "from the manifest");
     assert_eq!(sent(&bed), sent_before, "nothing is read");
+    let elsewhere = Work::on(&bed, "once", "node-b", 2);
+    assert_eq!(elsewhere.run(&bed, &origin).await.unwrap(), durable, "read anew: the bucket proves nothing");
     let log = bed.s3.log().unwrap().after(seq);
     assert!(
-        log.put_bytes_by_key().keys().all(|key| key.contains("/sessions/")),
+        log.put_bytes_by_key().keys().all(|key| !key.contains("/chunks/")),
         "{:?}",
         log.put_bytes_by_key()
     );
@@ -285,6 +290,82 @@ async fn what_is_done_is_not_done_again_and_names_are_not_taken_over() {
     assert_eq!(bed.chunks.manifest(&work.job.name).await.unwrap().unwrap().0.owner, work.job.uid);
     work.abandon(&bed, true).await;
     assert!(bed.chunks.manifest(&work.job.name).await.unwrap().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_write_into_the_bucket_is_never_the_result() {
+    let bed = Bed::new().await;
+    raw_image(&bed.file("secret"), 8, &[0..6]);
+    raw_image(&bed.file("own"), 4, &[3..4]);
+    let secret = Work::new(&bed, "secret");
+    let theirs = secret.run(&bed, &bed.origin("plain", "secret", PATIENCE)).await.unwrap();
+    let (forged, _) = bed.chunks.manifest(&secret.job.name).await.unwrap().unwrap();
+    let work = Work::on(&bed, "own", "node-a", 2);
+
+    // A name of ours that claims the other image, and is charged nothing.
+    let mut manifest = forged.clone();
+    manifest.owner = work.job.uid.clone();
+    manifest.labels.insert("berth.real-bytes".to_owned(), "0".to_owned());
+    bed.chunks.publish(&work.job.name, &manifest, &Expected::Absent).await.unwrap();
+    // A session of ours that has uploaded all of the other image, and says so of our source.
+    let writer = Writer {
+        uid: work.job.uid.clone(),
+        generation: Generation(1),
+        node: "node-b".into(),
+        started: Timestamp(1),
+    };
+    let mut session = Session::begin(bed.chunks.clone(), writer).await.unwrap();
+    let index = bed.dir.path().join("forged.caibx");
+    let mut uploader = session.uploader(&index).await.unwrap();
+    for piece in std::fs::read(bed.file("secret")).unwrap().chunks(256 << 10) {
+        uploader.push_data(piece.to_vec().into()).await.unwrap();
+    }
+    let state = serde_json::json!({ "sourceDigest": Digest(sum(&bed.file("own"))).to_string() });
+    session.checkpoint(&mut uploader, state).await.unwrap();
+
+    let durable = work.run(&bed, &bed.origin("plain", "own", PATIENCE)).await.unwrap();
+    assert_ne!(durable.digest, theirs.digest);
+    assert_eq!((durable.virtual_size, durable.real_size), (Bytes::mib(4), Bytes::mib(1)));
+    assert!(same_disk(&bed.restore(&durable).await, &bed.file("own")));
+    let (named, _) = bed.chunks.manifest(&work.job.name).await.unwrap().unwrap();
+    assert_eq!(named.digest, durable.digest);
+    bed.check_nothing_left(&work).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_writer_does_not_bring_a_deleted_name_back() {
+    let bed = Bed::new().await;
+    raw_image(&bed.file("disk"), 8, &[0..4]);
+    let origin = bed.origin("plain", "disk", PATIENCE);
+    // While it verifies, while it gives the name, and between two attempts.
+    for stage in [Stage::Verify, Stage::Publish] {
+        let late = Work::new(&bed, &format!("late-{}", stage as u8));
+        let other = Arc::new(Work::on(&bed, &format!("late-{}", stage as u8), "node-b", 2));
+        let (chunks, given_up) = (bed.chunks.clone(), Arc::clone(&other));
+        let handle = tokio::runtime::Handle::current();
+        let delete = move || {
+            let abandoned =
+                async { abandon(&given_up.job, &chunks, &given_up.journal(), true).await.unwrap() };
+            tokio::task::block_in_place(|| handle.block_on(abandoned));
+        };
+        *late.told.happens_at.lock().unwrap() = Some((stage, Box::new(delete)));
+        for attempt in 0..2 {
+            let error = late.run(&bed, &origin).await.unwrap_err();
+            assert!(error.is_superseded(), "{stage} {attempt}: {}", error.chain());
+            assert!(bed.chunks.manifest(&late.job.name).await.unwrap().is_none(), "{stage} {attempt}");
+        }
+        late.abandon(&bed, true).await;
+        bed.check_nothing_left(&late).await;
+    }
+    let late = Work::new(&bed, "stopped");
+    let cancel = CancellationToken::new();
+    *late.told.stop_at.lock().unwrap() = Some((Stage::Upload, cancel.clone()));
+    assert!(matches!(late.run_until(&bed, &origin, &cancel).await, Err(ImportError::Cancelled)));
+    late.told.stop_at.lock().unwrap().take();
+    Work::on(&bed, "stopped", "node-b", 2).abandon(&bed, true).await;
+    let error = late.run(&bed, &origin).await.unwrap_err();
+    assert!(error.is_superseded(), "{}", error.chain());
+    assert!(bed.chunks.manifest(&late.job.name).await.unwrap().is_none());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -48,6 +48,7 @@ fn parse(request: &CreateVolumeRequest) -> Result<VolumeRequest, RpcError> {
     VolumeRequest::parse(request, &NodeName::from("n1"))
 }
 
+#[allow(clippy::unnecessary_wraps)] // as the field of the request is
 fn on(nodes: &[&str]) -> Option<TopologyRequirement> {
     let segments = |node: &&str| Topology { segments: parameters(&[("topology.berth.dev/node", node)]) };
     Some(TopologyRequirement { requisite: nodes.iter().map(segments).collect(), preferred: Vec::new() })
@@ -72,16 +73,16 @@ fn what_cannot_be_made_is_refused_with_the_code_that_the_sidecar_needs() {
         }),
         ("pool", Code::InvalidArgument, |r| r.parameters.clear()),
         ("hostmount", Code::InvalidArgument, |r| {
-            r.parameters = parameters(&[("pool", "p"), ("hostmount", "true")])
+            r.parameters = parameters(&[("pool", "p"), ("hostmount", "true")]);
         }),
         ("template: x", Code::InvalidArgument, |r| {
-            r.parameters = parameters(&[("pool", "p"), ("template", "x")])
+            r.parameters = parameters(&[("pool", "p"), ("template", "x")]);
         }),
         ("../b", Code::InvalidArgument, |r| {
-            r.parameters = parameters(&[("pool", "p"), ("template", "a/../b")])
+            r.parameters = parameters(&[("pool", "p"), ("template", "a/../b")]);
         }),
         ("partition: 0", Code::InvalidArgument, |r| {
-            r.parameters = parameters(&[("pool", "p"), ("partition", "0")])
+            r.parameters = parameters(&[("pool", "p"), ("partition", "0")]);
         }),
         ("HostMountNotAllowed", Code::InvalidArgument, |r| {
             r.parameters = parameters(&[("pool", "p"), ("template", "a/b")]);

@@ -1,5 +1,7 @@
 //! `berth-node template import` as people run it.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
+#[allow(dead_code)] // no test program uses all of it
 mod bed;
 
 use std::process::{Output, Stdio};

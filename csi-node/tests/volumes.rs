@@ -1,4 +1,5 @@
 //! Volumes and directories of an area, with their record, through repeats, half-done work and restarts.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +13,10 @@ use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
 use berth_node::agent::volumes::{self, VolumeError, format_mark};
+use berth_node::rpc::attach;
+use berth_node::rpc::status::RpcError;
 use berth_record::{Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeState, tables};
+use tonic::{Code, Status};
 
 const FIRST: Generation = Generation(1);
 
@@ -84,6 +88,61 @@ fn a_blank_volume_is_sparse_made_once_and_removed_without_trace() {
 }
 
 #[test]
+fn a_volume_whose_file_is_gone_is_never_made_again_nor_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r4");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    assert!(attach::find(&pools, "v1-r4", &uid).is_ok());
+    fs::remove_file(pool.volume_file(&uid)).unwrap();
+    for generation in [FIRST, Generation(2)] {
+        let again = volumes::make(&pool, &uid, generation, Bytes::mib(8), &Origin::Blank, &BTreeMap::new());
+        assert!(matches!(again, Err(VolumeError::Lost { .. })), "{again:?}");
+        assert!(!pool.volume_file(&uid).exists());
+    }
+    let status = Status::from(&attach::find(&pools, "v1-r4", &uid).err().expect("refused"));
+    assert_eq!(status.code(), Code::NotFound);
+    assert!(status.message().contains("VolumeLost"), "{status}");
+    volumes::remove(&pool, &uid).unwrap();
+    assert_eq!(volume(&pool, &uid), None);
+    close(pool, pools);
+}
+
+#[test]
+fn nothing_is_said_to_be_unstaged_while_the_pool_that_may_hold_it_is_not_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, pool) = open(dir.path());
+    let (uid, nothing) = (Uid::from("r5"), dir.path().join("staged"));
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    let attachment = Attachment {
+        loop_device: None,
+        backing_file: pool.volume_file(&uid),
+        staged_path: nothing.clone(),
+        mode: AttachmentMode::Block,
+    };
+    pool.record.attach(&uid, &attachment).unwrap();
+    close(pool, first);
+
+    let pools = pools(dir.path());
+    let unstage = |wanted: &[&str], uid: &Uid| {
+        attach::unstage(&pools, wanted.iter().map(|name| PoolName::from(*name)), uid, &nothing)
+    };
+    let refused = |outcome: Result<(), RpcError>, pool: &str| {
+        let status = Status::from(&outcome.expect_err("refused"));
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(status.message().contains(&format!("pool {pool},")), "{status}");
+    };
+    refused(unstage(&[], &uid), "fast"); // known from before
+    pools.reopen_known().unwrap();
+    unstage(&["other"], &uid).unwrap();
+    let pool = pools.get(&"fast".into()).unwrap();
+    assert_eq!(pool.record.record().get(tables::ATTACHMENTS, &uid).unwrap(), None);
+    refused(unstage(&["other"], &"elsewhere".into()), "other"); // wanted, never opened
+    unstage(&["fast"], &"elsewhere".into()).unwrap();
+    close(pool, pools);
+}
+
+#[test]
 fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     let dir = tempfile::tempdir().unwrap();
     let (pools, pool) = open(dir.path());
@@ -93,7 +152,7 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     fs::write(pool.image_file(&digest), &content).unwrap();
     let image = Uid::from("img");
     pool.record.begin_fill(&digest, &image, Bytes::mib(3), Bytes::mib(1), Timestamp(1)).unwrap();
-    pool.record.fill_complete(&digest).unwrap();
+    pool.record.fill_complete(&digest, &image).unwrap();
 
     let uid = Uid::from("r2");
     let entry = VolumeEntry {
@@ -113,6 +172,13 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     assert_eq!(volume(&pool, &uid).map(|volume| volume.state), Some(VolumeState::Ready));
     let used = pool.record.record().get(tables::IMAGES, &digest).unwrap().unwrap().last_used;
     assert!(used > Timestamp(1), "the image was used");
+
+    let small = Uid::from("r6");
+    let refused =
+        volumes::make(&pool, &small, FIRST, Bytes::mib(2), &Origin::Image(digest), &BTreeMap::new());
+    assert!(matches!(refused, Err(VolumeError::ImageTooLarge { .. })), "{refused:?}");
+    assert!(!pool.volume_file(&small).exists(), "the promise is not exceeded");
+    volumes::remove(&pool, &small).unwrap();
     close(pool, pools);
 }
 

@@ -183,15 +183,12 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, after)) = rest.split_first() {
-        match (byte, octal(after)) {
-            (b'\\', Some(value)) => {
-                plain.push(value);
-                rest = &after[3..];
-            }
-            _ => {
-                plain.push(byte);
-                rest = after;
-            }
+        if let (b'\\', Some(value)) = (byte, octal(after)) {
+            plain.push(value);
+            rest = &after[3..];
+        } else {
+            plain.push(byte);
+            rest = after;
         }
     }
     plain

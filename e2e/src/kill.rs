@@ -240,7 +240,7 @@ pub async fn run(options: &KillOptions) -> Result<Report, KillError> {
 impl Run<'_> {
     async fn all(&mut self) -> Result<(), KillError> {
         let Images { qcow2, vmdk, .. } = self.images.clone();
-        self.import(self.plan("reference", "reference", &qcow2)).await?;
+        self.import(Self::plan("reference", "reference", &qcow2)).await?;
         if !self.report.violations.is_empty() {
             return Ok(());
         }
@@ -251,7 +251,7 @@ impl Run<'_> {
             .map(|stage| (stage, self.options.kills_per_stage))
             .collect();
         for round in 0..MOST_ROUNDS {
-            let mut plan = self.plan(&format!("killed-{round}"), "killed", &qcow2);
+            let mut plan = Self::plan(&format!("killed-{round}"), "killed", &qcow2);
             plan.rate = Some((self.images.data / (2 * self.options.kills_per_stage + 2)).max(8 << 20));
             (plan.kills, plan.lose) = (wanted, round == 0);
             wanted = self.import(plan).await?;
@@ -265,7 +265,7 @@ impl Run<'_> {
             if !self.report.violations.is_empty() {
                 break;
             }
-            let mut plan = self.plan(&format!("converted-{round}"), "converted", &vmdk);
+            let mut plan = Self::plan(&format!("converted-{round}"), "converted", &vmdk);
             plan.kills = wanted;
             wanted = self.import(plan).await?;
             if wanted.is_empty() {
@@ -281,7 +281,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn plan<'a>(&self, name: &str, store: &'a str, file: &'a Path) -> Plan<'a> {
+    fn plan<'a>(name: &str, store: &'a str, file: &'a Path) -> Plan<'a> {
         Plan { name: name.to_owned(), store, file, rate: None, kills: BTreeMap::new(), lose: false }
     }
 
@@ -318,7 +318,7 @@ impl Run<'_> {
         let entry = self.stores.entry(plan.store.to_owned()).or_default();
         entry.0 += struck;
         entry.1.push(plan.name.clone());
-        self.check_outcome(&plan, struck, node_kills, began.elapsed()).await?;
+        self.check_outcome(&plan, struck, node_kills, began.elapsed())?;
         self.stages.reset().map_err(|source| self.log_failed(source))?;
         Ok(left)
     }

@@ -4,7 +4,7 @@
 //! Histories run in waves, each in a pool of its own, so that 200 take a minute or two. In each wave one operator is
 //! killed (SIGKILL) at a random moment and comes back after a random pause. Nodes are API objects that follow the
 //! agent's protocol ([`fake_node`]); what is promised, assigned and released is replayed from every version of every
-//! object ([`judge`]).
+//! object ([`mod@judge`]).
 
 pub mod fake_node;
 pub mod follow;
@@ -19,6 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use berth_api::StagingNode;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt as _};
 use tokio::time::sleep;
 
 use self::fake_node::{FakeNodeError, FakeNodes};
@@ -26,7 +29,7 @@ pub use self::history::HistoryError;
 use self::history::{Ground, Outcome, play};
 use self::judge::{Tally, Violation, judge};
 pub use self::operators::{Operator, OperatorError};
-use self::record::Counter;
+use self::record::{Counter, version_of};
 use crate::cluster::{Cluster, ClusterError};
 use crate::seeded::Seeded;
 use crate::wait::WaitError;
@@ -255,8 +258,26 @@ impl Race<'_> {
                 Err(error) => return Err(RaceError::History { error, logs: self.logs() }),
             }
         }
+        self.catch_up().await?;
         let changes = self.ground.counter.take().map_err(RaceError::Gap)?;
         self.report.add(&outcomes, killed_at, judge(changes));
+        Ok(())
+    }
+
+    /// Waits until the counter has seen what the nodes have reported: each kind comes by a watch of its own.
+    async fn catch_up(&self) -> Result<(), RaceError> {
+        let nodes: Api<StagingNode> = Api::all(self.ground.client.clone());
+        let reported =
+            nodes.list(&ListParams::default()).await.map_err(|error| RaceError::Gap(error.to_string()))?;
+        let deadline = Instant::now() + BEGIN_LIMIT;
+        for node in &reported.items {
+            while self.ground.counter.latest("StagingNode", &node.name_any()) < version_of(node) {
+                if Instant::now() >= deadline {
+                    return Err(RaceError::Gap(format!("the reports of {} do not come", node.name_any())));
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        }
         Ok(())
     }
 

@@ -24,7 +24,7 @@ use serde_json::json;
 pub use self::error::SiteError;
 pub use self::node::SiteNode;
 pub use self::programs::{Programs, ProgramsError};
-pub use self::servers::{BUCKET, S3Kind, S3Server, http_get_signed};
+pub use self::servers::{BUCKET, S3Kind, S3Server, ServerError, http_get_signed};
 use crate::cluster::{Cluster, SYSTEM_NAMESPACE};
 use crate::leaks::{self, Loop};
 use crate::ports::free_port;

@@ -1,7 +1,9 @@
 //! What `qemu-img` writes, read as `qemu-img` reads it.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
 mod common;
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -231,7 +233,7 @@ fn convert_as_probed(bench: &Bench, name: &str, probe: &Probe) -> Vec<u8> {
     let Reader::QemuImg { driver } = probe.reader else { panic!("{name} is native") };
     let mut source = format!("driver={driver},file.driver=file,file.filename={name}");
     for (option, value) in probe.reader.options() {
-        source.push_str(&format!(",{option}={value}"));
+        write!(source, ",{option}={value}").unwrap();
     }
     bench.run(&["convert", "--image-opts", "-O", "raw", &source, "back"]);
     fs::read(bench.path("back")).unwrap()

@@ -25,7 +25,7 @@ pub fn lease(node: &str, renewed: &str) -> Lease {
         "spec": {"renewTime": renewed.replace('Z', ".000000Z"), "leaseDurationSeconds": 40}}))
 }
 
-fn reservation(name: &str, size: &str, status: Value) -> Value {
+fn reservation(name: &str, size: &str, status: &Value) -> Value {
     json!({"apiVersion": API, "kind": "StagingReservation",
         "metadata": {"name": name, "namespace": "team", "uid": format!("uid-{name}"),
                      "finalizers": ["staging.berth.dev/release"]},
@@ -67,8 +67,8 @@ pub fn seen() -> Seen {
         pools: vec![read(pool)],
         nodes: vec![read(node)],
         reservations: vec![
-            read(reservation("ready", "3Gi", ready)),
-            read(reservation("waits", "8Gi", waits)),
+            read(reservation("ready", "3Gi", &ready)),
+            read(reservation("waits", "8Gi", &waits)),
         ],
         imports: vec![read(import)],
         ledgers: vec![read(ledger)],

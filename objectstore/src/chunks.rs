@@ -17,5 +17,7 @@ mod frame;
 mod index_file;
 mod local_index;
 
+pub use index_file::IndexFileError;
+
 #[cfg(test)]
 mod tests;

@@ -68,7 +68,7 @@ impl Applier {
                     outcome.retry = Some(outcome.retry.map_or(*millis, |sooner| sooner.min(*millis)));
                 }
                 Change::ConfirmGone { holder, uid } => {
-                    confirmed = confirmed && self.is_gone(holder, uid).await?
+                    confirmed = confirmed && self.is_gone(holder, uid).await?;
                 }
                 _ if std::mem::replace(&mut confirmed, true) => outcome.wrote |= self.one(change).await?,
                 _ => {}
@@ -106,10 +106,10 @@ impl Applier {
             Change::AssignImport { name, version, placement } => {
                 self.assign_import(name, version, placement).await
             }
-            Change::ReportImport { name, uid, state, reason, message, reserved } => {
+            Change::ReportImport { name, uid, version, state, reason, message, reserved } => {
                 let report =
                     reports::ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
-                self.report_import(name, uid, &report).await
+                self.report_import(name, uid, version, &report).await
             }
             Change::AssignStore { name, version, node, generation } => {
                 self.assign_store(name, version, node, *generation).await

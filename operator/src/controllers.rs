@@ -64,7 +64,9 @@ fn queue<K: Controlled>(observer: &Observer, view: &View, touched: &Touched) {
         }
         _ => K::affected(view, touched),
     };
-    objects.into_iter().for_each(|object| K::objects(observer).queue(object));
+    for object in objects {
+        K::objects(observer).queue(object);
+    }
 }
 
 /// Starts every controller. On `stop` they finish what they are at and take nothing new.
@@ -142,6 +144,7 @@ async fn reconcile<K: Controlled>(object: Arc<K>, context: Arc<Context>) -> Resu
 }
 
 /// A conflict is looked at again at once, with a little jitter; anything else after pauses that double.
+#[allow(clippy::needless_pass_by_value)] // the signature that the controller asks for
 fn after_error<K: Controlled>(object: Arc<K>, error: &ApplyError, context: Arc<Context>) -> Action {
     let jitter = Duration::from_millis(5 + now().0 % 40);
     if matches!(error, ApplyError::Conflict { .. }) {

@@ -87,7 +87,7 @@ async fn write(recorder: Recorder, mut waiting: mpsc::Receiver<(Event, ObjectRef
                 );
             }
             Err(_) => {
-                tracing::warn!(object = object.name, reason = event.reason, "event not written in time")
+                tracing::warn!(object = object.name, reason = event.reason, "event not written in time");
             }
         }
     }

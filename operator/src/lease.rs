@@ -51,7 +51,7 @@ impl Candidate {
             match tokio::time::timeout(PATIENCE, self.round()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    tracing::warn!(error = chain(&error), "the Lease could not be read or renewed")
+                    tracing::warn!(error = chain(&error), "the Lease could not be read or renewed");
                 }
                 Err(_) => tracing::warn!("the API server did not answer about the Lease in time"),
             }

@@ -38,7 +38,7 @@ impl Default for Metrics {
     fn default() -> Self {
         let mut metrics =
             Self { registry: Registry::default(), counters: BTreeMap::new(), gauges: BTreeMap::new() };
-        for metric in Metric::ALL.iter().filter(|metric| metric.program() == Program::Operator) {
+        for metric in Metric::ALL.iter().filter(|metric| metric.program() != Program::Node) {
             metrics.register(*metric);
         }
         metrics.set(Metric::ProcessStartTimeSeconds, &[], seconds(now().0));
@@ -118,7 +118,9 @@ impl Metrics {
             Metric::PoolUsedBytes,
             Metric::PoolUnreferencedBytes,
         ];
-        gauges.into_iter().for_each(|metric| self.clear(metric));
+        for metric in gauges {
+            self.clear(metric);
+        }
         for ledger in view.ledgers.values() {
             let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
             let promised: Bytes = ledger.promises.values().map(|promise| promise.charge.data).sum();
@@ -255,8 +257,7 @@ mod tests {
         let text = metrics.encode().expect("writes to a string");
         assert!(text.contains("berth_ledger_conflicts_total{} 3"), "{text}");
         assert!(text.contains("berth_reservations{state=\"Queued\"} 0"), "{text}");
-        for metric in Metric::ALL.iter().filter(|m| m.program() == Program::Operator && m.labels().is_empty())
-        {
+        for metric in Metric::ALL.iter().filter(|m| m.program() != Program::Node && m.labels().is_empty()) {
             assert!(
                 text.contains(&format!("\n{}{{}} ", metric.name()))
                     || *metric == Metric::LastEventTimestampSeconds

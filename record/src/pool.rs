@@ -82,11 +82,15 @@ impl PoolRecord {
         })
     }
 
-    /// Records that the bytes of this promise are gone, after they are. The same again changes nothing.
+    /// Records that the bytes of this promise are gone, after they are. The same again changes nothing. Refused while a
+    /// volume, an attachment, a work directory or an image is recorded under it.
     pub fn promise_released(&self, uid: &Uid, generation: Generation) -> Result<(), ChangeError> {
         self.record.commit(|change| {
             let mut promise = change.require(tables::PROMISES, uid)?;
             not_older(tables::PROMISES.name(), uid, promise.generation, generation)?;
+            if let Some(holds) = holding(change, uid)? {
+                return Err(wrong_state(tables::PROMISES.name(), uid, holds, "released"));
+            }
             promise.released = true;
             change.put(tables::PROMISES, uid, &promise)
         })
@@ -106,7 +110,7 @@ impl PoolRecord {
     }
 
     /// Records the intent to fill an image, or resumes: an entry that is there already stays as it is, under `holder`
-    /// from now on. Returns the entry.
+    /// from now on. Returns the entry. Refused once the holder's promise is released.
     pub fn begin_fill(
         &self,
         digest: &Digest,
@@ -116,6 +120,7 @@ impl PoolRecord {
         now: Timestamp,
     ) -> Result<ImageEntry, ChangeError> {
         self.record.commit(|change| {
+            not_released(change, holder)?;
             let old = change.get(tables::IMAGES, digest)?;
             let state = old.map_or(ImageState::Filling { offset: Bytes::ZERO }, |old| old.state);
             let entry = ImageEntry { holder: holder.clone(), state, virtual_size, data, last_used: now };
@@ -124,28 +129,44 @@ impl PoolRecord {
         })
     }
 
-    /// Records that the first `offset` bytes of an image are on stable storage, after they are.
-    pub fn fill_progress(&self, digest: &Digest, offset: Bytes) -> Result<(), ChangeError> {
+    /// Records that the first `offset` bytes of an image are on stable storage, after they are. Refused if the image is
+    /// another holder's by now.
+    pub fn fill_progress(&self, digest: &Digest, holder: &Uid, offset: Bytes) -> Result<(), ChangeError> {
         self.change_image(digest, "filling", |image| match image.state {
-            ImageState::Filling { .. } => Ok(image.state = ImageState::Filling { offset }),
+            _ if image.holder != *holder => Err("another holder's"),
+            ImageState::Filling { .. } => {
+                image.state = ImageState::Filling { offset };
+                Ok(())
+            }
             ImageState::Complete => Err("complete"),
         })
     }
 
-    /// Records that an image is complete, after it was verified. The same again changes nothing.
-    pub fn fill_complete(&self, digest: &Digest) -> Result<(), ChangeError> {
-        self.change_image(digest, "complete", |image| Ok(image.state = ImageState::Complete))
+    /// Records that an image is complete, after it was verified. The same again changes nothing. Refused if the image is
+    /// another holder's by now.
+    pub fn fill_complete(&self, digest: &Digest, holder: &Uid) -> Result<(), ChangeError> {
+        self.change_image(digest, "complete", |image| {
+            if image.holder != *holder {
+                return Err("another holder's");
+            }
+            image.state = ImageState::Complete;
+            Ok(())
+        })
     }
 
     /// Records that an image was wanted. An earlier time than the recorded one changes nothing.
     pub fn image_used(&self, digest: &Digest, now: Timestamp) -> Result<(), ChangeError> {
-        self.change_image(digest, "used", |image| Ok(image.last_used = image.last_used.max(now)))
+        self.change_image(digest, "used", |image| {
+            image.last_used = image.last_used.max(now);
+            Ok(())
+        })
     }
 
     /// Records the intent to remove a complete or half-filled image: it counts as empty from now on.
     pub fn begin_evict(&self, digest: &Digest) -> Result<(), ChangeError> {
         self.change_image(digest, "evicted", |image| {
-            Ok(image.state = ImageState::Filling { offset: Bytes::ZERO })
+            image.state = ImageState::Filling { offset: Bytes::ZERO };
+            Ok(())
         })
     }
 
@@ -162,9 +183,10 @@ impl PoolRecord {
 
     /// Records the intent to make a volume, in state [`VolumeState::Creating`] whatever `volume` says. One that is
     /// there already is returned as it is, so that a repeated request can be answered from it; a later generation takes
-    /// over what an earlier one had begun.
+    /// over what an earlier one had begun. Refused once the volume's promise is released.
     pub fn begin_volume(&self, uid: &Uid, volume: &VolumeEntry) -> Result<VolumeEntry, ChangeError> {
         self.record.commit(|change| {
+            not_released(change, uid)?;
             if let Some(mut old) = change.get(tables::VOLUMES, uid)? {
                 not_older(tables::VOLUMES.name(), uid, old.generation, volume.generation)?;
                 if old.state == VolumeState::Deleting {
@@ -249,9 +271,10 @@ impl PoolRecord {
         self.record.commit(|change| change.remove(tables::ATTACHMENTS, uid))
     }
 
-    /// Records the space of a transfer, before its directory is made.
+    /// Records the space of a transfer, before its directory is made. Refused once its promise is released.
     pub fn begin_staging(&self, uid: &Uid, staging: &StagingEntry) -> Result<(), ChangeError> {
         self.record.commit(|change| {
+            not_released(change, uid)?;
             if let Some(old) = change.get(tables::STAGING, uid)? {
                 not_older(tables::STAGING.name(), uid, old.generation, staging.generation)?;
             }
@@ -288,6 +311,30 @@ fn not_older(
         return Ok(());
     }
     Err(ChangeError::StaleGeneration { table, key: uid.to_string(), recorded, given })
+}
+
+/// What is recorded under a promise, if anything is.
+fn holding(change: &Change<'_>, holder: &Uid) -> Result<Option<&'static str>, ChangeError> {
+    Ok(if change.get(tables::ATTACHMENTS, holder)?.is_some() {
+        Some("that of an attached volume")
+    } else if change.get(tables::VOLUMES, holder)?.is_some() {
+        Some("that of a volume")
+    } else if change.get(tables::STAGING, holder)?.is_some() {
+        Some("that of a work directory")
+    } else if change.any(tables::IMAGES, |image| image.holder == *holder)? {
+        Some("that of an image")
+    } else {
+        None
+    })
+}
+
+/// Nothing is begun under a promise that has been given back.
+fn not_released(change: &Change<'_>, holder: &Uid) -> Result<(), ChangeError> {
+    let promise = change.get(tables::PROMISES, holder)?;
+    if promise.is_some_and(|promise| promise.released) {
+        return Err(wrong_state(tables::PROMISES.name(), holder, "released", "used"));
+    }
+    Ok(())
 }
 
 fn wrong_state(table: &'static str, key: &impl ToString, state: &str, wanted: &'static str) -> ChangeError {

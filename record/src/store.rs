@@ -191,6 +191,23 @@ impl Change<'_> {
         self.get(table, key)?.ok_or_else(|| ChangeError::Missing { table: table.name(), key: key.to_text() })
     }
 
+    /// True if an entry of `table` meets `test`, with what this transaction has changed already.
+    pub fn any<K: RecordKey, V: Serialize + DeserializeOwned>(
+        &self,
+        table: StructTable<K, V>,
+        test: impl Fn(&V) -> bool,
+    ) -> Result<bool, ChangeError> {
+        let failed = |source| read_failed(table.name(), source);
+        let open = self.txn.open_table(table.definition()).map_err(|e| failed(e.into()))?;
+        for row in open.iter().map_err(|e| failed(e.into()))? {
+            let (key, value) = row.map_err(|e| failed(e.into()))?;
+            if test(&decode_row(table, key.value(), value.value())?.1) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Writes the entry, whether or not there was one.
     pub fn put<K: RecordKey, V: Serialize + DeserializeOwned>(
         &self,

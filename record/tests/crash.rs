@@ -1,4 +1,5 @@
 //! A record survives its process: what was acknowledged is there, what was not is there as a whole or not at all.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;

@@ -1,4 +1,5 @@
 //! Opening tells apart: absent, damaged, newer, foreign, locked.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
 use std::fs;
 use std::path::{Path, PathBuf};

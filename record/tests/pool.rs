@@ -1,4 +1,5 @@
 //! What the record of a pool allows, in which order.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
 use std::collections::BTreeMap;
 
@@ -75,6 +76,60 @@ fn promises_are_obeyed_released_forgotten() {
     assert!(matches!(record.promise_released(&uid, Generation(2)), Err(ChangeError::Missing { .. })));
 }
 
+/// A record that obeys one promise, to `u`.
+fn promised() -> (TempDir, PoolRecord, Uid) {
+    let (dir, record) = record();
+    let uid = Uid::from("u");
+    let promise = PromiseEntry {
+        generation: Generation(1),
+        class: PromiseClass::Volumes,
+        data: Bytes::gib(1),
+        metadata: Bytes::ZERO,
+        holder: Holder { kind: "StagingReservation".into(), namespace: "ns".into(), name: "r".into() },
+        obeyed: true,
+        released: false,
+    };
+    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1 };
+    record.obey(&position, &[(uid.clone(), promise)]).unwrap();
+    (dir, record, uid)
+}
+
+#[test]
+fn a_promise_is_not_released_while_anything_is_recorded_under_it_and_nothing_begins_after() {
+    let (_dir, record, uid) = promised();
+    let digest = Digest(Sha256Sum::of(b"image"));
+    let staging = StagingEntry { generation: Generation(1), dir: "staging/u".into(), bytes: Bytes::gib(1) };
+    let released = || record.promise_released(&uid, Generation(1));
+    let refused = |what: &str| match released() {
+        Err(ChangeError::State { state, .. }) => assert!(state.ends_with(what), "{state}"),
+        other => panic!("{what}: {other:?}"),
+    };
+    let fill = || record.begin_fill(&digest, &uid, Bytes::gib(4), Bytes::gib(1), Timestamp(1));
+
+    record.begin_volume(&uid, &volume(1)).unwrap();
+    refused("of a volume");
+    record.volume_ready(&uid, Generation(1)).unwrap();
+    record.attach(&uid, &attachment()).unwrap();
+    refused("of an attached volume");
+    assert!(record.begin_delete_volume(&uid).is_err(), "one that is attached");
+    record.detached(&uid).unwrap();
+    record.begin_delete_volume(&uid).unwrap();
+    refused("of a volume");
+    record.forget_volume(&uid).unwrap();
+    record.begin_staging(&uid, &staging).unwrap();
+    refused("of a work directory");
+    record.forget_staging(&uid).unwrap();
+    fill().unwrap();
+    refused("of an image");
+    record.forget_image(&digest).unwrap();
+
+    released().unwrap();
+    assert!(matches!(record.begin_volume(&uid, &volume(1)), Err(ChangeError::State { .. })));
+    assert!(matches!(record.begin_staging(&uid, &staging), Err(ChangeError::State { .. })));
+    assert!(matches!(fill(), Err(ChangeError::State { .. })));
+    released().unwrap();
+}
+
 #[test]
 fn volumes_move_forward_only() {
     let (_dir, record) = record();
@@ -104,13 +159,16 @@ fn volumes_move_forward_only() {
 fn images_resume_where_they_were() {
     let (_dir, record) = record();
     let digest = Digest(Sha256Sum::of(b"image"));
-    let begin =
-        |now| record.begin_fill(&digest, &Uid::from("h"), Bytes::gib(4), Bytes::gib(1), Timestamp(now));
+    let holder = Uid::from("h");
+    let begin = |now| record.begin_fill(&digest, &holder, Bytes::gib(4), Bytes::gib(1), Timestamp(now));
     assert_eq!(begin(1).unwrap().state, ImageState::Filling { offset: Bytes::ZERO });
-    record.fill_progress(&digest, Bytes::mib(32)).unwrap();
+    record.fill_progress(&digest, &holder, Bytes::mib(32)).unwrap();
     assert_eq!(begin(2).unwrap().state, ImageState::Filling { offset: Bytes::mib(32) });
-    record.fill_complete(&digest).unwrap();
-    assert!(matches!(record.fill_progress(&digest, Bytes::mib(1)), Err(ChangeError::State { .. })));
+    let late = Uid::from("late");
+    assert!(matches!(record.fill_progress(&digest, &late, Bytes::mib(64)), Err(ChangeError::State { .. })));
+    assert!(matches!(record.fill_complete(&digest, &late), Err(ChangeError::State { .. })));
+    record.fill_complete(&digest, &holder).unwrap();
+    assert!(matches!(record.fill_progress(&digest, &holder, Bytes::mib(1)), Err(ChangeError::State { .. })));
     assert!(matches!(record.forget_image(&digest), Err(ChangeError::State { .. })));
     record.image_used(&digest, Timestamp(9)).unwrap();
     record.image_used(&digest, Timestamp(3)).unwrap();

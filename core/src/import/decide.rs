@@ -15,13 +15,16 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
     if import.deleting {
         return release(view, import, reservation);
     }
-    if let Some(message) = &import.invalid {
-        return vec![report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false)];
-    }
     if import.durable.is_some() {
         let told =
             report(import, ImportState::Ready, Reason::Ready, "durable in its image store".to_owned(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
+    }
+    if import.state == ImportState::Ready {
+        return drop_reservation(reservation).into_iter().collect(); // whatever else is shown of it now: that was true
+    }
+    if let Some(message) = &import.invalid {
+        return vec![report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false)];
     }
     if let Some(error) = import.error.as_ref().filter(|error| !error.retryable) {
         let told = report(import, ImportState::Failed, error.reason, error.message.clone(), false);
@@ -32,7 +35,7 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         let held = reservation.filter(|reservation| reservation.state != ReservationState::Refused);
         return drop_reservation(held).into_iter().collect();
     }
-    if !view.stores.get(&import.store).is_some_and(|store| !store.deleting) {
+    if view.stores.get(&import.store).is_none_or(|store| store.deleting) {
         let message = format!("there is no ImageStore {}", import.store);
         return vec![report(import, ImportState::Pending, Reason::ImageStoreNotFound, message, false)];
     }
@@ -181,6 +184,7 @@ fn report(
     Change::ReportImport {
         name: import.name.clone(),
         uid: import.uid.clone(),
+        version: import.version.clone(),
         state,
         reason,
         message,
@@ -273,6 +277,28 @@ mod tests {
         ));
         view.reservations.clear();
         assert_eq!(ask(&view).len(), 1, "and nothing is made again");
+    }
+
+    #[test]
+    fn what_ended_does_not_begin_again_and_is_reported_at_the_version_that_was_seen() {
+        let mut view = fresh();
+        import(&mut view).assignment = Some(placed("p", "a", 1));
+        import(&mut view).peak = Some(Bytes(30));
+        import(&mut view).version = ObjectVersion("7".to_owned());
+        let changes = ask(&view);
+        assert!(changes.iter().any(
+            |change| matches!(change, Change::ReportImport { version, .. } if *version == ObjectVersion("7".to_owned()))
+        ));
+        for ended in [ImportState::Ready, ImportState::Failed] {
+            import(&mut view).state = ended;
+            assert_eq!(ask(&view), []);
+            let (reason, message) = (Reason::SourceStalled, String::new());
+            import(&mut view).error = Some(WorkError { reason, message, retryable: true });
+            assert_eq!(ask(&view), []);
+        }
+        import(&mut view).state = ImportState::Ready;
+        import(&mut view).invalid = Some("spec".to_owned());
+        assert_eq!(ask(&view), []);
     }
 
     #[test]

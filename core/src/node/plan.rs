@@ -2,7 +2,8 @@
 //!
 //! **Guarantees.** Nothing is made for a holder unless its promise is recorded as obeyed, and reported so; a promise is obeyed only if a
 //! ledger that is not behind and the holder's own assignment name this node at the same generation. Bytes are removed
-//! before their release is recorded, and only for a holder that is being deleted. A volume in use is never removed.
+//! before their release is recorded, and only for a holder that is being deleted. A volume in use is never removed, and one
+//! whose file is gone is never made again.
 //! Steps are safe to repeat: planning again after a crash at any point leads to the same end.
 
 use crate::ids::{Digest, PoolName, Uid};
@@ -137,10 +138,12 @@ fn serve(
     if !may_make || reservation.generation != generation || reservation.is_prepared(uid, area) {
         return Vec::new();
     }
+    if area.volumes.get(uid).is_some_and(|volume| volume.lost) {
+        return Vec::new();
+    }
     let (pool, reservation_uid) = (pool.clone(), uid.clone());
     let bytes = area.promises.get(uid).map(|promise| promise.data).unwrap_or_default();
     let origin = match (&reservation.access, &reservation.image) {
-        (Access::Stream, _) => return Vec::new(),
         (Access::File, _) => {
             return vec![Step::MakeWorkDir { pool, reservation: reservation_uid, generation, bytes }];
         }
@@ -148,7 +151,8 @@ fn serve(
         (Access::Block, Some(digest)) if area.images.get(digest).is_some_and(|image| image.complete) => {
             Origin::Image(*digest)
         }
-        (Access::Block, Some(_)) => return Vec::new(), // the image is not all there yet
+        // Nothing is written, or the image is not all there yet.
+        (Access::Stream, _) | (Access::Block, Some(_)) => return Vec::new(),
     };
     vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin }]
 }
@@ -175,13 +179,15 @@ fn give_back(
     steps
 }
 
-/// True while an import still writes in this reservation's directory.
+/// True while an import of whatever generation may still write in this reservation's directory. Where one works that is
+/// not shown any more is not known.
 fn works_in(view: &NodeView, reservation: &Uid) -> bool {
-    let Some(reservation) = view.reservations.get(reservation) else { return false };
-    view.imports.iter().filter(|(_, import)| import.reservation == reservation.name).any(|(uid, import)| {
-        let job = JobKey { kind: JobKind::Import, uid: uid.clone(), generation: import.generation };
-        view.jobs.contains(&job)
-    })
+    let files = |reservation: &&NodeReservation| reservation.access == Access::File;
+    let Some(reservation) = view.reservations.get(reservation).filter(files) else { return false };
+    view.jobs
+        .iter()
+        .filter(|job| job.kind == JobKind::Import)
+        .any(|job| view.imports.get(&job.uid).is_none_or(|import| import.reservation == reservation.name))
 }
 
 fn serve_image(
@@ -193,11 +199,10 @@ fn serve_image(
     may_make: bool,
 ) -> Vec<Step> {
     let Some(image) = view.images.get(uid) else { return Vec::new() };
-    let job = JobKey { kind: JobKind::Fill, uid: uid.clone(), generation };
-    let filling = view.jobs.contains(&job);
+    let filling = view.jobs.iter().find(|job| job.kind == JobKind::Fill && job.uid == *uid);
     if image.deleting && !is_awaited(view, area, pool, &image.digest) {
-        if filling {
-            return vec![Step::StopJob { job }];
+        if let Some(job) = filling {
+            return vec![Step::StopJob { job: job.clone() }];
         }
         let (pool, image_uid, digest) = (pool.clone(), uid.clone(), image.digest);
         let mut steps = Vec::new();
@@ -207,7 +212,7 @@ fn serve_image(
         steps.push(Step::Released { pool, holder: image_uid, generation });
         return steps;
     }
-    if filling || !may_make || area.images.get(&image.digest).is_some_and(|held| held.complete) {
+    if filling.is_some() || !may_make || area.images.get(&image.digest).is_some_and(|held| held.complete) {
         return Vec::new();
     }
     vec![Step::FillImage { pool: pool.clone(), image: uid.clone(), generation }]

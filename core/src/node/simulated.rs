@@ -6,11 +6,11 @@ use super::view::{
     AreaView, HeldImage, HeldVolume, HeldWorkDir, JobKey, JobKind, NodeImage, NodeImport, NodeReservation,
     NodeView, ObeyedPromise, PoolOnNode,
 };
-use super::{Origin, Step, behind, plan};
+use super::{Halted, Origin, Step, behind, plan};
 use crate::ids::{Digest, ObjectName, PoolName, Sha256Sum, Uid};
 use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::units::{Bytes, Generation, Timestamp};
-use crate::view::{Access, LedgerView};
+use crate::view::{Access, LedgerCapacity, LedgerView, ObjectVersion};
 
 /// The view, and beside it what really lies on the disk.
 #[derive(Clone)]
@@ -19,6 +19,8 @@ struct Node {
     disk: BTreeSet<String>,
     /// Effects until the power fails.
     left: usize,
+    /// Steps that have no effect and fail.
+    fails: fn(&Step) -> bool,
 }
 
 #[derive(Debug)]
@@ -57,7 +59,9 @@ impl Node {
             Step::MakeWorkDir { reservation, generation, .. } => {
                 self.must_be_obeyed(reservation);
                 let held = |made| HeldWorkDir { generation: *generation, made };
-                self.effect(|area, _| drop(area.work_dirs.insert(reservation.clone(), held(false))))?;
+                self.effect(|area, _| {
+                    area.work_dirs.insert(reservation.clone(), held(false));
+                })?;
                 self.effect(|area, disk| {
                     disk.insert(format!("dir {reservation}"));
                     area.work_dirs.insert(reservation.clone(), held(true));
@@ -67,25 +71,8 @@ impl Node {
                 self.make_volume(reservation, *generation, origin)
             }
             Step::FillImage { image, .. } => self.fill(image),
-            Step::RemoveWorkDir { reservation, .. } => {
-                self.effect(|_, disk| {
-                    disk.remove(&format!("dir {reservation}"));
-                })?;
-                self.effect(|area, _| drop(area.work_dirs.remove(reservation)))
-            }
-            Step::RemoveVolume { reservation, .. } => {
-                self.effect(|area, _| area.volumes.get_mut(reservation).expect("planned").ready = false)?;
-                self.effect(|_, disk| {
-                    disk.remove(&format!("volume {reservation}"));
-                })?;
-                self.effect(|area, _| drop(area.volumes.remove(reservation)))
-            }
-            Step::RemoveImage { digest, .. } => {
-                self.effect(|area, _| area.images.get_mut(digest).expect("planned").complete = false)?;
-                self.effect(|_, disk| {
-                    disk.remove(&format!("image {digest}"));
-                })?;
-                self.effect(|area, _| drop(area.images.remove(digest)))
+            Step::RemoveWorkDir { .. } | Step::RemoveVolume { .. } | Step::RemoveImage { .. } => {
+                self.remove(step)
             }
             Step::Released { holder, .. } => {
                 assert!(
@@ -95,10 +82,44 @@ impl Node {
                 );
                 self.effect(|area, _| area.promises.get_mut(holder).expect("planned").released = true)
             }
-            Step::Forget { holders, .. } => {
-                self.effect(|area, _| holders.iter().for_each(|uid| drop(area.promises.remove(uid))))
-            }
+            Step::Forget { holders, .. } => self.effect(|area, _| {
+                for uid in holders {
+                    area.promises.remove(uid);
+                }
+            }),
             other => panic!("not simulated: {other:?}"),
+        }
+    }
+
+    fn remove(&mut self, step: &Step) -> Result<(), PowerCut> {
+        match step {
+            Step::RemoveWorkDir { reservation, .. } => {
+                self.effect(|_, disk| {
+                    disk.remove(&format!("dir {reservation}"));
+                })?;
+                self.effect(|area, _| {
+                    area.work_dirs.remove(reservation);
+                })
+            }
+            Step::RemoveVolume { reservation, .. } => {
+                self.effect(|area, _| area.volumes.get_mut(reservation).expect("planned").ready = false)?;
+                self.effect(|_, disk| {
+                    disk.remove(&format!("volume {reservation}"));
+                })?;
+                self.effect(|area, _| {
+                    area.volumes.remove(reservation);
+                })
+            }
+            Step::RemoveImage { digest, .. } => {
+                self.effect(|area, _| area.images.get_mut(digest).expect("planned").complete = false)?;
+                self.effect(|_, disk| {
+                    disk.remove(&format!("image {digest}"));
+                })?;
+                self.effect(|area, _| {
+                    area.images.remove(digest);
+                })
+            }
+            other => unreachable!("{other:?} removes nothing"),
         }
     }
 
@@ -107,23 +128,31 @@ impl Node {
         if let Origin::Image(digest) = origin {
             assert!(self.disk.contains(&format!("image {digest}")), "cloned from nothing");
         }
-        let held = |ready| HeldVolume { generation, ready, attached: false };
-        self.effect(|area, _| drop(area.volumes.insert(uid.clone(), held(false))))?;
+        let held = |ready| HeldVolume { generation, ready, lost: false, attached: false };
+        self.effect(|area, _| {
+            area.volumes.insert(uid.clone(), held(false));
+        })?;
         self.effect(|_, disk| {
             disk.insert(format!("volume {uid}"));
         })?;
-        self.effect(|area, _| drop(area.volumes.insert(uid.clone(), held(true))))
+        self.effect(|area, _| {
+            area.volumes.insert(uid.clone(), held(true));
+        })
     }
 
     fn fill(&mut self, uid: &Uid) -> Result<(), PowerCut> {
         self.must_be_obeyed(uid);
         let image = self.view.images[uid].clone();
         let held = |complete| HeldImage { holder: uid.clone(), complete, last_used: Timestamp(1) };
-        self.effect(|area, _| drop(area.images.insert(image.digest, held(false))))?;
+        self.effect(|area, _| {
+            area.images.insert(image.digest, held(false));
+        })?;
         self.effect(|_, disk| {
             disk.insert(format!("image {}", image.digest));
         })?;
-        self.effect(|area, _| drop(area.images.insert(image.digest, held(true))))
+        self.effect(|area, _| {
+            area.images.insert(image.digest, held(true));
+        })
     }
 
     fn must_be_obeyed(&self, uid: &Uid) {
@@ -139,6 +168,19 @@ impl Node {
         news.map(|promise| promise.reported = true).count() > 0
     }
 
+    /// Runs a plan, but nothing for an object after a step for it that has failed.
+    fn round(&mut self, steps: Vec<Step>) -> Result<(), PowerCut> {
+        let mut halted = Halted::default();
+        for step in steps {
+            if halted.bars(&step) || (self.fails)(&step) {
+                halted.note(&step);
+            } else {
+                self.run(&step)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Plans and runs until nothing is left to do.
     fn settle(&mut self) -> Result<usize, PowerCut> {
         let before = self.left;
@@ -147,9 +189,7 @@ impl Node {
             if steps.is_empty() && !self.report() {
                 return Ok(before - self.left);
             }
-            for step in steps {
-                self.run(&step)?;
-            }
+            self.round(steps)?;
         }
         panic!("it never settles: {:?}", plan(&self.view, Timestamp(5)));
     }
@@ -182,12 +222,12 @@ fn promise(uid: &str, class: Class) -> (Uid, Promise) {
 fn asked() -> Node {
     let ledger = LedgerView {
         name: "p-n".to_owned(),
-        version: Default::default(),
+        version: ObjectVersion::default(),
         pool: "p".into(),
         node: "n".into(),
         lineage: "l1".into(),
         revision: 4,
-        capacity: Default::default(),
+        capacity: LedgerCapacity::default(),
         promises: BTreeMap::from([
             promise("work", Class::Images),
             promise("blank", Class::Volumes),
@@ -217,7 +257,7 @@ fn asked() -> Node {
         images: BTreeMap::from([("img".into(), image)]),
         ..NodeView::default()
     };
-    Node { view, disk: BTreeSet::new(), left: 1000 }
+    Node { view, disk: BTreeSet::new(), left: 1000, fails: |_| false }
 }
 
 fn delete_all(node: &mut Node) {
@@ -285,6 +325,45 @@ fn deleted_while_it_is_made_leaves_nothing_after_any_cut() {
         node.settle().unwrap();
         assert!(area(&node).promises.is_empty(), "and forgotten once the ledger has dropped it");
     }
+}
+
+#[test]
+fn what_cannot_be_removed_is_not_released() {
+    type Which = fn(&Step) -> bool;
+    let removals: [(&str, &str, Which); 3] = [
+        ("work", "dir work", |step| matches!(step, Step::RemoveWorkDir { .. })),
+        ("blank", "volume blank", |step| matches!(step, Step::RemoveVolume { .. })),
+        ("img", "image ", |step| matches!(step, Step::RemoveImage { .. })),
+    ];
+    for (holder, bytes, fails) in removals {
+        let mut node = asked();
+        node.settle().unwrap();
+        delete_all(&mut node);
+        node.fails = fails;
+        for _ in 0..3 {
+            let steps = plan(&node.view, Timestamp(5));
+            node.round(steps).unwrap();
+        }
+        assert!(!area(&node).promises[&Uid::from(holder)].released, "{holder}");
+        assert!(node.disk.iter().any(|name| name.starts_with(bytes)), "{holder}");
+        assert!(area(&node).promises.values().any(|promise| promise.released), "the others go on");
+        node.fails = |_| false;
+        node.settle().unwrap();
+        assert!(node.disk.is_empty() && area(&node).promises.values().all(|promise| promise.released));
+    }
+}
+
+#[test]
+fn a_volume_whose_file_is_gone_is_not_made_again() {
+    let mut node = asked();
+    node.settle().unwrap();
+    for uid in ["blank", "clone"] {
+        node.disk.remove(&format!("volume {uid}"));
+        let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+        let volume = pool.area.as_mut().unwrap().volumes.get_mut(&Uid::from(uid)).unwrap();
+        (volume.ready, volume.lost) = (false, true);
+    }
+    assert_eq!(plan(&node.view, Timestamp(5)), []);
 }
 
 #[test]
@@ -387,8 +466,13 @@ fn an_import_is_probed_then_run_in_its_prepared_directory_then_left_alone() {
 
     node.view.reservations.get_mut(&Uid::from("work")).unwrap().deleting = true;
     assert_eq!(plan(&node.view, Timestamp(5)), [], "its directory stays while it is written in");
+    let stop = Step::StopJob { job: job.clone() };
+    let unknown = NodeView { imports: BTreeMap::new(), ..node.view.clone() };
+    assert_eq!(plan(&unknown, Timestamp(5)), std::slice::from_ref(&stop), "so it does for one not shown");
     node.view.imports.get_mut(&uid).unwrap().generation = Generation(2);
-    assert_eq!(plan(&node.view, Timestamp(5))[0], Step::StopJob { job: job.clone() }, "placed anew");
+    let steps = plan(&node.view, Timestamp(5));
+    assert_eq!(steps[0], stop, "placed anew");
+    assert!(!steps.iter().any(|step| matches!(step, Step::RemoveWorkDir { .. } | Step::Released { .. })));
     node.view.imports.get_mut(&uid).unwrap().deleting = true;
     node.view.jobs.clear();
     let abandon = Step::AbandonImport { import: uid.clone(), generation: Generation(2) };

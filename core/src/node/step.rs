@@ -1,5 +1,7 @@
 //! The closed set of things that a node may be asked to do. Each can be done again after it was done, or half done.
 
+use std::collections::BTreeSet;
+
 use crate::ids::{Digest, Lineage, ObjectName, PoolName, Uid};
 use crate::ledger::Promise;
 use crate::units::{Bytes, Generation};
@@ -148,4 +150,43 @@ pub enum Step {
         /// The generation of its assignment.
         generation: Generation,
     },
+}
+
+impl Step {
+    /// The object that it is done for, if it is done for one.
+    pub fn subject(&self) -> Option<&Uid> {
+        match self {
+            Self::MakeWorkDir { reservation, .. }
+            | Self::MakeVolume { reservation, .. }
+            | Self::RemoveWorkDir { reservation, .. }
+            | Self::RemoveVolume { reservation, .. } => Some(reservation),
+            Self::FillImage { image, .. } | Self::RemoveImage { image, .. } => Some(image),
+            Self::Released { holder, .. } => Some(holder),
+            Self::StartProbe { import, .. }
+            | Self::StartImport { import, .. }
+            | Self::AbandonImport { import, .. } => Some(import),
+            Self::StopJob { job } => Some(&job.uid),
+            Self::PreparePool { .. }
+            | Self::ClosePool { .. }
+            | Self::Obey { .. }
+            | Self::Forget { .. }
+            | Self::ProbeStore { .. } => None,
+        }
+    }
+}
+
+/// Whose steps are not gone on with in one run of a plan: a step relies on those before it for the same object.
+#[derive(Clone, Debug, Default)]
+pub struct Halted(BTreeSet<Uid>);
+
+impl Halted {
+    /// True if a step for the same object was not carried out.
+    pub fn bars(&self, step: &Step) -> bool {
+        step.subject().is_some_and(|uid| self.0.contains(uid))
+    }
+
+    /// Takes note that a step was not carried out.
+    pub fn note(&mut self, step: &Step) {
+        self.0.extend(step.subject().cloned());
+    }
 }

@@ -111,6 +111,8 @@ pub struct HeldVolume {
     pub generation: Generation,
     /// True if it can be used.
     pub ready: bool,
+    /// True if it could be used and its file is gone: what it held is lost, and nothing takes its place.
+    pub lost: bool,
     /// True while it is staged for a workload.
     pub attached: bool,
 }

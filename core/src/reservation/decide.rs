@@ -45,6 +45,21 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
 /// Promised, but not assigned: an operator ended between the two. The first ledger that holds an entry gets it.
 fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change> {
     let sound = view.ledgers_of(&reservation.uid).find(|ledger| view.behind(ledger).is_none());
+    let entry = sound.and_then(|ledger| ledger.promises.get(&reservation.uid));
+    if let Some(entry) =
+        entry.filter(|entry| (entry.class, entry.charge) != (need.own.class, need.own.charge))
+    {
+        // Only a refusal, which excludes every assignment by its version, makes it safe to take the entry back.
+        let (promised, needed) = (entry.charge.data, need.bytes());
+        let message =
+            format!("{promised} were promised before its template changed; {needed} are needed now");
+        return vec![refuse(
+            reservation,
+            Reason::CapacityRefused,
+            message,
+            Some(needed.saturating_sub(promised)),
+        )];
+    }
     match sound {
         Some(ledger) => vec![assign(reservation, ledger, need, false)],
         None => vec![Change::RetryAfter { millis: LOOK_MILLIS }],

@@ -71,6 +71,23 @@ fn an_operator_that_ended_between_promise_and_assignment_is_continued() {
 }
 
 #[test]
+fn a_promise_is_not_assigned_to_a_template_that_changed_since() {
+    let mut view = view(&[("a", 100)]);
+    let import = template(50, 20);
+    view.imports.insert(import.name.clone(), import);
+    add(&mut view, clone_of_template("r", 10));
+    hold(&mut view, "a", "r", Class::Volumes, 30);
+    let refused = told(&view, "r");
+    assert_eq!((refused.state, refused.reason), (ReservationState::Refused, Reason::CapacityRefused));
+    assert_eq!(refused.shortfall, Some(Bytes(20)));
+    view.reservations.values_mut().for_each(|request| request.state = ReservationState::Refused);
+    assert!(matches!(&ask(&view, "r")[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()));
+    view.reservations.values_mut().for_each(|request| request.state = ReservationState::Pending);
+    hold(&mut view, "a", "r", Class::Volumes, 50);
+    assert!(matches!(&ask(&view, "r")[..], [Change::AssignReservation { .. }]));
+}
+
+#[test]
 fn what_does_not_fit_waits_in_order_with_numbers() {
     let mut view = view(&[("a", 100)]);
     hold(&mut view, "a", "x", Class::Images, 60);

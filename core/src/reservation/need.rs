@@ -129,12 +129,11 @@ fn template(
         let message = format!("TemplateImport {name} does not allow namespace {namespace}");
         return Err(Unmet { reason: Reason::NamespaceNotAllowed, message, for_ever: true });
     }
-    match &import.durable {
-        Some(image) => Ok(ImageNeed { image: image.clone(), store: import.store.clone() }),
-        None => {
-            let message = format!("TemplateImport {name} is {:?}, not Ready", import.state);
-            Err(Unmet { reason: Reason::TemplateNotReady, message, for_ever: false })
-        }
+    if let Some(image) = &import.durable {
+        Ok(ImageNeed { image: image.clone(), store: import.store.clone() })
+    } else {
+        let message = format!("TemplateImport {name} is {:?}, not Ready", import.state);
+        Err(Unmet { reason: Reason::TemplateNotReady, message, for_ever: false })
     }
 }
 

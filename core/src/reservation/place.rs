@@ -1,6 +1,6 @@
 //! Where a reservation may go, and why not elsewhere. Deterministic: two operators with the same view choose alike.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use crate::budget::{Shortfall, fits, fits_empty, free};
 use crate::ids::{NodeName, PoolName, Uid};
@@ -217,7 +217,7 @@ pub(super) fn explain(all: &[Candidate]) -> String {
     const NAMED: usize = 5;
     let mut text = all.iter().take(NAMED).map(ToString::to_string).collect::<Vec<_>>().join("; ");
     if all.len() > NAMED {
-        text.push_str(&format!("; and {} more", all.len() - NAMED));
+        let _ = write!(text, "; and {} more", all.len() - NAMED); // writing to a String cannot fail
     }
     text
 }

@@ -45,9 +45,9 @@ impl Operator {
             for place in seen.reservations.values().filter_map(|r| Some((&r.uid, r.assignment.as_ref()?))) {
                 let node =
                     seen.nodes.get_mut(&place.1.node).and_then(|node| node.pools.get_mut(&place.1.pool));
-                node.into_iter().for_each(|pool| {
+                if let Some(pool) = node {
                     pool.released.insert(place.0.clone(), place.1.generation);
-                });
+                }
             }
         }
     }
@@ -99,12 +99,11 @@ impl Operator {
     /// Carries out the next change; the list ends with the first that is refused.
     pub fn step(&mut self, world: &mut World) -> bool {
         let Some(change) = self.left.pop() else { return false };
-        match world.apply(&change) {
-            Ok(wrote) => wrote,
-            Err(_) => {
-                self.left.clear();
-                false
-            }
+        if let Ok(wrote) = world.apply(&change) {
+            wrote
+        } else {
+            self.left.clear();
+            false
         }
     }
 }

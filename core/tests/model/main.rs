@@ -304,7 +304,9 @@ impl History {
             return Err(unsettled);
         }
         let all: Vec<Uid> = self.world.objects.reservations.keys().cloned().collect();
-        all.iter().for_each(|uid| self.world.delete_reservation(uid));
+        for uid in &all {
+            self.world.delete_reservation(uid);
+        }
         self.settle()?;
         self.world.now = Timestamp(self.world.now.0 + 7_200_000);
         self.settle()?;
@@ -372,6 +374,7 @@ fn run(seeds: impl Iterator<Item = u64>, sabotage: Sabotage) -> (Coverage, Optio
 
 #[test]
 fn promises_hold_in_every_history() {
+    use ReservationState::{Pending, Promised, Queued, Ready, Refused, Releasing};
     let halves = std::thread::scope(|scope| {
         let other = scope.spawn(|| run((0..HISTORIES).filter(|seed| seed % 2 == 1), Sabotage::None));
         let own = run((0..HISTORIES).filter(|seed| seed % 2 == 0), Sabotage::None);
@@ -399,7 +402,6 @@ fn promises_hold_in_every_history() {
         let count = coverage.writes.get(kind).copied().unwrap_or_default();
         assert!(count >= coverage.histories / 2, "{kind} only {count} times");
     }
-    use ReservationState::{Pending, Promised, Queued, Ready, Refused, Releasing};
     for seen in [
         (Pending, Queued),
         (Pending, Promised),

@@ -13,6 +13,7 @@ use berth_core::reason::Reason;
 use berth_core::retry::{Retry, after};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation};
+use berth_objectstore::chunks::store::OpenError;
 use berth_objectstore::s3::ConnectError;
 use berth_objectstore::source::address::NetworkError;
 use kube::ResourceExt as _;
@@ -30,9 +31,6 @@ use crate::import::{
 };
 use crate::node::{Node, now};
 use crate::telemetry::chain;
-
-/// How long traces of a deleted import are worth keeping its object for, where the store cannot be reached.
-const ABANDON_PATIENCE_MILLIS: u64 = 60_000;
 
 /// Why work on an import cannot begin or go on.
 #[derive(Debug, Error)]
@@ -338,7 +336,8 @@ pub async fn run(
         if matches!(&error, WorkError::Import(error) if error.is_superseded()) {
             tracing::warn!(import = %name_of(&object), error = chain(&error), "import goes on elsewhere");
             // The assignment that says so is on its way; until it comes, beginning again would change nothing.
-            return drop(cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await);
+            cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await;
+            return;
         }
         failures += 1;
         let retried_already = matches!(error, WorkError::Import(_));
@@ -419,8 +418,9 @@ async fn take_back(
     Ok(import::abandon(&job, &chunks, &journal, published).await?)
 }
 
-/// Removes every trace of an import that is being deleted, and says so. A store that is gone, or cannot be reached for
-/// a minute, does not keep the object: what stays in it is found by collection.
+/// Removes every trace of an import that is being deleted, and says so. While its store does not answer, the object stays
+/// and says why: a name that stayed behind in the store could not be given again. Only a store whose own object is gone
+/// keeps nobody waiting.
 pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Result<(), WorkError> {
     let object = find(node, uid)?;
     let name = name_of(&object);
@@ -433,16 +433,17 @@ pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Res
         Some((node.pools.get(&pool.into())?, Uid::from(found.uid()?)))
     });
     let place = place.as_ref().map(|(pool, uid)| (&**pool, uid, Bytes::ZERO));
-    match take_back(node, &object, uid, generation, place, true).await {
-        Err(WorkError::Store(AccessError::Missing(_) | AccessError::Open { .. })) if never_began(&object) => {
-        }
-        Err(WorkError::Store(AccessError::Missing(_))) => {}
-        Err(error) if waited_long(&object) || !error.is_transient() => {
-            tracing::warn!(import = %name, error = chain(&error), "traces of a deleted import stay in its store");
-        }
-        other => other?,
-    }
+    let taken_back = take_back(node, &object, uid, generation, place, true).await;
     let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
+    let began = node.news.import(uid, &object).attempts.is_some();
+    if let Err(error) = nothing_left(taken_back, began) {
+        node.news.edit_import(uid, &object, |news| {
+            news.last_error = Some(last_error(error.reason(), chain(&error), true));
+            news.pausing = true;
+        });
+        node.wake.notify_one();
+        return Err(error);
+    }
     journal.forget().await?;
     node.news.edit_import(uid, &object, |news| {
         news.released_generation = Some(i64::try_from(generation.0).unwrap_or(i64::MAX));
@@ -450,13 +451,34 @@ pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Res
     Ok(())
 }
 
-fn never_began(object: &TemplateImport) -> bool {
-    object.status.as_ref().is_none_or(|status| status.attempts.is_none())
+/// What stands in the way of letting a deleted import go, after its traces were to be taken back.
+fn nothing_left(taken_back: Result<(), WorkError>, began: bool) -> Result<(), WorkError> {
+    match taken_back {
+        Err(WorkError::Store(
+            AccessError::Missing(_) | AccessError::Open { source: OpenError::Absent { .. }, .. },
+        )) => Ok(()),
+        // Nothing was written to any store, by whichever node.
+        Err(_) if !began => Ok(()),
+        other => other,
+    }
 }
 
-fn waited_long(object: &TemplateImport) -> bool {
-    let since = object.metadata.deletion_timestamp.as_ref();
-    since.is_some_and(|time| {
-        now().millis_since(berth_api::conditions::timestamp(time)) > ABANDON_PATIENCE_MILLIS
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_objectstore::{Place, StoreError};
+
+    #[test]
+    fn a_deleted_import_waits_for_its_store_but_not_for_one_that_is_gone() {
+        let store = || ObjectName::new("ns", "store");
+        let place = || Place { bucket: "b".to_owned(), key: "k".to_owned() };
+        let denied = || StoreError::AccessDenied { place: place(), said: String::new() };
+        let open = |source| Err(WorkError::Store(AccessError::Open { store: store(), source }));
+        let denied_open = || open(OpenError::Store { at: "k".to_owned(), source: denied() });
+        assert!(nothing_left(Err(ImportError::Store(denied()).into()), true).is_err());
+        assert!(nothing_left(denied_open(), true).is_err());
+        assert!(nothing_left(denied_open(), false).is_ok(), "it never wrote there");
+        assert!(nothing_left(Err(AccessError::Missing(store()).into()), true).is_ok());
+        assert!(nothing_left(Ok(()), true).is_ok());
+    }
 }

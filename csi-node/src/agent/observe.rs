@@ -120,9 +120,14 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         area.images.insert(digest, HeldImage { holder: image.holder, complete, last_used: image.last_used });
     }
     for (uid, volume) in record.entries(tables::VOLUMES)? {
-        let ready = volume.state == VolumeState::Ready && pool.volume_file(&uid).exists();
-        let attached = attached.contains(&uid);
-        area.volumes.insert(uid, HeldVolume { generation: volume.generation, ready, attached });
+        let (made, there) = (volume.state == VolumeState::Ready, pool.volume_file(&uid).exists());
+        let held = HeldVolume {
+            generation: volume.generation,
+            ready: made && there,
+            lost: made && !there,
+            attached: attached.contains(&uid),
+        };
+        area.volumes.insert(uid, held);
     }
     for (uid, staging) in record.entries(tables::STAGING)? {
         let made = pool.work_dir(&uid).is_dir();

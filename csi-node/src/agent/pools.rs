@@ -1,6 +1,6 @@
 //! The areas that are open on this node, each with its record.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -230,6 +230,16 @@ impl Pools {
     /// All open ones.
     pub fn all(&self) -> Vec<Arc<OpenPool>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Those that are not open though they were before, or are `wanted`: what lies in them is not known.
+    pub fn unopened(
+        &self,
+        wanted: impl IntoIterator<Item = PoolName>,
+    ) -> Result<BTreeSet<PoolName>, PoolError> {
+        let mut names: BTreeSet<PoolName> = self.known()?.into_keys().chain(wanted).collect();
+        names.retain(|name| self.get(name).is_none());
+        Ok(names)
     }
 
     /// Why the pool's area could not be opened when that was last tried.

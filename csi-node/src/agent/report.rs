@@ -8,14 +8,13 @@ use berth_api::conditions::{ConditionType, Truth, condition, time};
 use berth_api::defaults::node_manager;
 use berth_api::fields::Progress;
 use berth_api::staged_image::StagedImageState;
-use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec, Versions};
+use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec};
 use berth_api::{ImageStore, StagedImage, StagingNode, StagingReservation, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::node::view::AreaView;
 use berth_core::node::{NodeView, behind};
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation};
-use berth_device::preflight::Preflight;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -26,7 +25,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::observe::{ObserveError, observe, wanted_pools};
-use crate::node::{Node, now};
+use crate::node::{Node, now, versions};
 use crate::telemetry::chain;
 
 /// Used bytes are reported in units of this, so that writing alone does not write to the API server.
@@ -55,8 +54,12 @@ pub enum ReportError {
 
 /// Reports everything that has changed. True if promises were told of for the first time: work under them may begin.
 pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
-    let view = observe(node).await?;
-    let told = report_node(node, &view).await?;
+    let (view, told) = {
+        let _alone = node.reporting.lock().await;
+        let view = observe(node).await?;
+        let told = report_node(node, &view, node.watches.report.state().into_iter().next()).await?;
+        (view, told)
+    };
     for reservation in node.watches.assigned.state() {
         warn(report_reservation(node, &view, &reservation).await);
     }
@@ -213,11 +216,14 @@ fn why_not(
         let failure = node.pools.failure(name);
         return failure.unwrap_or((Reason::Progressing, format!("pool {name} is being opened on this node")));
     };
+    if area.volumes.get(uid).is_some_and(|volume| volume.lost) {
+        return (Reason::VolumeLost, format!("its file is gone from pool {name}, and is not made again"));
+    }
     let ledger = view.pools.get(name).and_then(|pool| pool.ledger.as_ref());
     if let Some(problem) = ledger.and_then(|ledger| behind(ledger, area)) {
         return (Reason::LedgerBehind, problem);
     }
-    if !area.promises.get(uid).is_some_and(|promise| promise.generation == reservation.generation) {
+    if area.promises.get(uid).is_none_or(|promise| promise.generation != reservation.generation) {
         return (Reason::Progressing, format!("waits for the ledger of pool {name}"));
     }
     let Some(digest) = reservation.image else {
@@ -359,9 +365,13 @@ async fn report_store(node: &Node, view: &NodeView, object: &ImageStore) -> Resu
 }
 
 /// The node's own object, made if it is not there: then its status waits for the next pass, and false says so.
-async fn report_node(node: &Node, view: &NodeView) -> Result<bool, ReportError> {
+pub(super) async fn report_node(
+    node: &Node,
+    view: &NodeView,
+    object: Option<Arc<StagingNode>>,
+) -> Result<bool, ReportError> {
     let api = Api::<StagingNode>::all(node.client.clone());
-    let Some(object) = node.watches.report.state().into_iter().next() else {
+    let Some(object) = object else {
         let new = StagingNode::new(node.name.as_str(), StagingNodeSpec { node_name: node.name.to_string() });
         return match api.create(&PostParams::default(), &new).await {
             Err(source) if !is_gone(&source) => {
@@ -405,16 +415,6 @@ async fn report_node(node: &Node, view: &NodeView) -> Result<bool, ReportError> 
     Ok(true)
 }
 
-fn versions(preflight: &Preflight) -> Versions {
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let qemu = preflight.checks.iter().find(|check| check.name == "qemu-img" && check.ok);
-    Versions {
-        agent: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel: kernel.trim().to_owned(),
-        qemu_img: qemu.map(|check| check.detail.clone()),
-    }
-}
-
 fn pools(node: &Node, view: &NodeView) -> Vec<NodePool> {
     let wanted = wanted_pools(node);
     let names: BTreeSet<&PoolName> = wanted.keys().chain(view.pools.keys()).collect();
@@ -436,7 +436,7 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         let (reason, message) =
             node.pools.failure(name).unwrap_or((Reason::Progressing, "is being prepared".to_owned()));
         told.uid = wanted.map(ToString::to_string).unwrap_or_default();
-        told.reason = reason.as_str().to_owned();
+        reason.as_str().clone_into(&mut told.reason);
         told.message = message;
         return told;
     };

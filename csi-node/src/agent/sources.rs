@@ -1,13 +1,12 @@
 //! Sources as this node reads them, and from where it may.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use berth_api::TemplateImport;
 use berth_api::fields::Source as ApiSource;
 use berth_api::parse::InvalidField;
 use berth_objectstore::s3::{S3Config, S3Store};
-use berth_objectstore::source::address::{AddressPolicy, Network, NetworkError};
+use berth_objectstore::source::address::{AddressPolicy, NetworkError};
 use berth_objectstore::source::{HttpConfig, HttpSource, ObjectSource, RangedSource};
 use kube::ResourceExt as _;
 
@@ -19,20 +18,13 @@ use crate::node::Node;
 
 /// Networks that sources may not be read from unless they are allowed: the node's own.
 const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
-/// An address of each kind, to tell whether an allowed network opens it.
-const LINK_LOCAL: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 169, 254));
+
 /// From where sources may be read: not from the node itself and not from where clouds keep credentials, unless allowed.
 pub fn address_policy(allowed: &[String]) -> Result<AddressPolicy, NetworkError> {
-    let allowed = allowed.iter().map(|text| text.parse::<Network>()).collect::<Result<Vec<_>, _>>()?;
-    let opens = |address: IpAddr| allowed.iter().any(|network| network.contains(address));
-    let mut refused = Vec::new();
-    for network in LOOPBACK {
-        let first = network.split_once('/').map_or(network, |(first, _)| first);
-        if !first.parse().is_ok_and(opens) {
-            refused.push(network.parse()?);
-        }
-    }
-    Ok(AddressPolicy { allow_link_local: opens(LINK_LOCAL), refused })
+    Ok(AddressPolicy {
+        refused: LOOPBACK.iter().map(|text| text.parse()).collect::<Result<_, _>>()?,
+        allowed: allowed.iter().map(|text| text.parse()).collect::<Result<_, _>>()?,
+    })
 }
 
 /// The source of an import, as this node reads it.
@@ -106,7 +98,9 @@ mod tests {
         }
         assert!(!refuses(&[], "10.0.0.1"));
         assert!(!refuses(&["127.0.0.0/8"], "127.0.0.1") && refuses(&["127.0.0.0/8"], "::1"));
-        assert!(!refuses(&["169.254.0.0/16"], "169.254.169.254"));
+        assert!(!refuses(&["127.0.0.1/32"], "127.0.0.1") && refuses(&["127.0.0.1/32"], "127.0.0.2"));
+        assert!(!refuses(&["127.8.0.0/16"], "127.8.0.1") && refuses(&["127.8.0.0/16"], "127.0.0.1"));
+        assert!(!refuses(&["169.254.0.0/16"], "169.254.169.254") && refuses(&["169.254.0.0/16"], "fe80::1"));
         assert!(address_policy(&["here".to_owned()]).is_err());
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -12,13 +13,16 @@ use berth_core::reason::Reason;
 use berth_core::retry::{Retry, after};
 use berth_core::units::Bytes;
 use berth_device::files::{self, FileError};
+use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::publish::PublishError;
-use berth_objectstore::chunks::read::{ImageReader, ReadError};
+use berth_objectstore::chunks::read::{ImageReader, ReadError, WriteAt};
 use berth_record::{ChangeError, ImageState};
 use kube::ResourceExt as _;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::pools::OpenPool;
 use super::stores::{self, AccessError};
@@ -58,6 +62,19 @@ pub enum FillError {
         /// What was promised.
         expected: Bytes,
     },
+    /// The image takes more than was promised for.
+    #[error("image {digest} takes {found}, the promise is of {promised}")]
+    Data {
+        /// Which.
+        digest: Digest,
+        /// What is not zeros in it.
+        found: Bytes,
+        /// What was promised.
+        promised: Bytes,
+    },
+    /// Nothing is promised to it any more.
+    #[error("no promise to StagedImage {0} is obeyed")]
+    Unpromised(Uid),
     /// The record.
     #[error("the record refuses")]
     Record(#[from] ChangeError),
@@ -94,18 +111,22 @@ impl FillError {
                 Reason::PromiseBroken
             }
             Self::Read(ReadError::Target { .. }) => Reason::Retrying,
-            Self::Read(_) | Self::Size { .. } | Self::Digest(_) => Reason::VerificationFailed,
+            Self::Read(_) | Self::Size { .. } | Self::Data { .. } | Self::Digest(_) => {
+                Reason::VerificationFailed
+            }
             _ => Reason::Retrying,
         }
     }
 }
 
-/// Fills until the image is complete; a failure is told and tried again, after longer and longer pauses.
+/// Fills until the image is complete; a failure is told and tried again, after longer and longer pauses. When it
+/// returns, no thread of it is at work any more.
 pub async fn fill(node: Arc<Node>, pool: Arc<OpenPool>, uid: Uid, cancel: CancellationToken) {
     let mut failures = 0;
     loop {
-        let attempt = cancel.run_until_cancelled(attempt(&node, &pool, &uid));
-        let error = match attempt.await {
+        let workers = TaskTracker::new();
+        let attempt = attempt(&node, &pool, &uid, &workers);
+        let error = match until_idle(&cancel, &workers, attempt).await {
             None | Some(Ok(()) | Err(FillError::Gone(_))) => return,
             Some(Err(error)) => error,
         };
@@ -120,6 +141,62 @@ pub async fn fill(node: Arc<Node>, pool: Arc<OpenPool>, uid: Uid, cancel: Cancel
     }
 }
 
+/// Carries out `work` until it is cancelled, then waits for the threads it has left behind: they end within a write.
+async fn until_idle<T>(
+    cancel: &CancellationToken,
+    workers: &TaskTracker,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    let outcome = cancel.run_until_cancelled(work).await;
+    workers.close();
+    workers.wait().await;
+    outcome
+}
+
+/// The file of an image while it is written: takes no more than was promised, and counts as a worker until the last
+/// writer has let go of it.
+struct Target {
+    file: Arc<File>,
+    left: AtomicU64,
+    _worker: TaskTrackerToken,
+}
+
+impl WriteAt for Target {
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let take = |left: u64| left.checked_sub(data.len() as u64);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map_err(|left| {
+            let what = format!("{} bytes, and {left} are left of what was promised", data.len());
+            io::Error::new(io::ErrorKind::StorageFull, what)
+        })?;
+        self.file.write_at(offset, data)
+    }
+}
+
+/// What an image takes when all of it is there: what is not zeros in its index. Refused if more than `promised`.
+pub async fn check_data<S: ObjectStore>(
+    reader: &ImageReader<S>,
+    promised: Bytes,
+) -> Result<Bytes, FillError> {
+    let mut items = reader.items_at(0).await?;
+    let mut found = Bytes::ZERO;
+    while let Some(item) = items.next().await? {
+        if !item.zero {
+            found = found.saturating_add(item.len);
+        }
+    }
+    if found > promised {
+        return Err(FillError::Data { digest: reader.digest(), found, promised });
+    }
+    Ok(found)
+}
+
+/// What is promised to this image, by the record.
+fn promised(pool: &OpenPool, uid: &Uid) -> Result<Bytes, FillError> {
+    let (_, promises) = pool.promises().map_err(ChangeError::from)?;
+    let promise = promises.get(uid).filter(|promise| promise.obeyed && !promise.released);
+    promise.map(|promise| promise.data).ok_or_else(|| FillError::Unpromised(uid.clone()))
+}
+
 /// The object with this UID.
 fn find(node: &Node, uid: &Uid) -> Option<Arc<StagedImage>> {
     node.watches.images.find(|image| image.metadata.uid.as_deref() == Some(uid.as_str()))
@@ -129,10 +206,19 @@ fn store_of(image: &StagedImage) -> ObjectName {
     ObjectName::new(image.spec.store.namespace.clone(), image.spec.store.name.clone())
 }
 
-async fn attempt(node: &Arc<Node>, pool: &Arc<OpenPool>, uid: &Uid) -> Result<(), FillError> {
+async fn attempt(
+    node: &Arc<Node>,
+    pool: &Arc<OpenPool>,
+    uid: &Uid,
+    workers: &TaskTracker,
+) -> Result<(), FillError> {
     let image = find(node, uid).ok_or_else(|| FillError::Gone(uid.clone()))?;
     let digest: Digest = image.spec.digest.parse().map_err(|_| FillError::Digest(image.name_any()))?;
-    let (size, data) = (Bytes::from_i64(image.spec.virtual_size), Bytes::from_i64(image.spec.data_bytes));
+    let size = Bytes::from_i64(image.spec.virtual_size);
+    let promised = {
+        let (pool, uid) = (Arc::clone(pool), uid.clone());
+        workers.spawn_blocking(move || promised(&pool, &uid)).await??
+    };
     let chunks = stores::open(node, &store_of(&image)).await?;
     chunks.pin(uid, &digest).await.map_err(FillError::Pin)?;
     let reader = ImageReader::open(chunks, digest).await?;
@@ -140,23 +226,27 @@ async fn attempt(node: &Arc<Node>, pool: &Arc<OpenPool>, uid: &Uid) -> Result<()
         return Err(FillError::Size { digest, found: reader.virtual_size(), expected: size });
     }
     reader.verify_index().await?;
+    let data = check_data(&reader, promised).await?;
     let (file, offset) = {
         let (pool, uid) = (Arc::clone(pool), uid.clone());
-        tokio::task::spawn_blocking(move || begin(&pool, &uid, &digest, size, data)).await??
+        workers.spawn_blocking(move || begin(&pool, &uid, &digest, size, data)).await??
     };
     let Some(file) = file else { return Ok(()) };
     let file = Arc::new(file);
     let (checkpoints, due) = mpsc::channel::<u64>();
     let keeper = {
         let (pool, file) = (Arc::clone(pool), Arc::clone(&file));
-        tokio::task::spawn_blocking(move || keep_checkpoints(&pool, &digest, &file, &due))
+        let uid = uid.clone();
+        workers.spawn_blocking(move || keep_checkpoints(&pool, &uid, &digest, &file, &due))
     };
+    let left = AtomicU64::new(promised.0);
+    let target = Arc::new(Target { file: Arc::clone(&file), left, _worker: workers.token() });
     let mut last = offset.0;
     let restored = reader
-        .restore(Arc::clone(&file), offset.0, |done| {
+        .restore(target, offset.0, |done| {
             if done.offset - last >= WINDOW {
                 last = done.offset;
-                drop(checkpoints.send(done.offset)); // a keeper that has failed says so when it is joined
+                let _ = checkpoints.send(done.offset); // a keeper that has failed says so when it is joined
             }
             tell(node, uid, Bytes(done.offset), size);
         })
@@ -164,8 +254,8 @@ async fn attempt(node: &Arc<Node>, pool: &Arc<OpenPool>, uid: &Uid) -> Result<()
     drop(checkpoints);
     keeper.await??;
     restored?;
-    let pool = Arc::clone(pool);
-    tokio::task::spawn_blocking(move || complete(&pool, &digest, &file)).await??;
+    let (pool, holder) = (Arc::clone(pool), uid.clone());
+    workers.spawn_blocking(move || complete(&pool, &holder, &digest, &file)).await??;
     node.news.edit_fill(uid, |news| (news.percent, news.done, news.error) = (100, size, None));
     tracing::info!(image = %digest, bytes = size.0, "image staged");
     Ok(())
@@ -204,6 +294,7 @@ fn begin(
 /// Syncs the file, then records the offset, for the newest offset that is due. Gives memory back to the system.
 fn keep_checkpoints(
     pool: &OpenPool,
+    uid: &Uid,
     digest: &Digest,
     file: &File,
     due: &mpsc::Receiver<u64>,
@@ -216,23 +307,23 @@ fn keep_checkpoints(
             source,
         })?;
         // Advice only: where it is not taken, the kernel keeps the pages until it needs them.
-        drop(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED));
-        pool.record.fill_progress(digest, Bytes(offset))?;
+        let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        pool.record.fill_progress(digest, uid, Bytes(offset))?;
     }
     Ok(())
 }
 
-fn complete(pool: &OpenPool, digest: &Digest, file: &File) -> Result<(), FillError> {
+fn complete(pool: &OpenPool, uid: &Uid, digest: &Digest, file: &File) -> Result<(), FillError> {
     let path = pool.image_file(digest);
     files::sync_file_and_parent(file, &path)?;
-    drop(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED));
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o400);
     fs::set_permissions(&path, read_only).map_err(|source| FillError::Io {
         action: "protect",
         path,
         source,
     })?;
-    Ok(pool.record.fill_complete(digest)?)
+    Ok(pool.record.fill_complete(digest, uid)?)
 }
 
 /// Tells how far it is, once per percent.
@@ -280,4 +371,52 @@ pub async fn remove(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+
+    #[tokio::test]
+    async fn a_cancelled_fill_has_ended_when_its_last_thread_has() {
+        let (cancel, workers, ended) = (CancellationToken::new(), TaskTracker::new(), Arc::default());
+        let (told, tracker): (Arc<AtomicBool>, _) = (Arc::clone(&ended), workers.clone());
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let work = async move {
+            let thread = tracker.spawn_blocking(move || {
+                begun.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(200));
+                told.store(true, Ordering::SeqCst);
+            });
+            thread.await.unwrap();
+        };
+        let stop = cancel.clone();
+        tokio::spawn(async move {
+            has_begun.await.unwrap();
+            stop.cancel();
+        });
+        assert_eq!(until_idle(&cancel, &workers, work).await, None, "it was cancelled");
+        assert!(ended.load(Ordering::SeqCst), "and its thread is not at work any more");
+    }
+
+    #[tokio::test]
+    async fn an_image_takes_no_more_than_was_promised_and_is_written_to_until_the_last_has_let_go() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let workers = TaskTracker::new();
+        let (left, worker) = (AtomicU64::new(8), workers.token());
+        let target = Arc::new(Target { file: Arc::clone(&file), left, _worker: worker });
+        target.write_at(100, b"12345").unwrap();
+        let refused = target.write_at(0, b"6789").unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::StorageFull);
+        assert!(refused.to_string().starts_with("4 bytes, and 3 are left"), "{refused}");
+        target.write_at(105, b"678").unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 108);
+        let writer = Arc::clone(&target);
+        drop(target);
+        workers.close();
+        assert!(!workers.is_empty());
+        drop(writer);
+        assert!(workers.is_empty());
+    }
 }

@@ -109,12 +109,13 @@ impl AccessError {
     /// The machine-readable reason.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Missing(_) => Reason::ImageStoreNotFound,
+            Self::Missing(_) | Self::Open { source: OpenError::Absent { .. }, .. } => {
+                Reason::ImageStoreNotFound
+            }
             Self::Credentials { .. } => Reason::CredentialsMissing,
             Self::Field { .. } | Self::ChunkSize { .. } | Self::Prefix { .. } | Self::Connect { .. } => {
                 Reason::InvalidSpec
             }
-            Self::Open { source: OpenError::Absent { .. }, .. } => Reason::ImageStoreNotFound,
             Self::Open { source: OpenError::Store { source, .. }, .. }
             | Self::Usage { source: UsageError::List(source), .. } => store_reason(source),
             Self::Open { .. } => Reason::ImageStoreIncompatible,
@@ -122,7 +123,7 @@ impl AccessError {
         }
     }
 
-    /// True if it may pass without the ImageStore being changed.
+    /// True if it may pass without the `ImageStore` being changed.
     pub fn is_transient(&self) -> bool {
         self.reason().class() == ReasonClass::Transient
     }
@@ -202,7 +203,7 @@ pub async fn open(node: &Node, name: &ObjectName) -> Result<ChunkStore<S3Store>,
 /// Runs on a thread of its own: counting what a store holds compares long sorted lists.
 pub async fn probe(node: Arc<Node>, name: ObjectName, cancel: CancellationToken) {
     let runtime = tokio::runtime::Handle::current();
-    let look = move || drop(runtime.block_on(cancel.run_until_cancelled(probe_here(node, name))));
+    let look = move || runtime.block_on(cancel.run_until_cancelled(probe_here(node, name)));
     if let Err(error) = tokio::task::spawn_blocking(look).await {
         tracing::error!(%error, "looking at an image store failed");
     }

@@ -30,6 +30,24 @@ pub enum VolumeError {
     /// A file.
     #[error("a file operation failed")]
     File(#[from] FileError),
+    /// It was ready, and its file is gone: another one would pass for it.
+    #[error("the file {} of volume {uid} is gone, and is not made again", path.display())]
+    Lost {
+        /// Which.
+        uid: Uid,
+        /// Its file.
+        path: PathBuf,
+    },
+    /// Its image does not fit into what was promised.
+    #[error("image {} has {found}, the volume is promised {promised}", path.display())]
+    ImageTooLarge {
+        /// The image's file.
+        path: PathBuf,
+        /// What it has.
+        found: Bytes,
+        /// What is promised.
+        promised: Bytes,
+    },
     /// A loop device that shows the volume.
     #[error("a loop device stays")]
     Loop(#[from] LoopError),
@@ -55,7 +73,7 @@ pub fn format_mark(pool: &OpenPool, reservation: &Uid) -> PathBuf {
     pool.volume_file(reservation).with_extension("formatting")
 }
 
-/// Makes a volume; one that is half made is made again from the start.
+/// Makes a volume; one that is half made is made again from the start, one that was ready never.
 pub fn make(
     pool: &OpenPool,
     uid: &Uid,
@@ -78,7 +96,11 @@ pub fn make(
     };
     let entry = pool.record.begin_volume(uid, &wanted)?;
     let path = pool.volume_file(uid);
-    if entry.state != VolumeState::Ready || !path.exists() {
+    if entry.state == VolumeState::Ready {
+        if !path.exists() {
+            return Err(VolumeError::Lost { uid: uid.clone(), path });
+        }
+    } else {
         files::remove_if_there(&path)?;
         let file = match entry.origin {
             None => files::create_sparse(&path, entry.size)?,
@@ -93,8 +115,12 @@ pub fn make(
     Ok(())
 }
 
-/// A file with the image's content, zeros after it. Shares the image's blocks where the file system can.
+/// A file with the image's content, zeros after it, never larger than `size`. Shares the image's blocks where the file system can.
 fn clone_image(image: &Path, path: &Path, size: Bytes) -> Result<File, VolumeError> {
+    let found = Bytes(fs::metadata(image).map_err(io_error("examine", image))?.len());
+    if found > size {
+        return Err(VolumeError::ImageTooLarge { path: image.to_owned(), found, promised: size });
+    }
     let file = match files::reflink(image, path) {
         Err(FileError::ReflinkUnsupported { .. }) => copy_sparse(image, path)?,
         other => other?,

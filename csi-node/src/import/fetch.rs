@@ -34,6 +34,7 @@ const PIECE: usize = 1 << 20;
 
 /// Where a source is.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant)] // there is one for each import that runs
 pub enum Origin {
     /// Behind an address.
     Remote(RangedSource),

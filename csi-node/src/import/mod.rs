@@ -103,10 +103,11 @@ pub async fn abandon<S: ObjectStore>(
     journal: &Journal,
     published: bool,
 ) -> Result<(), ImportError> {
+    // First: one that is cut off here and run again after all must begin anew, not look for the session that it had.
+    journal.forget().await?;
     run::end_session(chunks, job).await?;
     if published {
         chunks.forget(&job.name, &job.uid).await?;
     }
-    run::remove_files(job, journal).await?;
-    journal.forget().await
+    run::remove_files(job, journal).await
 }

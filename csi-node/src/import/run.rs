@@ -45,28 +45,24 @@ impl<S: ObjectStore> Attempt<'_, S> {
             end_session(self.chunks, self.job).await?;
             return self.finish(durable).await;
         }
-        if let Some(durable) = self.published().await? {
-            self.journal.save(Phase::Published { durable: durable.clone() }).await?;
-            end_session(self.chunks, self.job).await?;
-            return self.finish(durable).await;
-        }
+        self.refuse_taken().await?;
         // Before the first byte, so that an attempt that is behind touches nothing.
-        let mut session = self.session().await?;
+        let mut session = self.session(&phase).await?;
         let (source_digest, shape, path) = self.prepare(phase).await?;
         if crate::sabotage::active("ready-before-verified") {
             return Ok(self.pretended(source_digest, &shape));
         }
         let finished = self.upload(&mut session, source_digest, shape, &path).await?;
-        session = self.verify(session, &finished, &shape).await?;
+        self.verify(&mut session, &finished, &shape).await?;
         let durable = Durable {
             digest: finished.digest,
             source_digest,
             stored_bytes: finished.tally.stored_bytes,
             virtual_size: finished.virtual_size,
-            real_size: finished.counters.bytes_data,
+            real_size: finished.tally.real_bytes,
             chunks: finished.tally.chunks,
         };
-        self.publish(&finished, &durable, &shape).await?;
+        self.publish(&mut session, &finished, &durable, &shape).await?;
         self.journal.save(Phase::Published { durable: durable.clone() }).await?;
         if !crate::sabotage::active("keep-session") {
             session.end().await?;
@@ -74,12 +70,11 @@ impl<S: ObjectStore> Attempt<'_, S> {
         self.finish(durable).await
     }
 
-    /// What an earlier attempt, here or on another node, has published already.
-    ///
-    /// # Errors
-    /// Also if someone else has the name, or a later generation is done.
-    async fn published(&self) -> Result<Option<Durable>, ImportError> {
-        let Some((found, _)) = self.chunks.manifest(&self.job.name).await? else { return Ok(None) };
+    /// Refuses a name that someone else has, or that a later generation has given. A manifest of our own tells nothing:
+    /// whoever can write to the bucket can write one, so only what this node has verified itself counts. Where it was
+    /// right, its chunks are found in the store and not sent again.
+    async fn refuse_taken(&self) -> Result<(), ImportError> {
+        let Some((found, _)) = self.chunks.manifest(&self.job.name).await? else { return Ok(()) };
         if found.owner != self.job.uid {
             let (name, expected) = (self.job.name.clone(), self.job.uid.clone());
             return Err(PublishError::Conflict { name, found: found.owner, expected }.into());
@@ -89,17 +84,17 @@ impl<S: ObjectStore> Attempt<'_, S> {
             let (name, found) = (self.job.name.clone(), found.generation);
             return Err(PublishError::Superseded { name, found, ours }.into());
         }
-        let Some(durable) = name::durable(&found) else { return Ok(None) };
-        let there = self.chunks.store().head(&self.chunks.layout().image(&durable.digest)).await;
-        match there {
-            Ok(_) => Ok(Some(durable)),
-            Err(berth_objectstore::StoreError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
+        Ok(())
     }
 
-    async fn session(&self) -> Result<Session<S>, ImportError> {
-        Ok(Session::begin(self.chunks.clone(), writer(self.job)).await?)
+    /// The session. One that this generation has worked in must still be there: without it the import was given up, and
+    /// beginning again would bring its name back.
+    async fn session(&self, phase: &Phase) -> Result<Session<S>, ImportError> {
+        let (chunks, writer) = (self.chunks.clone(), writer(self.job));
+        Ok(match phase {
+            Phase::Begun => Session::begin(chunks, writer).await?,
+            _ => Session::resume(chunks, writer).await?,
+        })
     }
 
     /// Brings the image to where the upload can read it.
@@ -207,10 +202,10 @@ impl<S: ObjectStore> Attempt<'_, S> {
     /// Verifies the chunks in the store. What is wrong with them is sent again by the next attempt.
     async fn verify(
         &self,
-        mut session: Session<S>,
+        session: &mut Session<S>,
         finished: &FinishedIndex,
         shape: &Shape,
-    ) -> Result<Session<S>, ImportError> {
+    ) -> Result<(), ImportError> {
         let total = Bytes(finished.tally.chunks);
         self.say(shape, Stage::Verify, Bytes::ZERO, total);
         tracing::info!(stage = "Verify", chunks = finished.tally.chunks, "verifying");
@@ -231,12 +226,14 @@ impl<S: ObjectStore> Attempt<'_, S> {
             return Err(error.into());
         }
         // That took its time: whoever took over meanwhile is not to be disturbed.
-        drop(session);
-        self.session().await
+        Ok(session.confirm().await?)
     }
 
+    /// Gives the image its name, and takes that back if the import was given up meanwhile: whoever did may have looked
+    /// for the name before it was there.
     async fn publish(
         &self,
+        session: &mut Session<S>,
         finished: &FinishedIndex,
         durable: &Durable,
         shape: &Shape,
@@ -249,7 +246,12 @@ impl<S: ObjectStore> Attempt<'_, S> {
         let mut manifest = name::manifest(durable, finished.chunk_size, &self.job.uid, now());
         manifest.generation = generation(self.job);
         manifest.data_bytes = finished.tally.data_bytes;
-        Ok(self.chunks.publish(&self.job.name, &manifest, &Expected::Absent).await?)
+        self.chunks.publish(&self.job.name, &manifest, &Expected::Absent).await?;
+        let confirmed = session.confirm().await;
+        if matches!(confirmed, Err(SessionError::Gone { .. })) {
+            self.chunks.forget(&self.job.name, &self.job.uid).await?;
+        }
+        Ok(confirmed?)
     }
 
     fn say(&self, shape: &Shape, stage: Stage, done: Bytes, total: Bytes) {

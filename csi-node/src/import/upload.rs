@@ -8,7 +8,7 @@ use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
 use berth_image::{AnyReader, Extent, ExtentKind, ExtentReader, ReadError};
 use berth_objectstore::ObjectStore;
-use berth_objectstore::chunks::session::{Session, SessionError};
+use berth_objectstore::chunks::session::Session;
 use berth_objectstore::chunks::upload::{ChunkUploader, FinishedIndex};
 use bytes::BytesMut;
 use serde_json::json;
@@ -73,7 +73,8 @@ pub(crate) async fn upload<S: ObjectStore>(
     Ok(uploader.finish().await?)
 }
 
-/// The uploader at the session's checkpoint, or at the start if that is of another source, or not whole.
+/// The uploader at the session's checkpoint, or at the start if that is of another source, or of another node: its items
+/// are not taken from the store, where others may write. What is there is found chunk by chunk, and not sent again.
 async fn begin<S: ObjectStore>(
     session: &mut Session<S>,
     index: &Path,
@@ -82,13 +83,7 @@ async fn begin<S: ObjectStore>(
     if session.saved().is_some_and(|saved| saved.state != *state) {
         session.start_over().await?;
     }
-    match session.uploader(index).await {
-        Err(SessionError::Corrupt { .. }) => {
-            session.start_over().await?;
-            Ok(session.uploader(index).await?)
-        }
-        other => Ok(other?),
-    }
+    Ok(session.local_uploader(index).await?)
 }
 
 /// What comes next in an image.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use berth_core::ids::Uid;
+use berth_core::ids::{PoolName, Uid};
 use berth_device::files;
 use berth_device::filesystem::{self, Consent, Signature};
 use berth_device::loop_device::{self, LoopDevice, LoopOptions};
@@ -16,9 +16,8 @@ use berth_record::{Attachment, AttachmentMode, VolumeEntry, VolumeState, tables}
 
 use super::request::Use;
 use super::status::RpcError;
-use crate::agent::pools::OpenPool;
+use crate::agent::pools::{OpenPool, Pools};
 use crate::agent::volumes::format_mark;
-use crate::node::Node;
 
 /// A volume on this node.
 pub struct FoundVolume {
@@ -42,17 +41,35 @@ pub struct ImportedContent {
 }
 
 /// The volume of this reservation, if it is usable here.
-pub fn find(node: &Node, id: &str, uid: &Uid) -> Result<FoundVolume, RpcError> {
-    for pool in node.pools.all() {
+pub fn find(pools: &Pools, id: &str, uid: &Uid) -> Result<FoundVolume, RpcError> {
+    match recorded(pools, uid)? {
+        Some((pool, entry)) if entry.state == VolumeState::Ready => {
+            if !pool.volume_file(uid).exists() {
+                return Err(RpcError::Lost { volume: id.to_owned(), pool: pool.name.clone() });
+            }
+            Ok(FoundVolume { id: id.to_owned(), uid: uid.clone(), pool, entry })
+        }
+        _ => Err(RpcError::NoVolume(id.to_owned())),
+    }
+}
+
+/// The volume of this reservation as an open pool records it, in whatever state.
+pub fn recorded(pools: &Pools, uid: &Uid) -> Result<Option<(Arc<OpenPool>, VolumeEntry)>, RpcError> {
+    for pool in pools.all() {
         let entry = pool.record.record().get(tables::VOLUMES, uid);
         let entry = entry.map_err(|source| RpcError::Record { pool: pool.name.clone(), source })?;
-        if let Some(entry) = entry.filter(|entry| entry.state == VolumeState::Ready)
-            && pool.volume_file(uid).exists()
-        {
-            return Ok(FoundVolume { id: id.to_owned(), uid: uid.clone(), pool, entry });
+        if let Some(entry) = entry {
+            return Ok(Some((pool, entry)));
         }
     }
-    Err(RpcError::NoVolume(id.to_owned()))
+    Ok(None)
+}
+
+/// The answer while a pool is not open that may hold the volume.
+pub fn not_open(pools: &Pools, pool: PoolName, volume: &str) -> RpcError {
+    let failure = pools.failure(&pool).map(|(_, message)| message);
+    let why = failure.unwrap_or_else(|| "it is being opened".to_owned());
+    RpcError::NotOpen { volume: volume.to_owned(), pool, why }
 }
 
 impl FoundVolume {
@@ -189,12 +206,18 @@ pub fn unpublish(target: &Path) -> Result<(), RpcError> {
     }
 }
 
-/// Takes a volume back from `staged`: mount, loop devices, record, in this order. Nothing there: nothing to do.
-pub fn unstage(node: &Node, uid: &Uid, staged: &Path) -> Result<(), RpcError> {
+/// Takes a volume back from `staged`: mount, loop devices, record, in this order. Nothing there: nothing to do, once
+/// every pool is open that was before or is `wanted`.
+pub fn unstage(
+    pools: &Pools,
+    wanted: impl IntoIterator<Item = PoolName>,
+    uid: &Uid,
+    staged: &Path,
+) -> Result<(), RpcError> {
     if mounts::is_mounted(staged)?.is_some() {
         mounts::unmount(staged)?;
     }
-    for pool in node.pools.all() {
+    for pool in pools.all() {
         let file = pool.volume_file(uid);
         for device in loop_device::find(&file)? {
             loop_device::detach(&device)?;
@@ -203,7 +226,13 @@ pub fn unstage(node: &Node, uid: &Uid, staged: &Path) -> Result<(), RpcError> {
             tracing::info!(volume = %uid, "detached");
         }
     }
-    Ok(())
+    if recorded(pools, uid)?.is_some() {
+        return Ok(());
+    }
+    match pools.unopened(wanted)?.pop_first() {
+        Some(pool) => Err(not_open(pools, pool, uid.as_str())),
+        None => Ok(()),
+    }
 }
 
 /// Total, used and free bytes of the file system at a path, then inodes; or the size of the device there alone.

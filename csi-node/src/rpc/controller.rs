@@ -11,7 +11,7 @@ use berth_api::fields::{ObjectRef, Quantity, WhenFull};
 use berth_api::parse;
 use berth_api::staging_reservation::{Access, ImageReference, ReservationState, StagingReservationSpec};
 use berth_core::ids::{
-    ObjectName, Uid, csi_reservation_name, node_lease_name, reservation_of_volume, volume_handle,
+    ObjectName, PoolName, Uid, csi_reservation_name, node_lease_name, reservation_of_volume, volume_handle,
 };
 use berth_core::ledger::Class;
 use berth_core::node::behind;
@@ -24,9 +24,10 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
 use super::Services;
+use super::attach;
 use super::request::{ClassParameters, VOLUME_UNIT, VolumeRequest, is_here, uses, volume_id};
 use super::status::RpcError;
-use crate::agent::observe::observe;
+use crate::agent::observe::{observe, wanted_pools};
 use crate::agent::watches::LABEL_MADE_BY;
 use crate::csi::v1::controller_server::Controller;
 use crate::csi::v1::controller_service_capability::{Rpc, Type, rpc};
@@ -276,9 +277,23 @@ impl Services {
         }
         let seen = self.node.watches.made.find(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
         if let Some(found) = seen {
+            self.must_be_open(id, &uid, &found)?;
             self.withdraw(&found.name_any(), &uid).await?;
         }
         Ok(DeleteVolumeResponse {})
+    }
+
+    /// Refuses while nothing is known of the pool that the volume was placed in: it may be staged.
+    fn must_be_open(&self, id: &str, uid: &Uid, found: &StagingReservation) -> Result<(), RpcError> {
+        let placed = found.status.as_ref().and_then(|status| status.assignment.as_ref()?.pool.clone());
+        let Some(placed) = placed.map(PoolName::from) else { return Ok(()) };
+        let pools = &self.node.pools;
+        if attach::recorded(pools, uid)?.is_none()
+            && pools.unopened(wanted_pools(&self.node).into_keys())?.contains(&placed)
+        {
+            return Err(attach::not_open(pools, placed, id));
+        }
+        Ok(())
     }
 
     /// True while a volume is staged for a workload on this node.

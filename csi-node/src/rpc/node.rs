@@ -13,6 +13,7 @@ use super::controller::{CONTEXT_HOST_MOUNT, CONTEXT_PARTITION};
 use super::in_flight::Guard;
 use super::request::{path, use_of, volume_id};
 use super::status::RpcError;
+use crate::agent::observe::wanted_pools;
 use crate::csi::v1::node_server::Node as NodeService;
 use crate::csi::v1::node_service_capability::{Rpc, Type, rpc};
 use crate::csi::v1::volume_usage::Unit;
@@ -96,7 +97,7 @@ impl Services {
     /// A usable volume of this node by its handle.
     pub(super) fn find_volume(&self, id: &str) -> Result<FoundVolume, RpcError> {
         let uid = reservation_of_volume(id).map_err(|_| RpcError::NoVolume(id.to_owned()))?;
-        attach::find(&self.node, id, &uid)
+        attach::find(&self.node.pools, id, &uid)
     }
 
     /// Runs something short that blocks, under the volume's guard, which is held until it has ended even if the caller
@@ -133,7 +134,9 @@ impl Services {
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let Ok(uid) = reservation_of_volume(id) else { return Ok(NodeUnstageVolumeResponse {}) };
         let guard = self.in_flight.begin(id, "NodeUnstageVolume")?;
-        self.guarded(guard, move |services| attach::unstage(&services.node, &uid, &staged)).await?;
+        let wanted = wanted_pools(&self.node).into_keys();
+        self.guarded(guard, move |services| attach::unstage(&services.node.pools, wanted, &uid, &staged))
+            .await?;
         self.node.wake.notify_one(); // a deletion may have waited for it
         Ok(NodeUnstageVolumeResponse {})
     }
@@ -151,7 +154,7 @@ impl Services {
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let guard = self.in_flight.begin(&id, "NodePublishVolume")?;
         let publish = move |services: &Self| {
-            attach::find(&services.node, &id, &uid)?.publish(&staged, &target, wanted, read_only)
+            attach::find(&services.node.pools, &id, &uid)?.publish(&staged, &target, wanted, read_only)
         };
         self.guarded(guard, publish).await?;
         Ok(NodePublishVolumeResponse {})
@@ -176,7 +179,7 @@ impl Services {
         let shown: PathBuf = path("volume_path", &request.volume_path)?;
         let uid: Uid = reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
         let services = self.clone();
-        let look = move || attach::stats(&attach::find(&services.node, &id, &uid)?, &shown);
+        let look = move || attach::stats(&attach::find(&services.node.pools, &id, &uid)?, &shown);
         Ok(usage(&tokio::task::spawn_blocking(look).await??))
     }
 }

@@ -83,7 +83,7 @@ impl VolumeRequest {
     }
 }
 
-/// The parameters of a StorageClass.
+/// The parameters of a `StorageClass`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClassParameters {
     /// The pool.

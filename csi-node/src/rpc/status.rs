@@ -22,6 +22,7 @@ use thiserror::Error;
 use tonic::{Code, Status};
 
 use crate::agent::observe::ObserveError;
+use crate::agent::pools::PoolError;
 use crate::telemetry::chain;
 
 /// Why a call did not do what it was asked.
@@ -38,6 +39,27 @@ pub enum RpcError {
     /// No such volume here.
     #[error("there is no volume {0} on this node")]
     NoVolume(String),
+    /// It was here, and what it held is gone.
+    #[error("VolumeLost: the file of volume {volume} is gone from pool {pool}")]
+    Lost {
+        /// The volume.
+        volume: String,
+        /// Where it lay.
+        pool: PoolName,
+    },
+    /// It may lie in a pool that is not open, so nothing is known of it.
+    #[error("pool {pool}, which may hold volume {volume}, is not open on this node: {why}")]
+    NotOpen {
+        /// The volume.
+        volume: String,
+        /// The pool.
+        pool: PoolName,
+        /// Why not.
+        why: String,
+    },
+    /// The list of pools.
+    #[error("the pools of this node are not known")]
+    Pools(#[from] PoolError),
     /// Nothing is there.
     #[error("nothing of volume {volume} is at {path}")]
     NoPath {
@@ -188,7 +210,7 @@ impl RpcError {
     fn code(&self) -> Code {
         match self {
             Self::Invalid { .. } | Self::HostMount(_) => Code::InvalidArgument,
-            Self::NoVolume(_) | Self::NoPath { .. } => Code::NotFound,
+            Self::NoVolume(_) | Self::NoPath { .. } | Self::Lost { .. } => Code::NotFound,
             Self::Different { .. } | Self::Mount(MountError::Occupied { .. }) => Code::AlreadyExists,
             Self::Busy { .. } | Self::Waiting { .. } => Code::Aborted,
             Self::Size { .. } => Code::OutOfRange,
@@ -200,8 +222,9 @@ impl RpcError {
             | Self::Partition(_)
             | Self::Filesystem(FilesystemError::NotBlank { .. })
             | Self::Change(ChangeError::State { .. }) => Code::FailedPrecondition,
-            Self::Api { .. } | Self::NotSynced => Code::Unavailable,
+            Self::Api { .. } | Self::NotSynced | Self::NotOpen { .. } => Code::Unavailable,
             Self::Record { .. }
+            | Self::Pools(_)
             | Self::Change(_)
             | Self::Observe(_)
             | Self::Mount(_)

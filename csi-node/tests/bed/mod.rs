@@ -186,6 +186,8 @@ impl Work {
     }
 }
 
+pub type Happening = Box<dyn FnOnce() + Send>;
+
 /// What was told, with what must always hold of it.
 #[derive(Default)]
 pub struct Told {
@@ -195,6 +197,8 @@ pub struct Told {
     pub errors: Mutex<Vec<String>>,
     /// Whom to stop when this stage is told of.
     pub stop_at: Mutex<Option<(Stage, CancellationToken)>>,
+    /// What is to happen once when this stage is told of.
+    pub happens_at: Mutex<Option<(Stage, Happening)>>,
 }
 
 impl Reporter for Told {
@@ -208,6 +212,10 @@ impl Reporter for Told {
             && *stage == now.stage
         {
             cancel.cancel();
+        }
+        let mut happens = self.happens_at.lock().unwrap();
+        if happens.as_ref().is_some_and(|(stage, _)| *stage == now.stage) {
+            happens.take().unwrap().1();
         }
         let mut said = self.said.lock().unwrap();
         let percent = shape.percent(now.stage, now.done, now.total);

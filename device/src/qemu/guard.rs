@@ -157,7 +157,7 @@ fn vmdk(header: &[u8; 512]) -> Verdict {
 
 fn vpc(footer: &[u8; 512]) -> Verdict {
     let kind = u32::from_be_bytes([footer[60], footer[61], footer[62], footer[63]]);
-    footer.starts_with(b"conectix").then(|| match kind {
+    footer.starts_with(b"conectix").then_some(match kind {
         2 | 3 => Ok(()),
         4 => Err("it is a difference to another image"),
         _ => Err("its type is unknown"),

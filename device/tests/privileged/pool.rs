@@ -221,7 +221,7 @@ fn copies_share_their_blocks_until_they_are_written() {
     assert!(taken < Bytes::mib(1), "five copies of 64 MiB took {taken}");
 
     let clone = reflink(&template, &volume).unwrap();
-    clone.write_all_at(&[0xAA; 1 << 20], 8 << 20).unwrap();
+    clone.write_all_at(&vec![0xAA; 1 << 20], 8 << 20).unwrap();
     punch_hole(&clone, &volume, Bytes::mib(32), Bytes::mib(1)).unwrap();
     clone.sync_all().unwrap();
     let taken = before.saturating_sub(area.free().unwrap());

@@ -28,7 +28,7 @@ const PROBE: u64 = 4 << 20;
 
 impl Run<'_> {
     /// The import is ready, right, and was durable when it said so; nothing was fetched again that was recorded.
-    pub(super) async fn check_outcome(
+    pub(super) fn check_outcome(
         &mut self,
         plan: &Plan<'_>,
         kills: u64,

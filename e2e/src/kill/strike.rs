@@ -130,7 +130,7 @@ impl Run<'_> {
         let mib = GIVEN_UP_MIB.min(self.options.data_mib);
         let made = tokio::task::spawn_blocking(move || images::obtain(mib, 2)).await;
         let other = made.expect("making an image does not panic")?;
-        let plan = self.plan("given-up", "killed", &other.qcow2);
+        let plan = Self::plan("given-up", "killed", &other.qcow2);
         let url = self.serve(&plan)?;
         let before = self.stages.checkpoints();
         self.request(&plan, &url).await?;

@@ -1,7 +1,7 @@
 //! Sees the instant at which an import is said to be ready, and looks into the store's files at that instant.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use berth_api::TemplateImport;
@@ -57,7 +57,7 @@ fn lock(known: &Mutex<BTreeMap<String, Known>>) -> MutexGuard<'_, BTreeMap<Strin
     known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn take(known: &Mutex<BTreeMap<String, Known>>, data: &PathBuf, seen: Seen<TemplateImport>) {
+fn take(known: &Mutex<BTreeMap<String, Known>>, data: &Path, seen: Seen<TemplateImport>) {
     let (import, gone) = match seen {
         Seen::Now(import) => (import, false),
         Seen::Gone(import) => (import, true),

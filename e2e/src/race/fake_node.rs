@@ -154,7 +154,12 @@ impl State {
         let reservation = match seen {
             Seen::Now(reservation) => reservation,
             Seen::Gone(reservation) => {
-                self.work.remove(&reservation.uid().unwrap_or_default());
+                let uid = reservation.uid().unwrap_or_default();
+                match self.work.get_mut(&uid) {
+                    // It went without asking: the bytes go all the same, or nothing of the pool could be used again.
+                    Some(work) if !work.given_back => work.gone_at = work.gone_at.or(Some(Instant::now())),
+                    _ => drop(self.work.remove(&uid)),
+                }
                 return;
             }
         };

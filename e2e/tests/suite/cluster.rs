@@ -10,7 +10,7 @@ use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret};
 use kube::api::{ListParams, PostParams};
-use kube::{Api, Client, ResourceExt as _};
+use kube::{Api, Client, ResourceExt};
 
 use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 
@@ -38,7 +38,8 @@ async fn starts_and_answers() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let cluster = Cluster::start(dir.path()).await?;
     let namespaces: Api<Namespace> = Api::all(cluster.admin());
-    let names: Vec<_> = namespaces.list(&ListParams::default()).await?.iter().map(|n| n.name_any()).collect();
+    let names: Vec<_> =
+        namespaces.list(&ListParams::default()).await?.iter().map(ResourceExt::name_any).collect();
     for wanted in ["default", "kube-system", SYSTEM_NAMESPACE] {
         ensure!(names.iter().any(|name| name == wanted), "no namespace {wanted} among {names:?}");
     }

@@ -22,7 +22,20 @@ use crate::scenario::Scenario;
 
 /// Every scenario of the suite.
 fn scenarios() -> Vec<Scenario> {
-    [process::scenarios(), cluster::scenarios(), manifests::scenarios(), minio::scenarios(), operator::scenarios(), volume::scenarios(), bad_input::scenarios(), memory::scenarios(), safety::scenarios()].into_iter().flatten().collect()
+    [
+        process::scenarios(),
+        cluster::scenarios(),
+        manifests::scenarios(),
+        minio::scenarios(),
+        operator::scenarios(),
+        volume::scenarios(),
+        bad_input::scenarios(),
+        memory::scenarios(),
+        safety::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn main() -> ExitCode {

@@ -56,7 +56,8 @@ async fn every_constraint_refuses(client: kube::Client) -> anyhow::Result<()> {
         let object = read(&file)?;
         accept(&client, &object).await.with_context(|| format!("{} must be accepted", file.display()))?;
     }
-    let rows: Vec<Refused> = serde_saphyr::from_str(&std::fs::read_to_string(folder().join("refused.yaml"))?)?;
+    let rows: Vec<Refused> =
+        serde_saphyr::from_str(&std::fs::read_to_string(folder().join("refused.yaml"))?)?;
     for row in &rows {
         let name = format!("{} {} {:?}{:?}", row.from, row.path, row.value, row.set);
         let name = name.chars().take(120).collect::<String>();
@@ -69,7 +70,12 @@ async fn every_constraint_refuses(client: kube::Client) -> anyhow::Result<()> {
             open.remove(&hit);
         }
     }
-    println!("manifests: {} good, {} refused, {} of {all} constraints hit", good_manifests()?.len(), rows.len(), all - open.len());
+    println!(
+        "manifests: {} good, {} refused, {} of {all} constraints hit",
+        good_manifests()?.len(),
+        rows.len(),
+        all - open.len()
+    );
     ensure!(open.is_empty(), "no bad manifest hits: {open:#?}");
     Ok(())
 }
@@ -179,7 +185,10 @@ fn changed(row: &Refused) -> Value {
     if let Some(count) = value["entries"].as_u64() {
         let promise = json!({"holder": {"kind": "StagedImage", "name": "i"}, "class": "Images",
             "dataBytes": 1, "metadataBytes": 0, "generation": 1});
-        return (0..count).map(|n| (format!("uid-{n}"), promise.clone())).collect::<serde_json::Map<_, _>>().into();
+        return (0..count)
+            .map(|n| (format!("uid-{n}"), promise.clone()))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
     }
     value
 }

@@ -105,6 +105,10 @@ impl Drop for Group {
     fn drop(&mut self) {
         // A process that is just ending holds it a moment longer.
         for _ in 0..50 {
+            // The agent makes groups of its own below it.
+            for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
+                fs::remove_dir(entry.path()).ok();
+            }
             if fs::remove_dir(&self.path).is_ok() {
                 return;
             }

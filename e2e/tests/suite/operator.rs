@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use berth_api::conditions::{ConditionType, find};
+use berth_api::image_transfer::ImageTransferSpec;
 use berth_api::staging_reservation::ReservationState;
 use berth_api::{ImageTransfer, StagingPool, StagingReservation};
 use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE};
@@ -139,7 +140,7 @@ async fn refuses_with_the_shortfall() -> anyhow::Result<()> {
     }
 
     let transfers: Api<ImageTransfer> = Api::namespaced(bed.cluster.admin(), "default");
-    transfers.create(&PostParams::default(), &ImageTransfer::new("t", Default::default())).await?;
+    transfers.create(&PostParams::default(), &ImageTransfer::new("t", ImageTransferSpec::default())).await?;
     wait::until("the transfer's condition", MOMENT, || async {
         let transfer = match transfers.get("t").await {
             Ok(transfer) => transfer,

@@ -116,7 +116,9 @@ impl Qcow2Header {
         if self.l1_entries * 8 > L1_LIMIT {
             return Err(Refusal::unsupported("an L1 table above 32 MiB").into());
         }
-        if self.l1_offset.0 % self.cluster_size() != 0 || be_u64(head, 48)? % self.cluster_size() != 0 {
+        if !self.l1_offset.0.is_multiple_of(self.cluster_size())
+            || be_u64(head, 48)? % self.cluster_size() != 0
+        {
             return corrupt("unaligned L1 or refcount table");
         }
         let end = self.l1_offset.saturating_add(Bytes(self.l1_entries * 8));

@@ -50,7 +50,7 @@ pub(super) fn probe(source: &dyn Source) -> Result<Probe, Stop> {
         return Err(Refusal::corrupt("checksum of the footer").into());
     }
     let virtual_size = Bytes(be_u64(&footer, 48)?);
-    if virtual_size.0 > SIZE_LIMIT || virtual_size.0 % SECTOR.0 != 0 {
+    if virtual_size.0 > SIZE_LIMIT || !virtual_size.0.is_multiple_of(SECTOR.0) {
         return Err(Refusal::corrupt(format!("virtual size {virtual_size}")).into());
     }
     match be_u32(&footer, 60)? {

@@ -36,7 +36,7 @@ impl Bounds {
             for entry in self.entries(file, self.header.l1_offset.0 + first * 8, count)? {
                 let table = entry & OFFSET;
                 if table != 0 {
-                    if table % cluster != 0 {
+                    if !table.is_multiple_of(cluster) {
                         return Err(self.corrupt("unaligned L2 table"));
                     }
                     self.check_inside(table, cluster)?;
@@ -53,7 +53,7 @@ impl Bounds {
         let (bits, reach) = (self.header.cluster_bits, self.header.table_reach());
         let l1 = self.entries(file, self.header.l1_offset.0 + at / reach * 8, 1)?;
         let table = l1.first().map_or(0, |entry| entry & OFFSET);
-        let (mut first, last) = (at % reach >> bits, (at % reach + len - 1) >> bits);
+        let (mut first, last) = ((at % reach) >> bits, (at % reach + len - 1) >> bits);
         // The offset takes the lower bits, the number of further sectors the ones up to bit 61.
         let offset_bits = 62 - (bits - 8);
         while first <= last {

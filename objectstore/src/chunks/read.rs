@@ -29,6 +29,9 @@ const BATCH: u64 = 4096;
 /// How many chunks are in flight while an image is restored.
 pub const WINDOW: usize = 16;
 
+/// A chunk on its way into a restored image; given up when it is dropped.
+type ItemTask = AbortOnDropHandle<Result<(), ReadError>>;
+
 /// Why an image could not be read.
 #[derive(Debug, Error)]
 pub enum ReadError {
@@ -356,8 +359,7 @@ impl<S: ObjectStore> ImageReader<S> {
     ) -> Result<Restored, ReadError> {
         let mut items = self.items_from(offset).await?;
         let mut done = Restored { offset: items.start, ..Restored::default() };
-        let mut in_flight: VecDeque<(Item, Option<AbortOnDropHandle<Result<(), ReadError>>>)> =
-            VecDeque::new();
+        let mut in_flight: VecDeque<(Item, Option<ItemTask>)> = VecDeque::new();
         loop {
             let next = items.next().await?;
             let last = next.is_none();

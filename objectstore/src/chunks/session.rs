@@ -8,7 +8,7 @@
 //!    [`SessionError::Superseded`] at its next checkpoint and stops.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use berth_core::ids::{ChunkId, NodeName, Sha256Sum, Uid};
@@ -181,6 +181,18 @@ pub struct Session<S> {
 impl<S: ObjectStore> Session<S> {
     /// Begins, or takes over what an earlier generation, or the same one before a crash, has left.
     pub async fn begin(chunks: ChunkStore<S>, writer: Writer) -> Result<Self, SessionError> {
+        Self::open(chunks, writer, true).await
+    }
+
+    /// Goes on with a session that this writer has begun before.
+    ///
+    /// # Errors
+    /// [`SessionError::Gone`] if it is not there any more: the work was given up.
+    pub async fn resume(chunks: ChunkStore<S>, writer: Writer) -> Result<Self, SessionError> {
+        Self::open(chunks, writer, false).await
+    }
+
+    async fn open(chunks: ChunkStore<S>, writer: Writer, may_begin: bool) -> Result<Self, SessionError> {
         let key = chunks.layout().session(&writer.uid)?;
         let record = SessionRecord {
             format_version: 1,
@@ -195,6 +207,8 @@ impl<S: ObjectStore> Session<S> {
             if let Some(found) = session.read().await? {
                 session.refuse_later(&found)?;
                 session.record.checkpoint = found.checkpoint;
+            } else if !may_begin {
+                return Err(SessionError::Gone { uid: session.record.uid });
             }
             if session.try_write().await? {
                 session.tombstones = Arc::new(session.list_tombstones().await?);
@@ -231,6 +245,24 @@ impl<S: ObjectStore> Session<S> {
             }
             other => Ok(other?),
         }
+    }
+
+    /// The uploader at the last checkpoint, from the index at `path` alone: whoever can write to the store has no say in
+    /// what the image is. Starts over if that index does not reach the checkpoint, which is another node's then.
+    pub async fn local_uploader(&mut self, path: &Path) -> Result<ChunkUploader<S>, SessionError> {
+        if let Some(saved) = &self.record.checkpoint {
+            match ChunkUploader::resume(self.chunks.clone(), self.tombstones(), path, &saved.upload) {
+                Err(UploadError::Index(IndexFileError::Lost { .. })) => self.start_over().await?,
+                other => return Ok(other?),
+            }
+        }
+        Ok(ChunkUploader::new(self.chunks.clone(), self.tombstones(), path)?)
+    }
+
+    /// Sees to it that the session is still there, and still ours. To be done before anything is published, and again
+    /// afterwards: whoever gives work up ends its session first.
+    pub async fn confirm(&mut self) -> Result<(), SessionError> {
+        self.still_ours().await
     }
 
     /// Forgets the checkpoint. What is in the store is found again chunk by chunk.
@@ -428,7 +460,7 @@ impl<S: ObjectStore> Session<S> {
 }
 
 /// Items `first..last` of the local index as a piece. Blocking.
-fn encode_piece(path: &PathBuf, first: u64, last: u64) -> Result<Bytes, IndexFileError> {
+fn encode_piece(path: &Path, first: u64, last: u64) -> Result<Bytes, IndexFileError> {
     let mut piece = BytesMut::new();
     for entry in entries(path, first, last)? {
         let entry = entry?;

@@ -277,13 +277,12 @@ async fn try_everything<S: ObjectStore>(store: &S, key: &str) -> Result<Capabili
 /// True if a write was refused, as it had to be. A store that is away, or lets nobody in, has said nothing.
 fn refused(result: Result<Option<ETag>, StoreError>) -> Result<bool, StoreError> {
     match result {
-        Ok(_) => Ok(false),
+        Ok(_) | Err(StoreError::Unsupported { .. }) => Ok(false),
         Err(
             StoreError::PreconditionFailed { .. }
             | StoreError::BadDigest { .. }
             | StoreError::InvalidRequest { .. },
         ) => Ok(true),
-        Err(StoreError::Unsupported { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }

@@ -318,7 +318,7 @@ impl<S: ObjectStore> ChunkUploader<S> {
         let chunk_size = self.shared.chunks.chunk_size();
         let (digest, index_size) = self.index.finish().await?;
         let tallied = path.clone();
-        let tally = tokio::task::spawn_blocking(move || tally(&tallied, items))
+        let tally = tokio::task::spawn_blocking(move || tally(&tallied, chunk_size.size(), items))
             .await
             .map_err(UploadError::Worker)??;
         Ok(FinishedIndex {

@@ -59,7 +59,7 @@ async fn measure<S: ObjectStore>(chunks: &ChunkStore<S>, per_pass: u64) -> Resul
     for part in prefixes(counted, per_pass) {
         let mut listed: Vec<(ChunkId, u32, bool)> = Vec::new();
         each_chunk(chunks, &part, |id, size| {
-            listed.push((id, u32::try_from(size.0).unwrap_or(u32::MAX), false))
+            listed.push((id, u32::try_from(size.0).unwrap_or(u32::MAX), false));
         })
         .await?;
         mark(chunks, &mut listed).await?;
@@ -107,8 +107,8 @@ async fn each_chunk<S: ObjectStore>(
     mut see: impl FnMut(ChunkId, Size),
 ) -> Result<(), StoreError> {
     let prefix = format!("{}{part}", chunks.layout().chunks());
-    let mut after = None;
-    while let Some(page) = next_page(chunks, &prefix, &mut after).await? {
+    let mut listed = Listed::Nothing;
+    while let Some(page) = next_page(chunks, &prefix, &mut listed).await? {
         for object in page.objects {
             if let Some(Key::Chunk(id)) = chunks.layout().parse(&object.key) {
                 see(id, object.size);
@@ -124,8 +124,8 @@ async fn each_image<S: ObjectStore>(
     mut see: impl AsyncFnMut(ImageReader<S>) -> Result<(), ReadError>,
 ) -> Result<u64, UsageError> {
     let prefix = chunks.layout().images();
-    let (mut after, mut images) = (None, 0);
-    while let Some(page) = next_page(chunks, &prefix, &mut after).await? {
+    let (mut listed, mut images) = (Listed::Nothing, 0);
+    while let Some(page) = next_page(chunks, &prefix, &mut listed).await? {
         for object in page.objects {
             let Some(Key::Image(digest)) = chunks.layout().parse(&object.key) else { continue };
             let seen = match ImageReader::open(chunks.clone(), digest).await {
@@ -142,20 +142,27 @@ async fn each_image<S: ObjectStore>(
     Ok(images)
 }
 
-/// The page after the one that ended at `after`, which is moved on; nothing after the last page.
+/// How far a listing has come.
+enum Listed {
+    Nothing,
+    UpTo(String),
+    All,
+}
+
+/// The page after what is listed, which is moved on; nothing after the last page.
 async fn next_page<S: ObjectStore>(
     chunks: &ChunkStore<S>,
     prefix: &str,
-    after: &mut Option<Option<String>>,
+    listed: &mut Listed,
 ) -> Result<Option<ListPage>, StoreError> {
-    let start = match after {
-        None => None,
-        Some(None) => return Ok(None),
-        Some(Some(key)) => Some(key.as_str()),
+    let start = match listed {
+        Listed::Nothing => None,
+        Listed::UpTo(key) => Some(key.as_str()),
+        Listed::All => return Ok(None),
     };
     let page = chunks.store().list(prefix, start).await?;
     let last = page.objects.last().map(|object| object.key.clone());
-    *after = Some(last.filter(|_| page.more));
+    *listed = last.filter(|_| page.more).map_or(Listed::All, Listed::UpTo);
     Ok(Some(page))
 }
 

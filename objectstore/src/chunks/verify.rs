@@ -78,6 +78,8 @@ pub struct Tally {
     pub data_bytes: Size,
     /// Their bytes as they are stored.
     pub stored_bytes: Size,
+    /// Bytes of the whole image that are no holes, each time they occur: what a staged copy of it occupies at most.
+    pub real_bytes: Size,
 }
 
 /// What a verification has done.
@@ -104,7 +106,7 @@ fn passes(items: u64) -> u64 {
 
 fn pass_of(id: &ChunkId, passes: u64) -> u64 {
     let first = u64::from(u16::from_be_bytes([id.0.0[0], id.0.0[1]]));
-    first * passes >> 16
+    (first * passes) >> 16
 }
 
 /// The distinct chunks of one pass. Blocking.
@@ -123,8 +125,8 @@ fn distinct(path: &Path, items: u64, pass: u64) -> Result<BTreeMap<ChunkId, Expe
 }
 
 /// Counts the distinct chunks of the first `items` of a local index. Blocking.
-pub(super) fn tally(path: &Path, items: u64) -> Result<Tally, IndexFileError> {
-    let mut tally = Tally::default();
+pub(super) fn tally(path: &Path, chunk: Size, items: u64) -> Result<Tally, IndexFileError> {
+    let mut tally = Tally { real_bytes: real_bytes(path, chunk, items)?, ..Tally::default() };
     for pass in 0..passes(items) {
         for (id, chunk) in distinct(path, items, pass)? {
             tally.chunks += 1;
@@ -135,6 +137,20 @@ pub(super) fn tally(path: &Path, items: u64) -> Result<Tally, IndexFileError> {
         }
     }
     Ok(tally)
+}
+
+/// All items but whole zero chunks.
+fn real_bytes(path: &Path, chunk: Size, items: u64) -> Result<Size, IndexFileError> {
+    let (mut real, mut start) = (Size::ZERO, 0);
+    for entry in entries(path, 0, items)? {
+        let entry = entry?;
+        let len = Size(entry.end.saturating_sub(start));
+        start = entry.end;
+        if len < chunk || zero_size(&entry.id) != Some(len) {
+            real = real.saturating_add(len);
+        }
+    }
+    Ok(real)
 }
 
 /// Verifies an image that was just uploaded. `progress` is told the number of distinct chunks verified so far.

@@ -46,16 +46,17 @@ impl FromStr for Network {
     }
 }
 
-/// What is refused. Where the environment names a proxy, it resolves names, and has to refuse addresses itself.
+/// What is refused: what the policy names, and 169.254.0.0/16, `fe80::/10` and `fd00:ec2::254`, where clouds serve the
+/// credentials of the node. What is allowed wins. Where the environment names a proxy, it resolves names, and has to refuse addresses itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AddressPolicy {
-    /// Allows 169.254.0.0/16, fe80::/10 and fd00:ec2::254, where clouds serve the credentials of the node.
-    pub allow_link_local: bool,
-    /// Refused besides: the cluster's own networks.
+    /// Refused besides: the node's and the cluster's own networks.
     pub refused: Vec<Network>,
+    /// Allowed though they are refused above.
+    pub allowed: Vec<Network>,
 }
 
-/// The IPv4 address that an IPv6 one stands for: mapped, or behind a NAT64 with the well-known prefix 64:ff9b::/96.
+/// The IPv4 address that an IPv6 one stands for: mapped, or behind a NAT64 with the well-known prefix `64:ff9b::/96`.
 fn canonical(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) if v6.to_bits() >> 32 == 0x0064_ff9b << 64 => {
@@ -77,8 +78,8 @@ impl AddressPolicy {
             IpAddr::V4(v4) => v4.is_link_local() || v4 == Ipv4Addr::UNSPECIFIED,
             IpAddr::V6(v6) => v6.is_unicast_link_local() || v6 == METADATA_V6 || v6.is_unspecified(),
         };
-        (self.allow_link_local || !link_local)
-            && !self.refused.iter().any(|network| network.contains(address))
+        let within = |networks: &[Network]| networks.iter().any(|network| network.contains(address));
+        within(&self.allowed) || !(link_local || within(&self.refused))
     }
 }
 
@@ -108,15 +109,28 @@ mod tests {
         for good in ["127.0.0.1", "10.0.0.1", "192.0.2.7", "2001:db8::1", "fec0::1"] {
             assert!(allows(&policy, good), "{good}");
         }
-        let open = AddressPolicy { allow_link_local: true, ..AddressPolicy::default() };
-        assert!(allows(&open, "169.254.169.254"));
+    }
+
+    #[test]
+    fn an_allowed_network_wins_however_narrow_it_is() {
+        let networks = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let policy = AddressPolicy {
+            refused: networks(&["127.0.0.0/8", "::1/128"]),
+            allowed: networks(&["127.0.0.7/32", "169.254.169.254/32"]),
+        };
+        for good in ["127.0.0.7", "::ffff:127.0.0.7", "169.254.169.254", "10.0.0.1"] {
+            assert!(allows(&policy, good), "{good}");
+        }
+        for bad in ["127.0.0.1", "127.0.0.0", "127.0.0.8", "::1", "169.254.169.253", "fe80::1"] {
+            assert!(!allows(&policy, bad), "{bad}");
+        }
     }
 
     #[test]
     fn networks_are_refused() {
         let refused =
             ["10.96.0.0/12", "fd12::/16", "192.0.2.0/32"].map(|text| text.parse().unwrap()).to_vec();
-        let policy = AddressPolicy { allow_link_local: false, refused };
+        let policy = AddressPolicy { refused, ..AddressPolicy::default() };
         for bad in
             ["10.96.0.1", "10.111.255.255", "::ffff:10.96.0.1", "64:ff9b::a60:1", "fd12:1::", "192.0.2.0"]
         {

@@ -27,8 +27,7 @@ impl Resolve for Resolver {
         let policy = self.0.clone();
         Box::pin(async move {
             let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            let refused =
-                found.iter().find(|address| !policy.allows(address.ip())).map(|address| address.ip());
+            let refused = found.iter().find(|address| !policy.allows(address.ip())).map(SocketAddr::ip);
             let allowed: Vec<SocketAddr> =
                 found.into_iter().filter(|address| policy.allows(address.ip())).collect();
             match refused {

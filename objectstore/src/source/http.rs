@@ -207,11 +207,10 @@ impl HttpSource {
         let status = response.status();
         let location = self.location();
         match status.as_u16() {
-            416 => Ok(response),
             200..300 if response.headers().contains_key(CONTENT_ENCODING) && !is_identity(&response) => {
                 Err(self.unusable("it is sent compressed though that was not asked for"))
             }
-            200..300 => Ok(response),
+            200..300 | 416 => Ok(response),
             401 | 403 | 407 => Err(SourceError::Forbidden { location, said: status.to_string() }),
             404 | 410 => Err(SourceError::NotFound { location }),
             412 => Err(SourceError::Changed { location }),
@@ -311,7 +310,7 @@ fn take(mut piece: Bytes, skip: &mut u64, left: &mut Option<u64>) -> Bytes {
     piece
 }
 
-/// The ETag, unless it is a weak one: that does not promise the same bytes.
+/// The `ETag`, unless it is a weak one: that does not promise the same bytes.
 fn strong_etag(response: &Response) -> Option<String> {
     let etag = response.headers().get(ETAG)?.to_str().ok()?;
     etag.starts_with('"').then(|| etag.to_owned())

@@ -117,24 +117,34 @@ impl Applier {
         let Some(written) = written else { return Ok(false) };
         self.observer.absorb(written);
         if is.state != wanted.state || reason_of(&is.conditions) != reason_of(&wanted.conditions) {
-            let action = format!("{:?}", report.state);
-            tracing::info!(reservation = %name, state = action, reason = %report.reason, message = report.message,
-                "reservation reported");
-            self.events.say(&*seen, &action, report.reason, &report.message);
-            if report.state == ReservationState::Refused {
-                self.metrics.add(Metric::RefusalsTotal, &[("reason", report.reason.as_str())], 1);
-            }
+            self.say_reservation(&seen, name, report);
         }
         Ok(true)
+    }
+
+    /// Tells of a reservation that came to another state, or came there for another reason.
+    fn say_reservation(&self, seen: &StagingReservation, name: &ObjectName, report: &ReservationReport) {
+        let action = format!("{:?}", report.state);
+        tracing::info!(reservation = %name, state = action, reason = %report.reason, message = report.message,
+            "reservation reported");
+        self.events.say(seen, &action, report.reason, &report.message);
+        if report.state == ReservationState::Refused {
+            self.metrics.add(Metric::RefusalsTotal, &[("reason", report.reason.as_str())], 1);
+        }
     }
 
     pub(super) async fn report_import(
         &self,
         name: &ObjectName,
         uid: &Uid,
+        version: &ObjectVersion,
         report: &ImportReport<'_>,
     ) -> Result<bool, ApplyError> {
         let Some(seen) = self.seen::<TemplateImport>(name, Some(uid)) else { return Ok(false) };
+        if seen.resource_version().as_deref() != Some(version.0.as_str()) {
+            let object = format!("TemplateImport {name}");
+            return Err(ApplyError::Conflict { operation: "report on", object });
+        }
         let status = seen.status.clone().unwrap_or_default();
         let generation = seen.metadata.generation;
         let ready = report.state == ImportState::Ready;
@@ -161,9 +171,8 @@ impl Applier {
         if is == wanted {
             return Ok(false);
         }
-        let Some(written) = self.report(self.namespaced(name), &*seen, None, &wanted).await? else {
-            return Ok(false);
-        };
+        let written = self.report(self.namespaced(name), &*seen, Some(version), &wanted).await?;
+        let Some(written) = written else { return Ok(false) };
         self.observer.absorb(written);
         if is.state != wanted.state || reason_of(&is.conditions) != reason_of(&wanted.conditions) {
             let action = format!("{:?}", report.state);

@@ -109,7 +109,7 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
     match event {
         Event::Apply(DeserializeGuard(Ok(object))) => enter(observer, object, Source::Watch),
         Event::Apply(DeserializeGuard(Err(bad))) => unreadable::<K>(observer, &bad),
-        Event::Delete(DeserializeGuard(object)) => leave(observer, object),
+        Event::Delete(DeserializeGuard(object)) => leave(observer, &object),
         Event::Init => {
             K::objects(observer).write(&Event::Init);
             let mut state = observer.write();
@@ -117,7 +117,7 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
             state.settle_leader();
         }
         Event::InitApply(DeserializeGuard(Ok(object))) => {
-            K::objects(observer).write(&Event::InitApply(object))
+            K::objects(observer).write(&Event::InitApply(object));
         }
         Event::InitApply(DeserializeGuard(Err(bad))) => {
             // The last readable form goes through the new list.
@@ -166,7 +166,7 @@ pub fn enter<K: Observed>(observer: &Observer, object: K, source: Source) {
     observer.touch(&touched);
 }
 
-fn leave<K: Observed>(observer: &Observer, object: Result<K, InvalidObject>) {
+fn leave<K: Observed>(observer: &Observer, object: &Result<K, InvalidObject>) {
     let name = name_of(object.as_ref().map_or_else(|bad| &bad.metadata, K::meta));
     let mut gone = None;
     {

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use berth_testkit::http_source::HttpSource;
 use clap::Parser;
 
-/// HTTP file server for tests. Prints "listening http://ADDRESS" when it is ready and runs until it is killed.
+/// HTTP file server for tests. Prints `listening http://ADDRESS` when it is ready and runs until it is killed.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use berth_testkit::s3::{AWS_MIN_PART_SIZE, S3Options, TestS3};
 use clap::Parser;
 
-/// S3 server for tests. Prints "listening http://ADDRESS" when it is ready and runs until it is killed.
+/// S3 server for tests. Prints `listening http://ADDRESS` when it is ready and runs until it is killed.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {

@@ -218,6 +218,7 @@ impl RequestLog {
     }
 
     /// The entries after sequence number `seq`, to look at one phase of a test.
+    #[must_use]
     pub fn after(&self, seq: u64) -> Self {
         let entries = self.entries.iter().filter(|e| e.seq > seq).cloned().collect();
         Self { entries, intact_bytes: self.intact_bytes }

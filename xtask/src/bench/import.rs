@@ -171,7 +171,7 @@ impl Bench<'_> {
     }
 
     fn put(&self, input: &Input) -> Command {
-        let mut command = self.server.curl();
+        let mut command = Server::curl();
         command.arg("--upload-file").arg(&input.file).arg(self.server.url("file.qcow2"));
         command
     }
@@ -192,7 +192,7 @@ impl Bench<'_> {
         list.push_str(&fetched(&index, &local));
         let names = self.scratch.join("fetch.txt");
         fs::write(&names, list).context("writing curl's list")?;
-        succeed(self.server.curl().args(["--create-dirs", "--config"]).arg(&names))?;
+        succeed(Server::curl().args(["--create-dirs", "--config"]).arg(&names))?;
         self.compare_casync("fetched.castr", "fetched.caibx")
     }
 
@@ -209,7 +209,7 @@ impl Bench<'_> {
 
     fn compare_put(&self, input: &Input) -> anyhow::Result<()> {
         let got = self.scratch.join("got.qcow2");
-        succeed(self.server.curl().arg("--output").arg(&got).arg(self.server.url("file.qcow2")))?;
+        succeed(Server::curl().arg("--output").arg(&got).arg(self.server.url("file.qcow2")))?;
         succeed(Command::new("cmp").arg(&input.file).arg(&got))?;
         fs::remove_file(&got).context("removing the fetched file")
     }

@@ -25,6 +25,7 @@ impl Screen {
     }
 
     /// One line. A reader that has gone away does not end the demonstration.
+    #[allow(clippy::unused_self)] // what is said to a screen, though each writes to the same output
     pub fn line(&self, text: &str) {
         writeln!(std::io::stdout(), "{text}").ok();
     }

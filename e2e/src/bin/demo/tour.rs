@@ -102,7 +102,7 @@ fn serve(site: &Site, file: &Path) -> anyhow::Result<String> {
     Ok(format!("{}/plain/{name}", site.http()))
 }
 
-/// Applies the examples in their order; returns the parameters of the StorageClass.
+/// Applies the examples in their order; returns the parameters of the `StorageClass`.
 async fn apply_examples(screen: &Screen, site: &Site, url: &str) -> anyhow::Result<HashMap<String, String>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/quickstart");
     let pool = site.pool_path("quickstart").to_string_lossy().into_owned();

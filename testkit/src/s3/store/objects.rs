@@ -26,12 +26,11 @@ pub(crate) enum Condition {
 impl Condition {
     fn check(&self, key: &str, current: Option<&StoredObject>) -> Result<(), StoreError> {
         let holds = match self {
-            Self::None => true,
             Self::Absent => current.is_none(),
             Self::Present | Self::ETag(_) if current.is_none() => {
                 return Err(StoreError::NoSuchKey(key.to_owned()));
             }
-            Self::Present => true,
+            Self::None | Self::Present => true,
             Self::ETag(etag) => current.is_some_and(|c| c.meta.etag == *etag),
         };
         if holds { Ok(()) } else { Err(StoreError::PreconditionFailed(key.to_owned())) }
@@ -93,7 +92,9 @@ impl Store {
         };
         self.disk.write_json(&self.disk.object(bucket, key), &meta)?;
         let files: Vec<_> = content.files.into_iter().map(|(f, _)| f).collect();
-        files.iter().for_each(|f| f.keep(true));
+        for file in &files {
+            file.keep(true);
+        }
         let object = Arc::new(StoredObject { meta, files });
         self.index().bucket_mut(bucket)?.objects.insert(key.to_owned(), object.clone());
         if let Some(old) = &current {

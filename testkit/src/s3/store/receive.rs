@@ -181,7 +181,7 @@ impl Store {
         let mut body = body.unwrap_or_else(|| StreamingBlob::from(s3s::Body::empty()));
         let (mut batch, mut size) = (Vec::new(), 0);
         while let Some(data) = body.next().await {
-            let data = data.map_err(broken_body)?;
+            let data = data.map_err(|error| broken_body(&error))?;
             size += data.len();
             batch.push(data);
             if size >= BATCH {
@@ -205,7 +205,7 @@ where
 }
 
 /// The answer to a body that did not arrive as announced. s3s has no public type for the reason, hence the text.
-fn broken_body(error: s3s::StdError) -> S3Error {
+fn broken_body(error: &s3s::StdError) -> S3Error {
     let text = error.to_string();
     let code = if text.contains("Sha256Mismatch") {
         S3ErrorCode::Custom("XAmzContentSHA256Mismatch".into())

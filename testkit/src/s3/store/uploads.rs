@@ -364,7 +364,8 @@ mod tests {
         }
         let mut found: Vec<_> = seen.into_iter().map(|u| u.id).collect();
         let mut ids = ids;
-        (found.sort(), ids.sort());
+        found.sort();
+        ids.sort();
         assert_eq!(found, ids);
         assert_eq!(store.uploads("bucket", "b", Some(("b", None)), 9).unwrap().0.len(), 0);
     }
