@@ -44,7 +44,7 @@ pub struct StagingLedgerSpec {
     pub capacity: LedgerCapacity,
     /// By the holder's UID.
     #[serde(default)]
-    #[schemars(extend("maxProperties" = 4096))]
+    #[schemars(extend("maxProperties" = 4096, "x-kubernetes-map-type" = "atomic"))]
     pub promises: BTreeMap<String, LedgerPromise>,
 }
 

@@ -116,12 +116,6 @@ metrics! {
     LastEventTimestampSeconds = "berth_last_event_timestamp_seconds", Gauge, "seconds", Operator, [];
     /// 1 while a node renews its Lease and has reported, otherwise 0.
     NodeReady = "berth_node_ready", Gauge, "", Operator, ["node"];
-    /// Bytes moved by imports, by stage.
-    ImportBytesTotal = "berth_import_bytes_total", Counter, "bytes", Node, ["stage"];
-    /// Chunks sent to image stores.
-    ChunksUploadedTotal = "berth_chunks_uploaded_total", Counter, "", Node, [];
-    /// Chunks that image stores had already.
-    ChunksReusedTotal = "berth_chunks_reused_total", Counter, "", Node, [];
     /// CSI calls answered, by method and answer.
     NodeRpcsTotal = "berth_node_rpcs_total", Counter, "", Node, ["method", "code"];
     /// Steps that the node's agent carried out, by kind and how they ended.

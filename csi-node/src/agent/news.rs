@@ -83,9 +83,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An error as it is told to users.
+/// An error as it is told to users: a namespaced object names no path of the node.
 pub fn last_error(reason: Reason, message: String, retryable: bool) -> LastError {
+    let message = without_host_paths(&message);
     LastError { reason: reason.as_str().to_owned(), message, time: time(now()), retryable }
+}
+
+/// Words that are absolute paths are cut to their last part.
+fn without_host_paths(message: &str) -> String {
+    let words = message.split(' ').map(|word| match word.strip_prefix('/') {
+        Some(path) => path.rsplit('/').next().unwrap_or_default(),
+        None => word,
+    });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 impl News {
@@ -169,5 +179,17 @@ fn reported(object: &TemplateImport) -> ImportNews {
         pausing: false,
         said: Said { percent, ..Said::default() },
         wire: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_told_no_path_of_the_node() {
+        let said = "failed to read the image: image /var/lib/berth/pools/a/staging/u-1/source is truncated: http://h/x";
+        let error = last_error(Reason::ImageTruncated, said.to_owned(), false);
+        assert_eq!(error.message, "failed to read the image: image source is truncated: http://h/x");
     }
 }

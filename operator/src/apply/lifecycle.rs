@@ -6,8 +6,8 @@ use berth_api::defaults::{IMPORT_FINALIZER, RELEASE_FINALIZER};
 use berth_api::fields::{ObjectRef, PoolSelector, Quantity};
 use berth_api::staged_image::StagedImageSpec;
 use berth_api::staging_reservation::{Access as ApiAccess, StagingReservationSpec};
-use berth_api::{StagedImage, StagingReservation, TemplateImport};
-use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
+use berth_api::{StagedImage, StagingLedger, StagingReservation, TemplateImport};
+use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::ledger::Holder;
 use berth_core::units::Bytes;
 use berth_core::view::{Access, DurableImage, PoolChoice};
@@ -27,6 +27,14 @@ impl Applier {
     }
 
     pub(super) async fn unguard_reservation(&self, name: &ObjectName, uid: &Uid) -> Result<bool, ApplyError> {
+        let seen = self.observer.stored::<StagingReservation>(name);
+        if let Some(place) = seen.as_ref().and_then(|one| one.status.as_ref()?.assignment.as_ref())
+            && let Some(pool) = &place.pool
+            && self.is_promised(pool, &place.node, uid).await?
+        {
+            let object = format!("StagingReservation {name}");
+            return Err(ApplyError::Conflict { operation: "release", object });
+        }
         let api = self.namespaced::<StagingReservation>(name);
         self.finalizer(api, name, uid, RELEASE_FINALIZER, false).await
     }
@@ -42,8 +50,24 @@ impl Applier {
     }
 
     pub(super) async fn unguard_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
+        if let Some(seen) = self.observer.stored::<StagedImage>(&ObjectName::new("", name))
+            && self.is_promised(&seen.spec.pool_name, &seen.spec.node_name, uid).await?
+        {
+            return Err(ApplyError::Conflict { operation: "release", object: format!("StagedImage {name}") });
+        }
         let api: Api<StagedImage> = Api::all(self.client.clone());
         self.finalizer(api, &ObjectName::new("", name), uid, RELEASE_FINALIZER, false).await
+    }
+
+    /// Asks the API server itself whether a ledger has a promise to this holder. Each kind comes by a watch of its own: an
+    /// entry that the watch of ledgers does not show may be one that it does not show yet.
+    async fn is_promised(&self, pool: &str, node: &str, uid: &Uid) -> Result<bool, ApplyError> {
+        let name = ledger_name(&PoolName::from(pool), &NodeName::from(node));
+        let api: Api<StagingLedger> = Api::all(self.client.clone());
+        match answer("read", format!("StagingLedger {name}"), api.get(&name).await)? {
+            Answer::Done(ledger) => Ok(ledger.spec.promises.contains_key(uid.as_str())),
+            Answer::Gone | Answer::Exists => Ok(false),
+        }
     }
 
     /// Asks the API server itself whether the holder of a promise is gone: no object of its name, or a later one.
