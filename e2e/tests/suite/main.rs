@@ -42,6 +42,8 @@ fn main() -> ExitCode {
     if let Some(code) = process::play_parent() {
         return code;
     }
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // One at a time, unless asked otherwise: each scenario fills the machine, and some compare it before and after.
+    arguments.test_threads.get_or_insert(1);
     libtest_mimic::run(&arguments, scenarios().into_iter().map(Scenario::into_trial).collect()).exit_code()
 }

@@ -235,14 +235,20 @@ async fn checks_notice_lost_promises() -> anyhow::Result<()> {
     let mut bed = Bed::sabotaged("no-compare-and-swap").await?;
     bed.start_operator("one")?;
     bed.start_operator("two")?;
-    let _node = bed.node("n1", 200 * GIB).await?;
-    for index in 0..60 {
-        bed.reserve(&format!("r{index}"), GIB, "Queue").await?;
-    }
-    let until = std::time::Instant::now() + MOMENT;
+    let _node = bed.node("n1", 2000 * GIB).await?;
     let mut noticed = None;
-    while noticed.is_none() && std::time::Instant::now() < until {
-        noticed = bed.check_promises().await.err();
+    // Two writers must meet for a promise to be lost: more requests come until they have.
+    for round in 0..10 {
+        for index in 0..60 {
+            bed.reserve(&format!("r{round}-{index}"), GIB, "Queue").await?;
+        }
+        let until = std::time::Instant::now() + MOMENT;
+        while noticed.is_none() && std::time::Instant::now() < until {
+            noticed = bed.check_promises().await.err();
+        }
+        if noticed.is_some() {
+            break;
+        }
     }
     println!("without compare-and-swap: {:#}", noticed.context("no promise was lost")?);
     Ok(())
