@@ -24,6 +24,8 @@ pub enum Need {
     Tool(Tool),
     /// A command on `PATH`.
     Command(&'static str),
+    /// `BERTH_E2E_LONG=1`, which `make e2e` sets; the text says why it is not part of every run.
+    Long(&'static str),
     /// A program of ours, built if it is not up to date.
     Program(Ours),
     /// A machine that can run a whole site.
@@ -71,6 +73,10 @@ impl Need {
                 crate::memory::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason)))
             }
             Self::Site => Site::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
+            Self::Long(why) => {
+                let asked = std::env::var_os("BERTH_E2E_LONG").is_some_and(|value| value == "1");
+                asked.then_some(()).ok_or_else(|| Obstacle::Missing(format!("{why}; `make e2e` runs it")))
+            }
             Self::Command(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let mut dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
