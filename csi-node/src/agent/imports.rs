@@ -188,9 +188,9 @@ async fn pause_or_end(
         (true, Retry::After(millis)) => Ok(Duration::from_millis(millis)),
         (true, Retry::Exhausted) => {
             let message = format!("given up after {failures} attempts: {}", chain(error));
-            Err(last_error(Reason::RetriesExhausted, message, false))
+            Err(last_error(Reason::RetriesExhausted, &message, false))
         }
-        (false, _) => Err(last_error(error.reason(), chain(error), false)),
+        (false, _) => Err(last_error(error.reason(), &chain(error), false)),
     };
     tracing::warn!(import = %name_of(object), error = chain(error), failures, "import failed");
     let pause = match told {
@@ -204,7 +204,7 @@ async fn pause_or_end(
         }
     };
     node.news.edit_import(uid, object, |news| {
-        news.last_error = Some(last_error(error.reason(), chain(error), true));
+        news.last_error = Some(last_error(error.reason(), &chain(error), true));
         news.pausing = true;
     });
     node.wake.notify_one();
@@ -300,7 +300,7 @@ impl Observer for Teller {
 
     fn retrying(&self, error: &ImportError, _: Duration) {
         self.edit(|news| {
-            news.last_error = Some(last_error(error.reason(), error.chain(), true));
+            news.last_error = Some(last_error(error.reason(), &error.chain(), true));
             news.pausing = true;
         });
     }
@@ -438,7 +438,7 @@ pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Res
     let began = node.news.import(uid, &object).attempts.is_some();
     if let Err(error) = nothing_left(taken_back, began) {
         node.news.edit_import(uid, &object, |news| {
-            news.last_error = Some(last_error(error.reason(), chain(&error), true));
+            news.last_error = Some(last_error(error.reason(), &chain(&error), true));
             news.pausing = true;
         });
         node.wake.notify_one();

@@ -84,8 +84,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// An error as it is told to users: a namespaced object names no path of the node.
-pub fn last_error(reason: Reason, message: String, retryable: bool) -> LastError {
-    let message = without_host_paths(&message);
+pub fn last_error(reason: Reason, message: &str, retryable: bool) -> LastError {
+    let message = without_host_paths(message);
     LastError { reason: reason.as_str().to_owned(), message, time: time(now()), retryable }
 }
 
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn users_are_told_no_path_of_the_node() {
         let said = "failed to read the image: image /var/lib/berth/pools/a/staging/u-1/source is truncated: http://h/x";
-        let error = last_error(Reason::ImageTruncated, said.to_owned(), false);
+        let error = last_error(Reason::ImageTruncated, said, false);
         assert_eq!(error.message, "failed to read the image: image source is truncated: http://h/x");
     }
 }
