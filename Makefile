@@ -1,4 +1,4 @@
-# Every target works from a clean clone on Debian or Ubuntu with Rust (rust-toolchain.toml) and Go installed.
+# Every target works from a clean clone on Debian with Rust (rust-toolchain.toml) and Go installed.
 .PHONY: help setup demo test e2e bench lint
 
 help: ## what the targets do
