@@ -216,7 +216,9 @@ async fn stopped_in_every_stage_it_goes_on() {
             *work.told.stop_at.lock().unwrap() = Some((stage, cancel.clone()));
             let outcome = work.run_until(&bed, &origin, &cancel).await;
             assert!(matches!(outcome, Err(ImportError::Cancelled)), "{stage}: {outcome:?}");
-            assert_eq!(work.told.stages.lock().unwrap().last(), Some(&stage));
+            // What is at work when it is stopped may come to the next stage before it notices.
+            let told = std::mem::take(&mut *work.told.stages.lock().unwrap());
+            assert!(told.iter().rev().take(2).any(|at| *at == stage), "{stage}: {told:?}");
         }
     }
     work.told.stop_at.lock().unwrap().take();

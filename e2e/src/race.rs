@@ -77,6 +77,8 @@ pub struct Report {
     pub conflicts: BTreeMap<String, u64>,
     /// What the replay counted.
     pub tally: Tally,
+    /// Why the last wave did not come to its end, if a property was violated in it.
+    pub cut_off: Option<String>,
     /// Floors of the coverage that were not reached.
     pub below_floor: Vec<String>,
 }
@@ -116,7 +118,7 @@ impl Report {
     /// The violations and missed floors; empty if all is well.
     pub fn failures(&self) -> Vec<String> {
         let violations = self.tally.violations.iter().map(Violation::to_string);
-        violations.chain(self.below_floor.iter().cloned()).collect()
+        violations.chain(self.cut_off.iter().chain(&self.below_floor).cloned()).collect()
     }
 
     fn add(&mut self, outcomes: &[Outcome], killed_at: Instant, tally: Tally) {
@@ -206,11 +208,12 @@ impl Race<'_> {
             }
             let end = self.options.histories.min(next + self.options.lanes);
             if let Err(error) = self.wave(next, end).await {
-                // What was broken so far says more than what got stuck because of it.
+                // What was broken so far may be why it got stuck.
                 self.tally_rest()?;
                 if self.report.tally.violations.is_empty() {
                     return Err(error);
                 }
+                self.report.cut_off = Some(error.to_string());
             }
             eprintln!(
                 "{}/{} histories, {} admissions",
@@ -281,9 +284,9 @@ impl Race<'_> {
         Ok(())
     }
 
-    /// Judges a wave that did not end; that something is left then says nothing.
+    /// Judges a wave that did not end, whose other histories still go on; that something is left then says nothing.
     fn tally_rest(&mut self) -> Result<(), RaceError> {
-        let changes = self.ground.counter.take().map_err(RaceError::Gap)?;
+        let changes = self.ground.counter.take_seen_by_all().map_err(RaceError::Gap)?;
         let mut tally = judge(changes);
         tally.violations.retain(|violation| violation.property != judge::Property::NothingLeft);
         self.report.add(&[], Instant::now(), tally);

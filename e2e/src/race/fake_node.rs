@@ -155,9 +155,13 @@ impl State {
             Seen::Now(reservation) => reservation,
             Seen::Gone(reservation) => {
                 let uid = reservation.uid().unwrap_or_default();
+                let obeyed = |work: &Work| {
+                    let pool = self.pools.get(&(work.node.clone(), work.pool.clone()));
+                    pool.is_some_and(|pool| pool.obeyed.contains_key(&work.uid))
+                };
                 match self.work.get_mut(&uid) {
                     // It went without asking: the bytes go all the same, or nothing of the pool could be used again.
-                    Some(work) if !work.given_back => work.gone_at = work.gone_at.or(Some(Instant::now())),
+                    Some(work) if obeyed(work) => work.gone_at = work.gone_at.or(Some(Instant::now())),
                     _ => drop(self.work.remove(&uid)),
                 }
                 return;
@@ -188,17 +192,19 @@ impl State {
         let mut dirty = self.dirty.insert(node.to_owned(), false).unwrap_or_default();
         for work in self.work.values_mut().filter(|work| work.node == node) {
             let Some(pool) = self.pools.get_mut(&(node.to_owned(), work.pool.clone())) else { continue };
-            match work.gone_at {
-                Some(at) if at <= Instant::now() && !work.given_back => {
-                    work.given_back = true;
-                    pool.obeyed.remove(&work.uid);
-                    pool.released.insert(work.uid.clone(), work.generation);
-                    dirty = true;
-                }
-                None if pool.promised.get(&work.uid) == Some(&work.generation) => {
-                    dirty |= pool.obeyed.insert(work.uid.clone(), work.generation).is_none();
-                }
-                _ => {}
+            if work.given_back {
+                continue;
+            }
+            // Also what is being deleted already. Only once a ledger that names it was seen can it be told whether a
+            // ledger that does not name it is a later or an earlier one.
+            if pool.promised.get(&work.uid) == Some(&work.generation) {
+                dirty |= pool.obeyed.insert(work.uid.clone(), work.generation).is_none();
+            }
+            if work.gone_at.is_some_and(|at| at <= Instant::now()) && pool.obeyed.remove(&work.uid).is_some()
+            {
+                work.given_back = true;
+                pool.released.insert(work.uid.clone(), work.generation);
+                dirty = true;
             }
         }
         dirty
@@ -295,4 +301,61 @@ fn lease_name(node: &str) -> String {
     let sum = Sha256::digest(node.as_bytes());
     let hex: String = sum.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     format!("berth-node-{hex}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_api::fields::Assignment;
+
+    fn ledger(revision: i64, promised: bool) -> Seen<StagingLedger> {
+        let promise = json!({
+            "holder": { "kind": "StagingReservation", "namespace": "race", "name": "r" },
+            "class": "Images", "dataBytes": 1, "metadataBytes": 0, "generation": 1,
+        });
+        let promises = if promised { json!({ "u": promise }) } else { json!({}) };
+        let none = json!({ "dataBytes": 9, "metadataBytes": 0 });
+        let ledger = json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingLedger", "metadata": { "name": "l" },
+            "spec": {
+                "poolName": "p", "scope": { "nodeName": "n" }, "lineage": "l", "revision": revision,
+                "capacity": { "images": none, "volumes": none, "total": none }, "promises": promises,
+            },
+        });
+        Seen::Now(serde_json::from_value(ledger).expect("a ledger"))
+    }
+
+    fn deleted() -> StagingReservation {
+        let mut reservation: StagingReservation = serde_json::from_value(json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+            "metadata": { "name": "r", "uid": "u", "deletionTimestamp": "2026-01-01T00:00:00Z" },
+            "spec": { "poolName": "p", "maxSize": "1", "access": "File" },
+        }))
+        .expect("a reservation");
+        let assignment = Assignment { pool: Some("p".to_owned()), node: "n".to_owned(), generation: 1 };
+        reservation.status.get_or_insert_default().assignment = Some(assignment);
+        reservation
+    }
+
+    #[test]
+    fn what_is_given_back_is_told_until_a_later_ledger_lacks_it() {
+        let mut state = State::default();
+        let carried = Carried { uid: "pool".to_owned(), total: 9, ..Carried::default() };
+        state.pools.insert(("n".to_owned(), "p".to_owned()), carried);
+        state.reservation(Seen::Now(deleted()), &mut Seeded::new(1));
+        state.work.get_mut("u").expect("assigned here").gone_at = Some(Instant::now());
+        let told = |state: &mut State| {
+            state.act("n");
+            state.report("n")[0].released.len()
+        };
+        assert_eq!(told(&mut state), 0, "no ledger has promised it yet");
+        state.ledger(ledger(1, false));
+        assert_eq!(told(&mut state), 0, "this one may be older than the promise");
+        state.ledger(ledger(2, true));
+        assert_eq!(told(&mut state), 1);
+        state.ledger(ledger(1, false));
+        assert_eq!(told(&mut state), 1, "the watch of ledgers lags");
+        state.ledger(ledger(3, false));
+        assert_eq!(told(&mut state), 0, "the operator has taken it in");
+    }
 }

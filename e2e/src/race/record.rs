@@ -14,6 +14,9 @@ use tokio::task::JoinSet;
 use super::follow::{FollowError, Seen, follow};
 use super::judge::{Change, Entry, Fact, Place};
 
+/// What is counted.
+const KINDS: [&str; 3] = ["StagingLedger", "StagingReservation", "StagingNode"];
+
 /// What the counter has seen.
 #[derive(Debug, Default)]
 pub struct Record {
@@ -87,6 +90,18 @@ impl Counter {
             None => Ok(std::mem::take(&mut record.changes)),
         }
     }
+
+    /// Takes what was recorded up to the last version that every watch has reached. While objects still change, one kind
+    /// may have been seen further than another, and what is missing would look as if it had not happened.
+    ///
+    /// # Errors
+    /// What may have been missed.
+    pub fn take_seen_by_all(&self) -> Result<Vec<Change>, String> {
+        let horizon = lock(&self.record).horizon();
+        let mut changes = self.take()?;
+        changes.retain(|change| change.version <= horizon);
+        Ok(changes)
+    }
 }
 
 fn lock(record: &Mutex<Record>) -> MutexGuard<'_, Record> {
@@ -101,6 +116,15 @@ pub fn version_of(object: &impl kube::ResourceExt) -> u64 {
 impl Record {
     fn interrupted(&mut self, error: &FollowError) {
         self.gap = Some(error.to_string());
+    }
+
+    /// Each watch shows the versions of its kind in order: up to here, nothing is missing.
+    fn horizon(&self) -> u64 {
+        let reached = |wanted: &str| {
+            let of_kind = self.latest.iter().filter(|((kind, _), _)| *kind == wanted);
+            of_kind.map(|(_, version)| *version).max().unwrap_or_default()
+        };
+        KINDS.into_iter().map(reached).min().unwrap_or_default()
     }
 
     fn push(&mut self, kind: &'static str, name: String, version: u64, fact: Fact) {
@@ -180,4 +204,29 @@ fn writer(managed: &[ManagedFieldsEntry], uid: &str) -> Option<String> {
         .iter()
         .find(|entry| promises(entry).is_some_and(|map| map.get(&key).is_some() || whole(&map)));
     found.and_then(|entry| entry.manager.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn seen(record: &mut Record, kind: &'static str, version: u64) {
+        let fact = Fact::Released { node: "n".to_owned(), released: BTreeMap::new() };
+        record.push(kind, format!("{kind}-{version}"), version, fact);
+    }
+
+    #[test]
+    fn only_what_every_watch_has_reached_is_taken_while_objects_change() {
+        let record = Arc::new(Mutex::new(Record::default()));
+        let counter = Counter { record: record.clone(), _tasks: JoinSet::new() };
+        seen(&mut lock(&record), "StagingReservation", 9);
+        seen(&mut lock(&record), "StagingLedger", 4);
+        assert!(counter.take_seen_by_all().expect("no gap").is_empty(), "nothing of the nodes was seen");
+        seen(&mut lock(&record), "StagingNode", 6);
+        seen(&mut lock(&record), "StagingLedger", 5);
+        let versions: Vec<u64> =
+            counter.take_seen_by_all().expect("no gap").iter().map(|change| change.version).collect();
+        assert_eq!(versions, [5]);
+    }
 }
