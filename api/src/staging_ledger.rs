@@ -98,6 +98,11 @@ pub struct LedgerPromise {
     /// Of the holder's assignment.
     #[schemars(range(min = 1))]
     pub generation: i64,
+    /// The revision at which it was revoked, because its holder is gone: no node obeys it any more. It counts until the
+    /// node has recorded that revision and holds nothing under it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub revoked_revision: Option<i64>,
 }
 
 /// Who holds a promise.

@@ -23,6 +23,7 @@ pub fn promise(name: &str, class: Class, data: u64) -> Promise {
         class,
         charge: Charge { data: Bytes(data), metadata: Bytes::ZERO },
         generation: Generation::FIRST,
+        revoked: None,
     }
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::change::Change;
 use crate::ids::{Lineage, ObjectName, Uid};
 use crate::units::{Bytes, Generation};
-use crate::view::{LedgerCapacity, LedgerView, NodePoolState};
+use crate::view::{LedgerCapacity, LedgerView};
 
 /// How many promises one ledger may hold.
 pub const MAX_PROMISES: usize = 4096;
@@ -51,6 +51,9 @@ pub struct Promise {
     pub charge: Charge,
     /// Of the holder's assignment.
     pub generation: Generation,
+    /// The ledger's revision at which it was revoked, because its holder is gone: from then on no node obeys it. It counts
+    /// until the node has recorded that revision and holds nothing under it.
+    pub revoked: Option<u64>,
 }
 
 /// Why a ledger is older than what its node has obeyed, as after a restored etcd, or in a view that lags.
@@ -98,20 +101,30 @@ impl fmt::Display for Behind {
     }
 }
 
-/// Whether `ledger` is older than what the node has recorded. Nothing may be written to it then.
-pub fn is_behind(ledger: &LedgerView, node: &NodePoolState) -> Option<Behind> {
-    if let Some(lineage) = node.lineage.as_ref().filter(|lineage| **lineage != ledger.lineage) {
+/// What a node has recorded of the ledger that it obeys: as it knows it itself, or as it has reported it.
+pub trait LedgerRecord {
+    /// Of the ledger that is obeyed; `None` before the first.
+    fn lineage(&self) -> Option<&Lineage>;
+    /// The highest revision that is recorded.
+    fn revision(&self) -> u64;
+    /// Promises that were obeyed and whose bytes may still be there.
+    fn held(&self) -> impl Iterator<Item = (&Uid, Generation)>;
+}
+
+/// Whether `ledger` is older than what its node has recorded. Then the operator writes nothing to it, and the node obeys
+/// nothing of it. A promise of another generation is another promise.
+pub fn is_behind(ledger: &LedgerView, record: &impl LedgerRecord) -> Option<Behind> {
+    if let Some(lineage) = record.lineage().filter(|lineage| **lineage != ledger.lineage) {
         return Some(Behind::Lineage { ledger: ledger.lineage.clone(), node: lineage.clone() });
     }
-    if ledger.revision < node.obeyed_revision {
-        return Some(Behind::Revision { ledger: ledger.revision, node: node.obeyed_revision });
+    if ledger.revision < record.revision() {
+        return Some(Behind::Revision { ledger: ledger.revision, node: record.revision() });
     }
-    let missing = node.obeyed.iter().find(|(uid, generation)| {
-        let promised = ledger.promises.get(*uid).is_some_and(|promise| promise.generation >= **generation);
-        let released = node.released.get(*uid).is_some_and(|released| released >= *generation);
-        !promised && !released
+    let mut held = record.held();
+    let missing = held.find(|(uid, generation)| {
+        ledger.promises.get(*uid).is_none_or(|promise| promise.generation != *generation)
     });
-    missing.map(|(uid, generation)| Behind::Missing { uid: uid.clone(), generation: *generation })
+    missing.map(|(uid, generation)| Behind::Missing { uid: uid.clone(), generation })
 }
 
 impl LedgerView {
@@ -126,6 +139,16 @@ impl LedgerView {
     pub fn without(&self, gone: &[&Uid]) -> Change {
         let mut promises = self.promises.clone();
         promises.retain(|uid, _| !gone.contains(&uid));
+        self.replaced(self.capacity, promises)
+    }
+
+    /// The write that revokes the promises of these holders.
+    pub fn revoking(&self, gone: &[&Uid]) -> Change {
+        let mut promises = self.promises.clone();
+        let revision = self.revision.saturating_add(1);
+        for (_, promise) in promises.iter_mut().filter(|(uid, _)| gone.contains(uid)) {
+            promise.revoked = Some(revision);
+        }
         self.replaced(self.capacity, promises)
     }
 
@@ -173,6 +196,14 @@ mod tests {
             matches!(is_behind(&ledger, &node), Some(Behind::Missing { .. })),
             "an older generation does not count"
         );
+        node.obeyed.insert(Uid::from("a"), Generation::FIRST);
+        ledger.promises.get_mut(&Uid::from("a")).expect("it is promised").generation = Generation(2);
+        assert!(
+            matches!(is_behind(&ledger, &node), Some(Behind::Missing { .. })),
+            "nor does a later one: what was obeyed has not been given back"
+        );
+        node.released.insert(Uid::from("a"), Generation::FIRST);
+        assert_eq!(is_behind(&ledger, &node), None, "its bytes are gone, and it is promised anew");
         node.lineage = Some(Lineage::from("other"));
         assert!(matches!(is_behind(&ledger, &node), Some(Behind::Lineage { .. })));
     }

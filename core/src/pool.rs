@@ -3,7 +3,7 @@
 use crate::budget::{Area, Sums};
 use crate::change::{Change, PoolReport};
 use crate::ids::{NodeName, PoolName, Uid};
-use crate::ledger::Holder;
+use crate::ledger::{Holder, Promise};
 use crate::reason::Reason;
 use crate::reservation::is_waiting;
 use crate::units::{Bytes, Timestamp};
@@ -64,40 +64,56 @@ fn resized(view: &View, pool: &PoolView) -> Option<Change> {
     })
 }
 
-/// Promises whose holders the leader does not see, and which no node has obeyed: each is asked for once more at the API
-/// server, and only then taken away. They come from an operator that wrote a promise for what was being deleted.
+/// Promises whose holders the leader does not see. They come from an operator that wrote a promise for what was being
+/// deleted, or from a deletion that the API server carried out in spite of a finalizer, because it had begun before that
+/// was added. Each is asked for at the API server, and revoked; once its node can neither obey it any more nor has bytes
+/// under it, it goes.
 fn swept(view: &View, pool: &PoolView) -> Option<Vec<Change>> {
     if !view.leader {
         return None;
     }
     ledgers(view, pool).find_map(|ledger| {
-        let gone = orphans(view, ledger);
-        if gone.is_empty() {
+        let (revoked, left): (Vec<_>, Vec<_>) =
+            orphans(view, ledger).into_iter().partition(|(_, promise)| promise.revoked.is_some());
+        let report = view.report_of(&ledger.pool, &ledger.node)?;
+        let over: Vec<&Uid> = revoked
+            .iter()
+            .filter(|(uid, promise)| is_over(report, uid, promise))
+            .map(|(uid, _)| *uid)
+            .collect();
+        if !over.is_empty() {
+            return Some(vec![ledger.without(&over)]);
+        }
+        if left.is_empty() {
             return None;
         }
-        let ask = gone
-            .iter()
-            .map(|(uid, holder)| Change::ConfirmGone { holder: (*holder).clone(), uid: (*uid).clone() });
-        let uids: Vec<&Uid> = gone.iter().map(|(uid, _)| *uid).collect();
-        Some(ask.chain([ledger.without(&uids)]).collect())
+        let ask = left.iter().map(|(uid, promise)| Change::ConfirmGone {
+            holder: promise.holder.clone(),
+            uid: (*uid).clone(),
+        });
+        let uids: Vec<&Uid> = left.iter().map(|(uid, _)| *uid).collect();
+        Some(ask.chain([ledger.revoking(&uids)]).collect())
     })
 }
 
-fn orphans<'v>(view: &'v View, ledger: &'v LedgerView) -> Vec<(&'v Uid, &'v Holder)> {
-    let Some(report) = view.report_of(&ledger.pool, &ledger.node) else { return Vec::new() };
+/// True if the node has recorded the revocation, and nothing that it held is left.
+fn is_over(report: &NodePoolState, uid: &Uid, promise: &Promise) -> bool {
+    let fenced = promise.revoked.is_some_and(|revision| report.obeyed_revision >= revision);
+    let released = report.released.get(uid).is_some_and(|released| *released >= promise.generation);
+    fenced && (released || !report.obeyed.contains_key(uid))
+}
+
+/// Promises of holders that the view lacks.
+fn orphans<'v>(view: &'v View, ledger: &'v LedgerView) -> Vec<(&'v Uid, &'v Promise)> {
     let trusted = view.nodes.get(&ledger.node).is_some_and(|node| node.reported);
     if !trusted || view.behind(ledger).is_some() {
         return Vec::new();
     }
-    let gone = ledger.promises.iter().filter(|(uid, promise)| {
-        let there = match &promise.holder {
-            Holder::Reservation(_) => view.reservations.contains_key(*uid),
-            Holder::Image(name) => view.images.get(name).is_some_and(|image| image.uid == **uid),
-        };
-        let released = report.released.get(*uid).is_some_and(|released| *released >= promise.generation);
-        !there && (released || !report.obeyed.contains_key(*uid))
+    let gone = ledger.promises.iter().filter(|(uid, promise)| match &promise.holder {
+        Holder::Reservation(_) => !view.reservations.contains_key(*uid),
+        Holder::Image(name) => view.images.get(name).is_none_or(|image| image.uid != **uid),
     });
-    gone.map(|(uid, promise)| (uid, &promise.holder)).take(SWEPT_AT_ONCE).collect()
+    gone.take(SWEPT_AT_ONCE).collect()
 }
 
 /// What the pool holds, over all nodes.
@@ -213,25 +229,48 @@ mod tests {
     }
 
     #[test]
-    fn promises_without_a_holder_go_only_after_the_api_server_was_asked_and_the_node_knows_nothing_of_them() {
+    fn promises_without_a_holder_are_asked_for_and_revoked() {
         let mut view = view(&[("a", 100)]);
         add(&mut view, reservation("there", 10, 0));
         hold(&mut view, "a", "there", Class::Images, 10);
         hold(&mut view, "a", "gone", Class::Images, 10);
         let changes = ask(&view);
-        let [Change::ConfirmGone { uid, .. }, Change::WriteLedger { promises, .. }] = &changes[..] else {
+        let [Change::ConfirmGone { uid, .. }, Change::WriteLedger { revision, promises, .. }] = &changes[..]
+        else {
             panic!("{changes:?}");
         };
-        assert_eq!((uid.as_str(), promises.len()), ("gone", 1));
-        node_pool(&mut view, "a").obeyed.insert(Uid::from("gone"), Generation::FIRST);
-        assert_eq!(ask(&view), [], "the node has bytes of it");
-        node_pool(&mut view, "a").released.insert(Uid::from("gone"), Generation::FIRST);
-        assert_eq!(ask(&view).len(), 2);
+        assert_eq!(uid.as_str(), "gone");
+        assert_eq!(promises[&Uid::from("gone")].revoked, Some(*revision));
+        assert_eq!(promises[&Uid::from("there")].revoked, None);
         view.leader = false;
         assert_eq!(ask(&view), []);
         view.leader = true;
         view.nodes.values_mut().for_each(|node| node.reported = false);
         assert_eq!(ask(&view), []);
+    }
+
+    #[test]
+    fn what_is_revoked_goes_once_its_node_cannot_use_it_any_more() {
+        let mut view = view(&[("a", 100)]);
+        hold(&mut view, "a", "gone", Class::Images, 10);
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        ledger.revision = 5;
+        ledger.promises.get_mut(&Uid::from("gone")).expect("held").revoked = Some(5);
+        let lineage = ledger.lineage.clone();
+        let report = node_pool(&mut view, "a");
+        report.lineage = Some(lineage);
+        report.obeyed_revision = 4;
+        assert_eq!(ask(&view), [], "the node may still obey it");
+        node_pool(&mut view, "a").obeyed_revision = 5;
+        let taken = ask(&view);
+        assert!(
+            matches!(&taken[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()),
+            "{taken:?}"
+        );
+        node_pool(&mut view, "a").obeyed.insert(Uid::from("gone"), Generation::FIRST);
+        assert_eq!(ask(&view), [], "the node has bytes of it");
+        node_pool(&mut view, "a").released.insert(Uid::from("gone"), Generation::FIRST);
+        assert_eq!(ask(&view), taken);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod history;
 pub mod judge;
 mod operators;
 pub mod record;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -79,6 +80,8 @@ pub struct Report {
     pub tally: Tally,
     /// Why the last wave did not come to its end, if a property was violated in it.
     pub cut_off: Option<String>,
+    /// What was seen of the reservation that the first violation concerns.
+    pub trace: Vec<String>,
     /// Floors of the coverage that were not reached.
     pub below_floor: Vec<String>,
 }
@@ -121,6 +124,13 @@ impl Report {
         violations.chain(self.cut_off.iter().chain(&self.below_floor).cloned()).collect()
     }
 
+    /// Keeps what led to the first violation.
+    fn explain(&mut self, changes: &[judge::Change], tally: &Tally) {
+        if let Some(uid) = tally.violations.iter().find_map(|violation| violation.subject.as_ref()) {
+            self.trace = trace::trace(changes, uid);
+        }
+    }
+
     fn add(&mut self, outcomes: &[Outcome], killed_at: Instant, tally: Tally) {
         for outcome in outcomes {
             self.histories += 1;
@@ -131,6 +141,7 @@ impl Report {
         self.tally.versions += tally.versions;
         self.tally.admissions += tally.admissions;
         self.tally.releases += tally.releases;
+        self.tally.slipped += tally.slipped;
         self.tally.violations.extend(tally.violations);
         for (writer, count) in tally.by_writer {
             *self.tally.by_writer.entry(writer).or_default() += count;
@@ -263,7 +274,9 @@ impl Race<'_> {
         }
         self.catch_up().await?;
         let changes = self.ground.counter.take().map_err(RaceError::Gap)?;
-        self.report.add(&outcomes, killed_at, judge(changes));
+        let tally = judge(changes.clone());
+        self.report.explain(&changes, &tally);
+        self.report.add(&outcomes, killed_at, tally);
         Ok(())
     }
 
@@ -287,8 +300,9 @@ impl Race<'_> {
     /// Judges a wave that did not end, whose other histories still go on; that something is left then says nothing.
     fn tally_rest(&mut self) -> Result<(), RaceError> {
         let changes = self.ground.counter.take_seen_by_all().map_err(RaceError::Gap)?;
-        let mut tally = judge(changes);
+        let mut tally = judge(changes.clone());
         tally.violations.retain(|violation| violation.property != judge::Property::NothingLeft);
+        self.report.explain(&changes, &tally);
         self.report.add(&[], Instant::now(), tally);
         Ok(())
     }

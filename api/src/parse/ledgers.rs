@@ -81,6 +81,7 @@ pub fn to_ledger_promise(promise: &Promise) -> LedgerPromise {
         data_bytes,
         metadata_bytes,
         generation: i64::try_from(promise.generation.0).unwrap_or(i64::MAX),
+        revoked_revision: promise.revoked.map(|revision| i64::try_from(revision).unwrap_or(i64::MAX)),
     }
 }
 
@@ -99,6 +100,7 @@ fn promise(entry: &LedgerPromise) -> Promise {
         },
         charge: charge(&LedgerBytes { data_bytes: entry.data_bytes, metadata_bytes: entry.metadata_bytes }),
         generation: generation(entry.generation),
+        revoked: entry.revoked_revision.and_then(|revision| u64::try_from(revision).ok()),
     }
 }
 
@@ -122,6 +124,7 @@ mod tests {
             class,
             charge: Charge { data: Bytes(data), metadata: Bytes(7) },
             generation: Generation(3),
+            revoked: (data == 5).then_some(8),
         };
         let mut ledger = StagingLedger::new(
             "fast-a",

@@ -7,38 +7,16 @@
 //! Steps are safe to repeat: planning again after a crash at any point leads to the same end.
 
 use crate::ids::{Digest, PoolName, Uid};
-use crate::ledger::Promise;
+use crate::ledger::{Promise, is_behind};
 use crate::units::{Generation, Timestamp};
 use crate::view::{Access, LedgerView};
 
 use super::step::{Origin, Step};
 use super::view::{AreaView, JobKey, JobKind, NodeImport, NodeReservation, NodeView, PoolOnNode};
 
-/// Why `ledger` must not be obeyed by a node with this record, or `None` if it may be: another lineage than the
-/// recorded one, an older revision, or an obeyed promise missing whose release has not been recorded.
+/// Why `ledger` must not be obeyed by a node with this record, in words that name the ledger; `None` if it may be.
 pub fn behind(ledger: &LedgerView, area: &AreaView) -> Option<String> {
-    let lineage = area.lineage.as_ref()?;
-    if *lineage != ledger.lineage {
-        return Some(format!(
-            "ledger {} has lineage {}, the node obeys {lineage}",
-            ledger.name, ledger.lineage
-        ));
-    }
-    if ledger.revision < area.revision {
-        let (name, found, known) = (&ledger.name, ledger.revision, area.revision);
-        return Some(format!("ledger {name} is at revision {found}, the node has obeyed revision {known}"));
-    }
-    let missing = area.promises.iter().find(|(uid, promise)| {
-        let listed = ledger.promises.get(uid).is_some_and(|p| p.generation == promise.generation);
-        !promise.released && !listed
-    });
-    missing.map(|(uid, promise)| {
-        let name = &ledger.name;
-        format!(
-            "ledger {name} lacks the promise to {uid} of generation {}, which the node obeys",
-            promise.generation
-        )
-    })
+    is_behind(ledger, area).map(|behind| format!("ledger {}: {behind}", ledger.name))
 }
 
 /// The steps to take now, in order. Empty once everything is as it is asked for.
@@ -70,7 +48,7 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
         steps.push(Step::ClosePool { pool: name.clone() });
         return;
     }
-    let obeyable = pool.ledger.as_ref().filter(|ledger| behind(ledger, area).is_none());
+    let obeyable = pool.ledger.as_ref().filter(|ledger| is_behind(ledger, area).is_none());
     if let Some(ledger) = obeyable {
         steps.extend(obey(view, name, ledger, area));
         let gone: Vec<Uid> = area
@@ -97,7 +75,8 @@ fn names(ledger: &LedgerView, uid: &Uid, generation: Generation) -> bool {
     ledger.promises.get(uid).is_some_and(|promise| promise.generation == generation)
 }
 
-/// Records the ledger's revision, with every promise in it whose holder is assigned here at the same generation.
+/// Records the ledger's revision, with every promise in it whose holder is assigned here at the same generation. Once the
+/// revision of a revocation is recorded, what was revoked is not obeyed any more, whatever a watch that lags still shows.
 fn obey(view: &NodeView, name: &PoolName, ledger: &LedgerView, area: &AreaView) -> Option<Step> {
     let assigned = |uid: &Uid, promise: &Promise| {
         let reservation =
@@ -108,6 +87,7 @@ fn obey(view: &NodeView, name: &PoolName, ledger: &LedgerView, area: &AreaView) 
     let new: Vec<(Uid, Promise)> = ledger
         .promises
         .iter()
+        .filter(|(_, promise)| promise.revoked.is_none())
         .filter(|(uid, promise)| assigned(uid, promise) && !known(uid, promise.generation))
         .map(|(uid, promise)| (uid.clone(), promise.clone()))
         .collect();

@@ -215,7 +215,7 @@ fn reservation(name: &str, access: Access, image: Option<Digest>) -> (Uid, NodeR
 fn promise(uid: &str, class: Class) -> (Uid, Promise) {
     let charge = Charge { data: Bytes::mib(64), metadata: Bytes::ZERO };
     let holder = Holder::Reservation(ObjectName::new("ns", uid));
-    (Uid::from(uid), Promise { holder, class, charge, generation: Generation(1) })
+    (Uid::from(uid), Promise { holder, class, charge, generation: Generation(1), revoked: None })
 }
 
 /// A work directory, a blank volume, and a clone of an image that is not there yet.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
-use crate::ledger::{Class, Promise};
+use crate::ledger::{Class, LedgerRecord, Promise, is_behind};
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, LedgerView};
 
@@ -202,12 +202,27 @@ impl AreaView {
     }
 }
 
+impl LedgerRecord for AreaView {
+    fn lineage(&self) -> Option<&Lineage> {
+        self.lineage.as_ref()
+    }
+
+    fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    fn held(&self) -> impl Iterator<Item = (&Uid, Generation)> {
+        let kept = self.promises.iter().filter(|(_, promise)| !promise.released);
+        kept.map(|(uid, promise)| (uid, promise.generation))
+    }
+}
+
 impl PoolOnNode {
     /// The promise to `holder` in the ledger, if the ledger may be obeyed.
     pub fn promise(&self, holder: &Uid) -> Option<&Promise> {
         let ledger = self.ledger.as_ref()?;
         let area = self.area.as_ref()?;
-        if super::behind(ledger, area).is_some() {
+        if is_behind(ledger, area).is_some() {
             return None;
         }
         ledger.promises.get(holder)

@@ -59,7 +59,8 @@ impl Need {
         };
         let charge = Charge { data, metadata: Bytes::ZERO };
         let holder = Holder::Reservation(reservation.name.clone());
-        Ok(Self { own: Promise { holder, class, charge, generation: Generation::FIRST }, image })
+        let own = Promise { holder, class, charge, generation: Generation::FIRST, revoked: None };
+        Ok(Self { own, image })
     }
 
     /// All that is to be promised at a place where the image is, or is not, promised already.
@@ -103,6 +104,7 @@ pub(super) fn image_promise(name: &str, data: Bytes) -> Promise {
         class: Class::Images,
         charge: Charge { data, metadata: Bytes::ZERO },
         generation: Generation::FIRST,
+        revoked: None,
     }
 }
 

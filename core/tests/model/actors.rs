@@ -189,6 +189,9 @@ impl Node {
                 steps.push(Step::Obey(uid, promise, ledger.lineage.clone(), ledger.revision));
             }
         }
+        if sound && ledger.revision > record.revision && steps.is_empty() {
+            steps.push(Step::Follow(ledger.lineage.clone(), ledger.revision));
+        }
         for (uid, obeyed) in &record.obeyed {
             if !obeyed.made && !self.is_leaving(pool, uid) {
                 steps.push(Step::Make(uid.clone(), obeyed.promise.generation));
@@ -224,7 +227,8 @@ impl Node {
             });
             reservation || self.seen.images.values().any(|image| image.uid == *uid && !image.deleting)
         };
-        let entries = ledger.promises.iter().filter(|(uid, promise)| named(uid, promise));
+        let entries =
+            ledger.promises.iter().filter(|(uid, promise)| promise.revoked.is_none() && named(uid, promise));
         entries.map(|(uid, promise)| (uid.clone(), promise.clone())).collect()
     }
 
@@ -249,6 +253,10 @@ impl Node {
                 record.lineage = Some(lineage);
                 record.revision = revision;
                 record.obeyed.insert(uid, Obeyed { promise, made: false });
+            }
+            Step::Follow(lineage, revision) => {
+                record.lineage = Some(lineage);
+                record.revision = revision;
             }
             Step::Make(uid, generation) => {
                 record.obeyed.get_mut(&uid).expect("obeyed before").made = true;
@@ -290,6 +298,8 @@ impl Node {
 #[derive(Clone, Debug)]
 enum Step {
     Obey(Uid, Promise, Lineage, u64),
+    /// Records a revision in which there is nothing to obey.
+    Follow(Lineage, u64),
     Make(Uid, Generation),
     Release(Uid, Generation),
     Forget(Uid),

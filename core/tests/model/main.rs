@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use berth_core::check::check;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
-use berth_core::ledger::Class;
+use berth_core::ledger::{Class, Promise};
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{Access, PoolChoice, ReservationState, ReservationView, View, WhenFull};
 
@@ -49,7 +49,14 @@ impl History {
         let node = self.dice.below(NODES.len());
         match self.dice.below(100) {
             0..7 => self.ask(),
-            7..10 => self.delete(),
+            7..9 => self.delete(),
+            9 => {
+                if self.dice.once_in(2) {
+                    self.delete();
+                } else {
+                    self.slip();
+                }
+            }
             10..20 => {
                 if self.operators.iter().all(|operator| operator.left.is_empty()) {
                     self.race();
@@ -162,6 +169,19 @@ impl History {
         }
     }
 
+    /// What was just placed goes in spite of its finalizer, before its node may have seen it; the leader sees all of it.
+    fn slip(&mut self) {
+        let new = self.world.objects.reservations.values().filter(|r| r.assignment.is_some());
+        let new: Vec<Uid> = new.filter(|r| r.prepared.is_none()).map(|r| r.uid.clone()).collect();
+        let Some(uid) = self.dice.pick(&new) else { return };
+        self.world.slip(uid);
+        for operator in self.operators.iter_mut().filter(|operator| operator.seen.leader) {
+            (0..KINDS).for_each(|kind| operator.look(&self.world, kind));
+            let pool = PoolName::from(["p", "q"][self.dice.below(2)]);
+            operator.left = operator.about(&Object::Pool(pool), &self.world);
+        }
+    }
+
     /// A node's Lease runs out, or is renewed again.
     fn flicker(&mut self, node: usize) {
         let node = self.world.objects.nodes.get_mut(&NodeName::from(NODES[node])).expect("there");
@@ -216,7 +236,8 @@ impl History {
                 let ledger = self.world.objects.ledgers.get(&(pool.clone(), node.name.clone()));
                 for (uid, obeyed) in &record.obeyed {
                     let entry = ledger.and_then(|ledger| ledger.promises.get(uid));
-                    if entry != Some(&obeyed.promise) {
+                    let same = |entry: &Promise| Promise { revoked: None, ..entry.clone() } == obeyed.promise;
+                    if !entry.is_some_and(same) {
                         return Some(format!("node {} holds {uid}, its ledger says {entry:?}", node.name));
                     }
                 }
@@ -391,6 +412,7 @@ fn promises_hold_in_every_history() {
     assert!(coverage.conflicts >= coverage.histories, "too few conflicts: {coverage:?}");
     assert!(coverage.crashes >= coverage.histories, "too few crashes: {coverage:?}");
     assert!(coverage.swept >= 5, "too few promises swept: {coverage:?}");
+    assert!(coverage.slipped >= 100, "too few deletions in spite of a finalizer: {coverage:?}");
     for kind in [
         "WriteLedger",
         "AssignReservation",
@@ -427,6 +449,7 @@ fn every_sabotage_is_found() {
         Sabotage::ReportWithoutVersion,
         Sabotage::EarlyRelease,
         Sabotage::SweepWithoutAsking,
+        Sabotage::SweepWithoutRevoking,
     ] {
         let (coverage, found) = run(0..3 * HISTORIES, sabotage);
         println!("{sabotage:?}: after {} histories: {found:?}", coverage.histories);

@@ -26,6 +26,8 @@ pub enum Sabotage {
     EarlyRelease,
     /// Promises are swept without asking whether their holders are gone.
     SweepWithoutAsking,
+    /// Promises are swept at once, without waiting until their nodes know.
+    SweepWithoutRevoking,
 }
 
 /// Another writer was faster, or the object is gone: the list of changes ends.
@@ -40,6 +42,8 @@ pub struct Coverage {
     pub conflicts: usize,
     pub crashes: usize,
     pub swept: usize,
+    /// Reservations that went in spite of their finalizer, after they were assigned.
+    pub slipped: usize,
     pub writes: BTreeMap<&'static str, usize>,
     pub transitions: BTreeSet<(ReservationState, ReservationState)>,
     pub reasons: BTreeSet<Reason>,
@@ -52,6 +56,7 @@ impl Coverage {
         self.conflicts += other.conflicts;
         self.crashes += other.crashes;
         self.swept += other.swept;
+        self.slipped += other.slipped;
         for (name, count) in &other.writes {
             *self.writes.entry(name).or_default() += count;
         }
@@ -122,6 +127,14 @@ impl World {
         }
     }
 
+    /// A deletion that the API server began before the finalizer was added, and carries out only now.
+    pub fn slip(&mut self, uid: &Uid) {
+        let guarded = self.objects.reservations.get(uid).is_some_and(|r| r.has_finalizer && !r.deleting);
+        if let Some(gone) = guarded.then(|| self.objects.reservations.remove(uid)).flatten() {
+            self.coverage.slipped += usize::from(gone.assignment.is_some());
+        }
+    }
+
     /// Takes a change or refuses it; says whether anything was written.
     pub fn apply(&mut self, change: &Change) -> Result<bool, Conflict> {
         let result = self.take(change);
@@ -165,6 +178,9 @@ impl World {
                 ledger.version = next;
                 ledger.capacity = *capacity;
                 ledger.promises.clone_from(promises);
+                if self.sabotage == Sabotage::SweepWithoutRevoking {
+                    ledger.promises.retain(|_, promise| promise.revoked.is_none());
+                }
                 Ok(true)
             }
             Change::ConfirmGone { holder, uid } => {

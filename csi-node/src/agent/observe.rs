@@ -159,7 +159,13 @@ fn ledger_view(name: &str, version: Option<String>, spec: &StagingLedgerSpec) ->
         };
         (
             Uid::from(uid.as_str()),
-            Promise { holder, class, charge, generation: generation(promise.generation) },
+            Promise {
+                holder,
+                class,
+                charge,
+                generation: generation(promise.generation),
+                revoked: promise.revoked_revision.and_then(|revision| u64::try_from(revision).ok()),
+            },
         )
     });
     LedgerView {
@@ -272,8 +278,8 @@ fn invent_promises(view: &mut NodeView) {
         view.reservations.iter().map(|(uid, r)| (uid.clone(), r.pool.clone(), r.name.clone(), r.generation));
     for (uid, pool, name, generation) in holders.collect::<Vec<_>>() {
         let charge = Charge { data: Bytes::mib(64), metadata: Bytes::ZERO };
-        let promise =
-            Promise { holder: Holder::Reservation(name), class: Class::Volumes, charge, generation };
+        let holder = Holder::Reservation(name);
+        let promise = Promise { holder, class: Class::Volumes, charge, generation, revoked: None };
         let Some(PoolOnNode { ledger: Some(ledger), .. }) = view.pools.get_mut(&pool) else { continue };
         ledger.promises.entry(uid).or_insert(promise);
     }

@@ -51,6 +51,7 @@ async fn main() -> anyhow::Result<ExitCode> {
     let report = race::run(&dir, &options).await?;
     print(&report, seed);
     let failures = report.failures();
+    report.trace.iter().for_each(|line| println!("  {line}"));
     failures.iter().take(10).for_each(|failure| println!("FAILED {failure}"));
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -68,6 +69,7 @@ fn print(report: &Report, seed: u64) {
     println!("operations: {} ({} per history)", report.operations, report.operations / histories);
     println!("versions seen: {}, admissions: {}", report.tally.versions, report.tally.admissions);
     println!("releases reported by nodes: {}", report.tally.releases);
+    println!("deletions in spite of a finalizer: {}", report.tally.slipped);
     for (writer, count) in &report.tally.by_writer {
         println!("promises written by {writer}: {count}");
     }

@@ -143,10 +143,10 @@ impl State {
             return;
         }
         pool.revision = spec.revision;
-        pool.promised = spec.promises.into_iter().map(|(uid, promise)| (uid, promise.generation)).collect();
         // What the ledger no longer has need not be acknowledged any more.
-        let promised = &pool.promised;
-        pool.released.retain(|uid, _| promised.contains_key(uid));
+        pool.released.retain(|uid, _| spec.promises.contains_key(uid));
+        let sound = spec.promises.into_iter().filter(|(_, promise)| promise.revoked_revision.is_none());
+        pool.promised = sound.map(|(uid, promise)| (uid, promise.generation)).collect();
         self.dirty.insert(key.0, true);
     }
 

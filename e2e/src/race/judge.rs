@@ -17,6 +17,8 @@ pub struct Entry {
     pub generation: i64,
     /// The operator that wrote the entry, as the API server recorded it.
     pub writer: Option<String>,
+    /// The revision from which on it may not be obeyed any more.
+    pub revoked: Option<i64>,
 }
 
 /// Where a reservation is.
@@ -60,13 +62,21 @@ pub enum Fact {
         deleting: bool,
         /// True if it is gone.
         gone: bool,
+        /// Which finalizers it has.
+        finalizers: Vec<String>,
+        /// Who wrote this version last, as the API server recorded it.
+        writer: Option<String>,
     },
-    /// What a node says that it has given back: UIDs with generations.
-    Released {
+    /// What a node says of its pools.
+    Report {
         /// The node.
         node: String,
-        /// By UID.
+        /// What it has given back: generations by UID.
         released: BTreeMap<String, i64>,
+        /// The UIDs of what it has obeyed.
+        obeyed: BTreeSet<String>,
+        /// The revision that it has recorded of each pool's ledger.
+        revisions: BTreeMap<String, i64>,
     },
 }
 
@@ -90,7 +100,8 @@ pub enum Property {
     AssignedIsPromised,
     /// An assignment is made once, for an object that is not being deleted, and not changed.
     PlacementIsFinal,
-    /// An object goes only after its node has given its bytes back.
+    /// An object that was deleted goes only after its node has given its bytes back. The API server may carry out a deletion
+    /// at once that it began before the object had a finalizer; then its promise has to stay as long.
     GivenBackBeforeGone,
     /// The revision of a ledger rises by one with every write.
     RevisionRises,
@@ -121,6 +132,8 @@ pub struct Violation {
     pub version: u64,
     /// What was seen.
     pub detail: String,
+    /// The reservation concerned, by UID.
+    pub subject: Option<String>,
 }
 
 impl fmt::Display for Violation {
@@ -140,6 +153,8 @@ pub struct Tally {
     pub by_writer: BTreeMap<String, u64>,
     /// Objects given back by their node.
     pub releases: u64,
+    /// Objects that went without having been marked as deleted, in spite of their finalizer.
+    pub slipped: u64,
     /// What did not hold.
     pub violations: Vec<Violation>,
 }
@@ -154,8 +169,12 @@ struct LedgerState {
 #[derive(Debug, Default)]
 struct State {
     ledgers: BTreeMap<(String, String), LedgerState>,
-    /// Those that are there and assigned.
+    /// Those that are assigned and there, or went in spite of their finalizer.
     placed: BTreeMap<String, Place>,
+    /// Those that were marked as deleted.
+    deleted: BTreeSet<String>,
+    /// Those that went in spite of their finalizer.
+    slipped: BTreeSet<String>,
     given_back: BTreeMap<String, i64>,
     tally: Tally,
 }
@@ -176,18 +195,15 @@ pub fn judge(mut changes: Vec<Change>) -> Tally {
                 state.ledger(version, &key, LedgerState { lineage, revision, promises }, capacity);
                 state.check(version, &key.0);
             }
-            Fact::Reservation { uid, place, deleting, gone } => {
+            Fact::Reservation { uid, place, deleting, gone, .. } => {
                 let pool = state.reservation(version, &uid, place, deleting, gone);
                 if let Some(pool) = pool {
                     state.check(version, &pool);
                 }
             }
-            Fact::Released { released, .. } => {
-                for (uid, generation) in released {
-                    if state.given_back.insert(uid, generation).is_none() {
-                        state.tally.releases += 1;
-                    }
-                }
+            Fact::Report { node, released, obeyed, revisions } => {
+                state.report(released);
+                state.fenced(&node, &obeyed, &revisions);
             }
         }
     }
@@ -196,8 +212,9 @@ pub fn judge(mut changes: Vec<Change>) -> Tally {
 }
 
 impl State {
-    fn violated(&mut self, property: Property, version: u64, detail: String) {
-        self.tally.violations.push(Violation { property, version, detail });
+    fn violated(&mut self, property: Property, version: u64, subject: Option<&str>, detail: String) {
+        let subject = subject.map(str::to_owned);
+        self.tally.violations.push(Violation { property, version, detail, subject });
     }
 
     fn ledger(&mut self, version: u64, key: &(String, String), new: LedgerState, capacity: [i64; 3]) {
@@ -209,7 +226,7 @@ impl State {
                 let what = if class.is_empty() { "in all" } else { class };
                 let detail =
                     format!("pool {} on {}: {} of {limit} bytes promised {what}", key.0, key.1, sum(class));
-                self.violated(Property::Bounded, version, detail);
+                self.violated(Property::Bounded, version, None, detail);
             }
         }
         let old = self.ledgers.remove(key);
@@ -217,7 +234,7 @@ impl State {
             && new.revision != old.revision + 1
         {
             let detail = format!("pool {} on {}: {} after {}", key.0, key.1, new.revision, old.revision);
-            self.violated(Property::RevisionRises, version, detail);
+            self.violated(Property::RevisionRises, version, None, detail);
         }
         let old = old.unwrap_or_default();
         for (_, entry) in new.promises.iter().filter(|(uid, _)| !old.promises.contains_key(*uid)) {
@@ -225,6 +242,26 @@ impl State {
             *self.tally.by_writer.entry(writer).or_default() += 1;
         }
         self.ledgers.insert(key.clone(), new);
+    }
+
+    fn report(&mut self, released: BTreeMap<String, i64>) {
+        for (uid, generation) in released {
+            if self.given_back.insert(uid, generation).is_none() {
+                self.tally.releases += 1;
+            }
+        }
+    }
+
+    /// What has slipped away, was revoked, and was not obeyed by the node when it recorded the revocation never will be.
+    fn fenced(&mut self, node: &str, obeyed: &BTreeSet<String>, revisions: &BTreeMap<String, i64>) {
+        for uid in self.slipped.iter().filter(|uid| !obeyed.contains(*uid)) {
+            let Some(place) = self.placed.get(uid).filter(|place| place.node == node) else { continue };
+            let ledger = self.ledgers.get(&(place.pool.clone(), place.node.clone()));
+            let revoked = ledger.and_then(|ledger| ledger.promises.get(uid)?.revoked);
+            if revoked.is_some_and(|at| revisions.get(&place.pool).is_some_and(|known| *known >= at)) {
+                self.given_back.insert(uid.clone(), place.generation);
+            }
+        }
     }
 
     fn reservation(
@@ -235,11 +272,20 @@ impl State {
         deleting: bool,
         gone: bool,
     ) -> Option<String> {
+        if deleting {
+            self.deleted.insert(uid.to_owned());
+        }
+        if gone && !self.deleted.contains(uid) {
+            let before = self.placed.get(uid)?;
+            self.slipped.insert(uid.to_owned());
+            self.tally.slipped += 1;
+            return Some(before.pool.clone());
+        }
         if gone {
             let before = self.placed.remove(uid)?;
             if !self.is_given_back(uid, before.generation) {
                 let detail = format!("reservation {uid} is gone, {} has not given it back", before.node);
-                self.violated(Property::GivenBackBeforeGone, version, detail);
+                self.violated(Property::GivenBackBeforeGone, version, Some(uid), detail);
             }
             return Some(before.pool);
         }
@@ -247,14 +293,14 @@ impl State {
         match (&before, &place) {
             (Some(before), after) if after.as_ref() != Some(before) => {
                 let detail = format!("reservation {uid}: {before:?} became {after:?}");
-                self.violated(Property::PlacementIsFinal, version, detail);
+                self.violated(Property::PlacementIsFinal, version, Some(uid), detail);
             }
             (None, Some(after)) => {
                 self.tally.admissions += 1;
                 if deleting {
                     let detail =
                         format!("reservation {uid} was assigned to {} while being deleted", after.node);
-                    self.violated(Property::PlacementIsFinal, version, detail);
+                    self.violated(Property::PlacementIsFinal, version, Some(uid), detail);
                 }
             }
             _ => {}
@@ -287,15 +333,21 @@ impl State {
             if promised.is_none_or(|entry| entry.generation != place.generation) {
                 violations.push((
                     Property::AssignedIsPromised,
+                    Some(uid.clone()),
                     format!("reservation {uid} is assigned to {place:?} and not given back; the ledger has {promised:?}"),
                 ));
             }
         }
         for (node, holders) in held.into_iter().filter(|(_, holders)| holders.len() > 1) {
-            violations.push((Property::OneAtATime, format!("pool {pool} on {node} is held by {holders:?}")));
+            let one = holders.first().cloned();
+            violations.push((
+                Property::OneAtATime,
+                one,
+                format!("pool {pool} on {node} is held by {holders:?}"),
+            ));
         }
-        for (property, detail) in violations {
-            self.violated(property, version, detail);
+        for (property, subject, detail) in violations {
+            self.violated(property, version, subject.as_deref(), detail);
         }
     }
 
@@ -305,10 +357,15 @@ impl State {
             .iter()
             .filter(|(_, ledger)| !ledger.promises.is_empty())
             .map(|((pool, node), ledger)| format!("pool {pool} on {node}: {:?}", ledger.promises.keys()))
-            .chain(self.placed.keys().map(|uid| format!("reservation {uid}")))
+            .chain(
+                self.placed
+                    .iter()
+                    .filter(|(uid, place)| !self.is_given_back(uid, place.generation))
+                    .map(|(uid, _)| format!("reservation {uid}")),
+            )
             .collect();
         if !left.is_empty() {
-            self.violated(Property::NothingLeft, 0, left.join(", "));
+            self.violated(Property::NothingLeft, 0, None, left.join(", "));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The counter: it watches ledgers, reservations and nodes with a client of its own, keeps every version for the replay,
 //! and knows what is there now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use berth_api::staging_ledger::LedgerBytes;
@@ -150,6 +150,7 @@ impl Record {
                 bytes: promise.data_bytes,
                 generation: promise.generation,
                 writer: writer(ledger.managed_fields(), uid),
+                revoked: promise.revoked_revision,
             }
         };
         let promises = ledger.spec.promises.keys().map(|uid| (uid.clone(), entry(uid))).collect();
@@ -180,17 +181,28 @@ impl Record {
         }
         let deleting = reservation.metadata.deletion_timestamp.is_some();
         let uid = reservation.uid().unwrap_or_default();
-        self.push("StagingReservation", name, version, Fact::Reservation { uid, place, deleting, gone });
+        let finalizers = reservation.finalizers().to_vec();
+        let writer = last_writer(reservation.managed_fields());
+        let fact = Fact::Reservation { uid, place, deleting, gone, finalizers, writer };
+        self.push("StagingReservation", name, version, fact);
     }
 
     fn node(&mut self, seen: Seen<StagingNode>) {
         let Seen::Now(node) = seen else { return };
-        let pools = node.status.iter().flat_map(|status| &status.pools);
-        let released =
-            pools.flat_map(|pool| &pool.released).map(|one| (one.uid.clone(), one.generation)).collect();
-        let fact = Fact::Released { node: node.spec.node_name.clone(), released };
+        let (mut released, mut obeyed, mut revisions) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        for pool in node.status.iter().flat_map(|status| &status.pools) {
+            released.extend(pool.released.iter().map(|one| (one.uid.clone(), one.generation)));
+            obeyed.extend(pool.obeyed.iter().map(|one| one.uid.clone()));
+            revisions.insert(pool.name.clone(), pool.obeyed_revision);
+        }
+        let fact = Fact::Report { node: node.spec.node_name.clone(), released, obeyed, revisions };
         self.push("StagingNode", node.name_any(), version_of(&node), fact);
     }
+}
+
+/// Who wrote the object last.
+fn last_writer(managed: &[ManagedFieldsEntry]) -> Option<String> {
+    managed.iter().max_by_key(|entry| entry.time.clone()).and_then(|entry| entry.manager.clone())
 }
 
 /// Who wrote the promise to `uid`: the API server records the owner of each entry, or of the whole map if it is atomic.
@@ -209,10 +221,15 @@ fn writer(managed: &[ManagedFieldsEntry], uid: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
     fn seen(record: &mut Record, kind: &'static str, version: u64) {
-        let fact = Fact::Released { node: "n".to_owned(), released: BTreeMap::new() };
+        let node = "n".to_owned();
+        let fact = Fact::Report {
+            node,
+            released: BTreeMap::new(),
+            obeyed: BTreeSet::new(),
+            revisions: BTreeMap::new(),
+        };
         record.push(kind, format!("{kind}-{version}"), version, fact);
     }
 

@@ -114,5 +114,6 @@ fn promise_of(promise: &Promise) -> LedgerPromise {
         data_bytes: promise.charge.data.as_i64(),
         metadata_bytes: promise.charge.metadata.as_i64(),
         generation: promise.generation.0.try_into().unwrap_or(i64::MAX),
+        revoked_revision: promise.revoked.map(|revision| revision.try_into().unwrap_or(i64::MAX)),
     }
 }
