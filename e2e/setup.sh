@@ -23,6 +23,13 @@ wanted=(
 optional=(
   "kubectl kubectl"
   "mmdebstrap mmdebstrap"
+  # Hosts with a kernel of their own, and what their scenarios run in them.
+  "linux.uml user-mode-linux"
+  "modprobe kmod"
+  "ip iproute2"
+  "dmsetup dmsetup"
+  "lvm lvm2"
+  "thin_check thin-provisioning-tools"
 )
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -87,7 +87,8 @@ pub struct ImportLimits {
     /// How long the source may send nothing. Default `60s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<Span>,
-    /// How often a fault that passes is tried again. Default 10.
+    /// How often in a row a fault that passes is tried again. Default 10. While the image store is away it is tried again
+    /// without end, whatever this says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1000))]
     pub retries: Option<i32>,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
-use crate::ledger::{Behind, Charge, Promise, is_behind};
+use crate::ledger::{Behind, Charge, LedgerRecord, Promise, is_behind};
 use crate::reason::Reason;
 use crate::units::{Bytes, Generation, Timestamp};
 
@@ -363,6 +363,23 @@ impl PoolChoice {
             Self::Named(name) => *name == pool.name,
             Self::Labelled(labels) => labels.iter().all(|(key, value)| pool.labels.get(key) == Some(value)),
         }
+    }
+}
+
+impl LedgerRecord for NodePoolState {
+    fn lineage(&self) -> Option<&Lineage> {
+        self.lineage.as_ref()
+    }
+
+    fn revision(&self) -> u64 {
+        self.obeyed_revision
+    }
+
+    fn held(&self) -> impl Iterator<Item = (&Uid, Generation)> {
+        let given_back =
+            |uid: &Uid, generation| self.released.get(uid).is_some_and(|gone| *gone >= generation);
+        let obeyed = self.obeyed.iter().map(|(uid, generation)| (uid, *generation));
+        obeyed.filter(move |(uid, generation)| !given_back(uid, *generation))
     }
 }
 

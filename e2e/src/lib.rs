@@ -9,6 +9,7 @@ pub mod cluster;
 pub mod csi;
 pub mod drive;
 pub mod image;
+pub mod kernel;
 pub mod kill;
 pub mod leaks;
 pub mod minio;

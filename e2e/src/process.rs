@@ -16,7 +16,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::{LazyLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -128,13 +128,34 @@ impl Program {
     /// # Errors
     /// [`SpawnError`]. A program that does not exist shows as a process that ends with status 127.
     pub fn spawn(&self) -> Result<Process, SpawnError> {
-        let log_error = |source| SpawnError::Log { path: self.log.clone(), source };
-        let log = OpenOptions::new().create(true).append(true).open(&self.log).map_err(log_error)?;
-        let errors = log.try_clone().map_err(log_error)?;
+        let log = self.open_log()?;
+        let output = log.try_clone().map_err(|source| SpawnError::Log { path: self.log.clone(), source })?;
+        self.spawn_with(Stdio::null(), output.into(), log.into())
+    }
+
+    /// Starts it with pipes to its standard input and from its standard output; only its standard error goes to the
+    /// log. The second pipe ends when the program and everything it started has ended.
+    ///
+    /// # Errors
+    /// Like [`Program::spawn`].
+    pub fn spawn_piped(&self) -> Result<(Process, ChildStdin, ChildStdout), SpawnError> {
+        let log = self.open_log()?;
+        let mut process = self.spawn_with(Stdio::piped(), Stdio::piped(), log.into())?;
+        let input = process.child.stdin.take().expect("it was started with a pipe");
+        let output = process.child.stdout.take().expect("it was started with a pipe");
+        Ok((process, input, output))
+    }
+
+    fn open_log(&self) -> Result<File, SpawnError> {
+        let log = OpenOptions::new().create(true).append(true).open(&self.log);
+        log.map_err(|source| SpawnError::Log { path: self.log.clone(), source })
+    }
+
+    fn spawn_with(&self, input: Stdio, output: Stdio, errors: Stdio) -> Result<Process, SpawnError> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(&self.path).args(&self.args);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
-        command.stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
+        command.stdin(input).stdout(output).stderr(errors).process_group(0);
         let child = fork(command).map_err(|source| SpawnError::Start { name: self.name.clone(), source })?;
         Ok(Process { name: self.name.clone(), child, log: self.log.clone() })
     }

@@ -11,9 +11,11 @@ use super::{
     seconds, uid_of, version_of,
 };
 use crate::TemplateImport;
+use crate::conditions::{ConditionType, find};
 use crate::defaults::{IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS};
 use crate::template_import::{
     DurableImage as ApiDurable, ImportLimits, ImportState as ApiState, TemplateImportSpec,
+    TemplateImportStatus,
 };
 
 /// What decisions look at.
@@ -34,15 +36,24 @@ pub fn import_view(import: &TemplateImport) -> ImportView {
         assignment: placement(status.assignment.as_ref()),
         peak: status.plan.as_ref().map(|plan| Bytes::from_i64(plan.peak_bytes)),
         durable: status.durable.as_ref().and_then(durable),
-        error: status.last_error.as_ref().map(|error| WorkError {
-            reason: reason(&error.reason, Reason::Retrying),
-            message: error.message.clone(),
-            retryable: error.retryable,
-        }),
+        error: standing_error(&status),
         released: status.released_generation.map(generation),
         invalid: check(spec).err().map(|error| error.to_string()),
         name,
     }
+}
+
+/// The error that ended the work or interrupts it. One that was retried stays in status, and is over once the node says
+/// that it goes on.
+fn standing_error(status: &TemplateImportStatus) -> Option<WorkError> {
+    let error = status.last_error.as_ref()?;
+    let goes_on = find(&status.conditions, ConditionType::Progressing)
+        .is_some_and(|told| told.reason == Reason::Progressing.as_str());
+    (!error.retryable || !goes_on).then(|| WorkError {
+        reason: reason(&error.reason, Reason::Retrying),
+        message: error.message.clone(),
+        retryable: error.retryable,
+    })
 }
 
 /// The bounds of the work, with their defaults: 256 GiB, 256 GiB, 60 s, 10 times.
@@ -154,6 +165,25 @@ mod tests {
             Some((Bytes(20), Bytes(10)))
         );
         assert_eq!(view.assignment.map(|place| place.generation.0), Some(2));
+    }
+
+    #[test]
+    fn an_error_that_is_over_does_not_count_and_one_that_ended_it_does() {
+        let read = |retryable: bool, progressing: &str| {
+            read(&format!(
+                "spec: {{{SOURCE}}}\nstatus:\n  lastError: {{reason: ObjectStoreUnavailable, message: m, time: \
+                 '2026-01-01T00:00:00Z', retryable: {retryable}}}\n  conditions:\n  - {{type: Progressing, status: 'True', \
+                 reason: {progressing}, message: '', lastTransitionTime: '2026-01-01T00:00:00Z'}}\n"
+            ))
+        };
+        for waiting in [Reason::ObjectStoreUnavailable, Reason::Retrying] {
+            assert_eq!(
+                read(true, waiting.as_str()).error.map(|e| e.reason),
+                Some(Reason::ObjectStoreUnavailable)
+            );
+        }
+        assert_eq!(read(true, "Progressing").error, None);
+        assert!(read(false, "Progressing").error.is_some(), "what ended it is not over");
     }
 
     #[test]

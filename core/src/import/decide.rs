@@ -143,6 +143,9 @@ fn stage(
         return vec![report(import, ImportState::Queued, Reason::WaitingForReservation, message, true)];
     }
     let (reason, message) = match &import.error {
+        Some(error) if error.reason == Reason::ObjectStoreUnavailable => {
+            (error.reason, error.message.clone())
+        }
         Some(error) => (Reason::Retrying, format!("{}: {}", error.reason, error.message)),
         None => (Reason::Progressing, format!("node {} imports in pool {}", reserved.node, reserved.pool)),
     };
@@ -270,6 +273,9 @@ mod tests {
         let (reason, message) = (Reason::SourceStalled, "nothing for 60 s".to_owned());
         import(&mut view).error = Some(WorkError { reason, message, retryable: true });
         assert_eq!(told(&view), (ImportState::Importing, Reason::Retrying));
+        let (reason, message) = (Reason::ObjectStoreUnavailable, "connection refused".to_owned());
+        import(&mut view).error = Some(WorkError { reason, message, retryable: true });
+        assert_eq!(told(&view), (ImportState::Importing, Reason::ObjectStoreUnavailable));
         import(&mut view).durable = template(50, 20).durable;
         assert!(matches!(
             &ask(&view)[..],

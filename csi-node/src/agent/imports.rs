@@ -10,7 +10,7 @@ use berth_api::template_import::{DurableImage, ImportPlan};
 use berth_api::{TemplateImport, defaults};
 use berth_core::ids::{Digest, ObjectName, Uid};
 use berth_core::reason::Reason;
-use berth_core::retry::{Retry, after};
+use berth_core::retry::{Failures, Fault, Next};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation};
 use berth_objectstore::chunks::store::OpenError;
@@ -26,8 +26,7 @@ use super::sources;
 use super::stores::{self, AccessError};
 use crate::credentials::CredentialsError;
 use crate::import::{
-    self, Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Probed, Reporter, Snapshot,
-    probe_source,
+    self, Durable, ImportError, ImportJob, Journal, Limits, Origin, Probed, Reporter, Snapshot, probe_source,
 };
 use crate::node::{Node, now};
 use crate::telemetry::chain;
@@ -81,16 +80,24 @@ impl WorkError {
         }
     }
 
-    fn is_transient(&self) -> bool {
+    fn fault(&self) -> Fault {
         match self {
-            Self::Gone(_) | Self::Credentials(_) => true,
+            Self::Gone(_) | Self::Credentials(_) => Fault::Passing,
             Self::Field(_)
             | Self::Checksum(_)
             | Self::Connect(_)
             | Self::Network(_)
-            | Self::Address { .. } => false,
-            Self::Store(error) => error.is_transient(),
-            Self::Import(error) => error.is_transient(),
+            | Self::Address { .. } => Fault::Lasting,
+            Self::Store(error) => error.fault(),
+            Self::Import(error) => error.fault(),
+        }
+    }
+
+    /// What waiting for it to pass is called.
+    fn waiting(&self) -> Reason {
+        match self.fault() {
+            Fault::StoreAway => Reason::ObjectStoreUnavailable,
+            Fault::Passing | Fault::Lasting => Reason::Retrying,
         }
     }
 }
@@ -124,9 +131,13 @@ fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
     })
 }
 
+fn retries(object: &TemplateImport) -> u32 {
+    limits(object).map_or(defaults::RETRY_LIMIT, |limits| limits.retries)
+}
+
 /// Reads the head of an import's source, until that went well or cannot.
 pub async fn probe(node: Arc<Node>, uid: Uid, cancel: CancellationToken) {
-    let mut failures = 0;
+    let (mut failures, mut attempts) = (Failures::default(), 0);
     loop {
         let Ok(object) = find(&node, &uid) else { return };
         let Some(outcome) = cancel.run_until_cancelled(probe_once(&node, &object)).await else { return };
@@ -135,12 +146,14 @@ pub async fn probe(node: Arc<Node>, uid: Uid, cancel: CancellationToken) {
                 return node.news.edit_import(&uid, &object, |news| {
                     news.plan = Some(plan);
                     news.last_error = None;
+                    news.waiting = None;
                 });
             }
             Err(error) => error,
         };
-        failures += 1;
-        if !pause_or_end(&node, &uid, &object, &error, failures, &cancel).await {
+        attempts += 1;
+        let next = failures.note(error.fault(), false, retries(&object));
+        if !pause_or_end(&node, &uid, &object, (&error, next, attempts), &cancel).await {
             return;
         }
     }
@@ -174,41 +187,42 @@ fn plan(probed: &Probed, chunk_size: Bytes) -> ImportPlan {
     }
 }
 
-/// Tells of a failure; true if the same is to be tried again, after the pause that this has made.
+/// Tells of a failure, what comes next, and how many attempts there were; true if the same is to be tried again, after
+/// the pause that this has made.
 async fn pause_or_end(
     node: &Node,
     uid: &Uid,
     object: &TemplateImport,
-    error: &WorkError,
-    failures: u32,
+    (error, next, attempts): (&WorkError, Next, u32),
     cancel: &CancellationToken,
 ) -> bool {
-    let retries = limits(object).map_or(defaults::RETRY_LIMIT, |limits| limits.retries);
-    let told = match (error.is_transient(), after(failures, retries)) {
-        (true, Retry::After(millis)) => Ok(Duration::from_millis(millis)),
-        (true, Retry::Exhausted) => {
-            let message = format!("given up after {failures} attempts: {}", chain(error));
-            Err(last_error(Reason::RetriesExhausted, &message, false))
+    tracing::warn!(import = %name_of(object), error = chain(error), ?next, attempts, "import failed");
+    let ended = match next {
+        Next::Again(millis) => {
+            tell_waiting(node, uid, object, error);
+            let pause = tokio::time::sleep(Duration::from_millis(millis));
+            return cancel.run_until_cancelled(pause).await.is_some();
         }
-        (false, _) => Err(last_error(error.reason(), &chain(error), false)),
-    };
-    tracing::warn!(import = %name_of(object), error = chain(error), failures, "import failed");
-    let pause = match told {
-        Ok(pause) => pause,
-        Err(ended) => {
-            node.news.edit_import(uid, object, |news| {
-                news.last_error = Some(ended);
-                news.pausing = false;
-            });
-            return false;
+        Next::Exhausted => {
+            let message = format!("given up after {attempts} attempts: {}", chain(error));
+            last_error(Reason::RetriesExhausted, &message, false)
         }
+        Next::Ended => last_error(error.reason(), &chain(error), false),
     };
     node.news.edit_import(uid, object, |news| {
+        news.last_error = Some(ended);
+        news.waiting = None;
+    });
+    false
+}
+
+/// Tells that this is waited for to pass.
+fn tell_waiting(node: &Node, uid: &Uid, object: &TemplateImport, error: &WorkError) {
+    node.news.edit_import(uid, object, |news| {
         news.last_error = Some(last_error(error.reason(), &chain(error), true));
-        news.pausing = true;
+        news.waiting = Some(error.waiting());
     });
     node.wake.notify_one();
-    cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_some()
 }
 
 fn checksum(object: &TemplateImport) -> Result<Option<Digest>, WorkError> {
@@ -252,6 +266,14 @@ impl Teller {
         self.node.news.edit_import(&self.uid, &self.object, edit);
         self.node.wake.notify_one();
     }
+
+    /// An attempt begins. One that waited for its store shows that until it is known to be there: trying takes time too.
+    fn attempt(&self) {
+        self.edit(|news| {
+            news.attempts = Some(news.attempts.unwrap_or_default().saturating_add(1));
+            news.waiting = news.waiting.filter(|reason| *reason == Reason::ObjectStoreUnavailable);
+        });
+    }
 }
 
 impl Reporter for Teller {
@@ -259,6 +281,8 @@ impl Reporter for Teller {
         let percent = shape.percent(at.stage, at.done, at.total);
         let mut news = false;
         self.node.news.edit_import(&self.uid, &self.object, |import| {
+            // No attempt gets so far before its store has answered.
+            news = import.waiting.take().is_some();
             let Some(said) = import.said.next(percent, at.stage, now()) else { return };
             news = true;
             import.said = said;
@@ -290,22 +314,6 @@ fn rate(import: &mut ImportNews, on_wire: Bytes) -> i64 {
     Bytes(on_wire.saturating_sub(bytes).0.saturating_mul(1000) / millis).as_i64()
 }
 
-impl Observer for Teller {
-    fn attempt(&self, _: u32) {
-        self.edit(|news| {
-            news.attempts = Some(news.attempts.unwrap_or_default().saturating_add(1));
-            news.pausing = false;
-        });
-    }
-
-    fn retrying(&self, error: &ImportError, _: Duration) {
-        self.edit(|news| {
-            news.last_error = Some(last_error(error.reason(), &error.chain(), true));
-            news.pausing = true;
-        });
-    }
-}
-
 /// Imports until the image is durable or cannot be.
 pub async fn run(
     node: Arc<Node>,
@@ -316,13 +324,14 @@ pub async fn run(
     promised: Bytes,
     cancel: CancellationToken,
 ) {
-    let mut failures = 0;
+    let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
+    let (mut failures, mut attempts) = (Failures::default(), 0);
     loop {
         let Ok(object) = find(&node, &uid) else { return };
         let teller =
             Arc::new(Teller { node: Arc::clone(&node), uid: uid.clone(), object: Arc::clone(&object) });
-        let place = (&*pool, &reservation, promised);
-        let error = match run_once(&node, &teller, generation, place, &cancel).await {
+        let (place, before) = ((&*pool, &reservation, promised), journal.reached());
+        let error = match run_once(&teller, &journal, generation, place, &cancel).await {
             Ok(durable) => {
                 teller.edit(|news| finish(news, &durable));
                 if let Ok(store) = stores::find(&node, &store_name(&object)) {
@@ -339,13 +348,12 @@ pub async fn run(
             cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await;
             return;
         }
-        failures += 1;
-        let retried_already = matches!(error, WorkError::Import(_));
-        if !error.is_transient() || retried_already {
+        attempts += 1;
+        let next = failures.note(error.fault(), journal.reached() > before, retries(&object));
+        if !matches!(next, Next::Again(_)) {
             clean_up(&node, &object, &uid, generation, place).await;
         }
-        let failures = if retried_already { u32::MAX } else { failures };
-        if !pause_or_end(&node, &uid, &object, &error, failures, &cancel).await {
+        if !pause_or_end(&node, &uid, &object, (&error, next, attempts), &cancel).await {
             return;
         }
     }
@@ -355,26 +363,26 @@ fn store_name(object: &TemplateImport) -> ObjectName {
     ObjectName::new(name_of(object).namespace, object.spec.store.name.clone())
 }
 
+/// One attempt. Source, store and credentials are looked up anew for each: while an import waits, people may change them.
 async fn run_once(
-    node: &Arc<Node>,
     teller: &Arc<Teller>,
+    journal: &Journal,
     generation: Generation,
     place: (&OpenPool, &Uid, Bytes),
     cancel: &CancellationToken,
 ) -> Result<Durable, WorkError> {
-    let object = &teller.object;
+    let (node, object) = (&teller.node, &teller.object);
     let job = job(node, object, &teller.uid, generation, Some(place))?;
     let source = sources::open(node, object, job.limits.stall).await?;
     let chunks = stores::open_or_create(node, &store_name(object)).await?;
-    let journal = Journal::new(Arc::clone(&node.record), teller.uid.clone(), generation);
     let reporter: Arc<dyn Reporter> = Arc::clone(teller) as _;
-    let origin = Origin::Remote(source);
-    Ok(import::import(&job, &origin, &chunks, &journal, &reporter, &**teller, cancel).await?)
+    teller.attempt();
+    Ok(import::attempt(&job, &Origin::Remote(source), &chunks, journal, &reporter, cancel).await?)
 }
 
 fn finish(news: &mut ImportNews, durable: &Durable) {
     news.last_error = None;
-    news.pausing = false;
+    news.waiting = None;
     if let Some(progress) = &mut news.progress {
         progress.percent = Some(100);
     }
@@ -437,11 +445,7 @@ pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Res
     let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
     let began = node.news.import(uid, &object).attempts.is_some();
     if let Err(error) = nothing_left(taken_back, began) {
-        node.news.edit_import(uid, &object, |news| {
-            news.last_error = Some(last_error(error.reason(), &chain(&error), true));
-            news.pausing = true;
-        });
-        node.wake.notify_one();
+        tell_waiting(node, uid, &object, &error);
         return Err(error);
     }
     journal.forget().await?;

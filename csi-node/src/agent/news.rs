@@ -34,8 +34,8 @@ pub struct ImportNews {
     pub durable: Option<DurableImage>,
     /// The generation whose traces are gone.
     pub released_generation: Option<i64>,
-    /// True while it waits to try again.
-    pub pausing: bool,
+    /// While it waits for a fault to pass: what that is called, `Retrying` or `ObjectStoreUnavailable`.
+    pub waiting: Option<Reason>,
     /// What was said of its progress.
     pub said: Said,
     /// Bytes on the wire when that was said, for the rate.
@@ -176,7 +176,7 @@ fn reported(object: &TemplateImport) -> ImportNews {
         last_error: status.last_error,
         durable: status.durable,
         released_generation: status.released_generation,
-        pausing: false,
+        waiting: None,
         said: Said { percent, ..Said::default() },
         wire: None,
     }

@@ -319,15 +319,13 @@ fn import_conditions(
             let message = error.message.as_str();
             ((Truth::False, reason, message), (Truth::False, reason, message))
         }
-        (None, Some((_, error))) if news.pausing => {
-            let message = error.message.as_str();
-            ((Truth::False, Reason::Progressing, ""), (Truth::True, Reason::Retrying, message))
-        }
-        (None, _) => {
-            let reason = match (&news.plan, runs) {
-                (None, _) => (Truth::True, Reason::Probing, ""),
-                (Some(_), true) => (Truth::True, Reason::Progressing, ""),
-                (Some(_), false) => (Truth::False, Reason::WaitingForReservation, ""),
+        (None, told) => {
+            let message = told.map_or("", |(_, error)| error.message.as_str());
+            let reason = match (news.waiting, &news.plan, runs) {
+                (Some(waiting), ..) => (Truth::True, waiting, message),
+                (None, None, _) => (Truth::True, Reason::Probing, ""),
+                (None, Some(_), true) => (Truth::True, Reason::Progressing, ""),
+                (None, Some(_), false) => (Truth::False, Reason::WaitingForReservation, ""),
             };
             ((Truth::False, Reason::Progressing, ""), reason)
         }

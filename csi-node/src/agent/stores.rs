@@ -9,6 +9,7 @@ use berth_api::parse::{self, InvalidField};
 use berth_api::{ImageStore, defaults};
 use berth_core::ids::{ObjectName, Uid};
 use berth_core::reason::{Reason, ReasonClass};
+use berth_core::retry::Fault;
 use berth_core::units::{Bytes, Timestamp};
 use berth_objectstore::chunks::caibx::{ChunkSize, IndexError};
 use berth_objectstore::chunks::store::{ChunkStore, OpenError};
@@ -126,6 +127,20 @@ impl AccessError {
     /// True if it may pass without the `ImageStore` being changed.
     pub fn is_transient(&self) -> bool {
         self.reason().class() == ReasonClass::Transient
+    }
+
+    /// What it means to work that needs the store.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Open { source: OpenError::Store { source, .. }, .. }
+            | Self::Usage { source: UsageError::List(source), .. }
+                if source.is_transient() =>
+            {
+                Fault::StoreAway
+            }
+            _ if self.is_transient() => Fault::Passing,
+            _ => Fault::Lasting,
+        }
     }
 }
 
@@ -256,4 +271,29 @@ async fn look(
     let used = usage(&chunks).await.map_err(|source| AccessError::Usage { store: name.clone(), source })?;
     let images = i64::try_from(used.images).unwrap_or(i64::MAX);
     Ok((capabilities, (images, used.unique_bytes.as_i64(), used.unreferenced_bytes.as_i64())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_objectstore::{Place, StoreError};
+
+    #[test]
+    fn only_a_store_that_does_not_answer_counts_as_away() {
+        let store = || ObjectName::new("ns", "store");
+        let place = || Place { bucket: "b".to_owned(), key: "k".to_owned() };
+        let open = |source| AccessError::Open { store: store(), source };
+        let failed = |source| open(OpenError::Store { at: "k".to_owned(), source });
+        let said = || "said".to_owned();
+        let cases = [
+            (failed(StoreError::Unavailable { place: place(), said: said() }), Fault::StoreAway),
+            (failed(StoreError::NotFound { place: place() }), Fault::Passing),
+            (AccessError::Missing(store()), Fault::Passing),
+            (failed(StoreError::AccessDenied { place: place(), said: said() }), Fault::Lasting),
+            (failed(StoreError::NoSuchBucket { place: place(), said: said() }), Fault::Lasting),
+        ];
+        for (error, fault) in cases {
+            assert_eq!(error.fault(), fault, "{}", chain(&error));
+        }
+    }
 }

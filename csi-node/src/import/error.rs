@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use berth_core::ids::Sha256Sum;
 use berth_core::reason::{Reason, ReasonClass};
+use berth_core::retry::Fault;
 use berth_core::units::Bytes;
 use berth_device::qemu::{ConvertError, UnknownDriver};
 use berth_image::{ProbeError, ReadError, Refusal};
@@ -187,6 +188,32 @@ impl ImportError {
         }
     }
 
+    /// What decides how it goes on. Only what the image store itself says counts as the store being away: an S3 source
+    /// that does not answer is a source.
+    pub fn fault(&self) -> Fault {
+        match self.store_error() {
+            Some(error) if error.is_transient() => Fault::StoreAway,
+            _ if self.is_transient() && !self.is_superseded() => Fault::Passing,
+            _ => Fault::Lasting,
+        }
+    }
+
+    /// What the image store said, if that is what failed.
+    fn store_error(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error)
+            | Self::Open(OpenError::Store { source: error, .. })
+            | Self::Session(
+                SessionError::Store { source: error, .. }
+                | SessionError::Upload(UploadError::Chunk { source: error, .. }),
+            )
+            | Self::Upload(UploadError::Chunk { source: error, .. })
+            | Self::Verify(VerifyError::Store(error))
+            | Self::Publish(PublishError::Store(error)) => Some(error),
+            _ => None,
+        }
+    }
+
     /// True if another generation of the same work goes on elsewhere: nothing may be touched any more.
     pub fn is_superseded(&self) -> bool {
         self.reason() == Reason::Superseded
@@ -323,5 +350,50 @@ pub fn store_reason(error: &StoreError) -> Reason {
         | StoreError::NotFound { .. } => Reason::ObjectStoreUnavailable,
         StoreError::TooLarge { .. } => Reason::ImageStoreIncompatible,
         StoreError::LocalFile { .. } => Reason::Retrying,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use berth_core::ids::Uid;
+    use berth_objectstore::Place;
+
+    fn place() -> Place {
+        Place { bucket: "b".to_owned(), key: "k".to_owned() }
+    }
+
+    fn away() -> StoreError {
+        StoreError::Unavailable { place: place(), said: "connection refused".to_owned() }
+    }
+
+    #[test]
+    fn only_an_image_store_that_does_not_answer_counts_as_away() {
+        let session = SessionError::Store { uid: Uid("u".to_owned()), source: away() };
+        let errors = [
+            ImportError::Store(away()),
+            OpenError::Store { at: "k".to_owned(), source: away() }.into(),
+            VerifyError::Store(away()).into(),
+            PublishError::Store(away()).into(),
+            session.into(),
+        ];
+        for error in errors {
+            assert_eq!(error.fault(), Fault::StoreAway, "{}", error.chain());
+            assert_eq!(error.reason(), Reason::ObjectStoreUnavailable, "{}", error.chain());
+        }
+        let location = "http://h/x".to_owned();
+        let source: ImportError = SourceError::Unavailable { location, said: "503".to_owned() }.into();
+        assert_eq!(source.fault(), Fault::Passing);
+        let damaged = StoreError::BadDigest { place: place(), said: String::new() };
+        assert_eq!(ImportError::Store(damaged).fault(), Fault::Passing, "it answers");
+        let said = || String::new();
+        for refused in [
+            StoreError::AccessDenied { place: place(), said: said() },
+            StoreError::NoSuchBucket { place: place(), said: said() },
+        ] {
+            assert_eq!(ImportError::Store(refused).fault(), Fault::Lasting);
+        }
+        let taken_over = ImportError::Session(SessionError::Gone { uid: Uid("u".to_owned()) });
+        assert_eq!(taken_over.fault(), Fault::Lasting, "nothing may be tried again");
     }
 }

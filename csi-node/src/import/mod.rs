@@ -5,9 +5,9 @@
 //! **Memory**: one window of the uploader (8 MiB at 256 KiB chunks), the image reader's (about 10 MiB), and 16 pieces of
 //! the source's stream; nothing grows with the image. Pages of the files are let go of after every window.
 //!
-//! **Stopping**: by the token. Everything stays, and the next start goes on from the last checkpoint. When [`import`] has
-//! returned, no thread of it is at work any more; whoever drops its future instead must not start it again in the same
-//! process before those threads have ended.
+//! **Stopping**: by the token. Everything stays, and the next start goes on from the last checkpoint. When [`import`] or
+//! [`attempt`] has returned, no thread of it is at work any more; whoever drops its future instead must not start it again
+//! in the same process before those threads have ended.
 
 pub mod error;
 pub mod fetch;
@@ -22,7 +22,7 @@ pub mod upload;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_core::retry::{Retry, after};
+use berth_core::retry::{Failures, Next};
 use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::store::ChunkStore;
 use tokio_util::sync::CancellationToken;
@@ -53,7 +53,8 @@ pub trait Observer: Send + Sync {
     fn retrying(&self, error: &ImportError, pause: Duration);
 }
 
-/// Imports, trying again whatever may pass, until it is durable or cannot be.
+/// Imports, trying again whatever may pass, until it is durable or cannot be: for an image store that is away without
+/// end, for everything else as often as the job allows.
 ///
 /// # Errors
 /// The one that ended it; [`ImportError::Cancelled`] if `cancel` did: then everything stays for the next start.
@@ -66,33 +67,47 @@ pub async fn import<S: ObjectStore>(
     observer: &dyn Observer,
     cancel: &CancellationToken,
 ) -> Result<Durable, ImportError> {
-    let mut failures = 0;
+    let mut failures = Failures::default();
     let mut attempts = 0;
     loop {
         attempts += 1;
         observer.attempt(attempts);
         let before = journal.reached();
-        let attempt = Attempt { job, origin, chunks, journal, reporter };
-        let outcome = cancel.run_until_cancelled(attempt.run()).await;
-        journal.idle().await;
-        let error = match outcome {
-            None => return Err(ImportError::Cancelled),
-            Some(Ok(durable)) => return Ok(durable),
-            Some(Err(error)) if !error.is_transient() || error.is_superseded() => return Err(error),
-            Some(Err(error)) => error,
+        let error = match attempt(job, origin, chunks, journal, reporter, cancel).await {
+            Ok(durable) => return Ok(durable),
+            Err(error) => error,
         };
-        // Whatever came nearer to the end than ever before is a reason to hope.
-        failures = if journal.reached() > before { 1 } else { failures + 1 };
-        let Retry::After(millis) = after(failures, job.limits.retries) else {
-            return Err(ImportError::Exhausted { attempts, source: Box::new(error) });
+        let millis = match failures.note(error.fault(), journal.reached() > before, job.limits.retries) {
+            Next::Again(millis) => millis,
+            Next::Exhausted => return Err(ImportError::Exhausted { attempts, source: Box::new(error) }),
+            Next::Ended => return Err(error),
         };
         let pause = Duration::from_millis(millis);
-        tracing::warn!(error = error.chain(), ?pause, failures, "the import is tried again");
+        tracing::warn!(error = error.chain(), ?pause, attempts, "the import is tried again");
         observer.retrying(&error, pause);
         if cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
             return Err(ImportError::Cancelled);
         }
     }
+}
+
+/// Tries once, from wherever the journal says it is.
+///
+/// # Errors
+/// What it failed on; [`ImportError::fault`] says how it goes on. [`ImportError::Cancelled`] if `cancel` ended it: then
+/// everything stays for the next start.
+pub async fn attempt<S: ObjectStore>(
+    job: &ImportJob,
+    origin: &Origin,
+    chunks: &ChunkStore<S>,
+    journal: &Journal,
+    reporter: &Arc<dyn Reporter>,
+    cancel: &CancellationToken,
+) -> Result<Durable, ImportError> {
+    let attempt = Attempt { job, origin, chunks, journal, reporter };
+    let outcome = cancel.run_until_cancelled(attempt.run()).await;
+    journal.idle().await;
+    outcome.unwrap_or(Err(ImportError::Cancelled))
 }
 
 /// Takes back what a failed or abandoned import has left: its session, its files, its place in the record.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use berth_core::ids::{NodeName, ObjectName, Sha256Sum, Uid};
 use berth_core::progress::Said;
+use berth_core::reason::Reason;
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_node::import::{
@@ -188,6 +189,30 @@ impl Work {
 
 pub type Happening = Box<dyn FnOnce() + Send>;
 
+/// Stops an import once it has done so many bytes of whatever stages, so that where it is stopped does not depend on how
+/// fast the machine is.
+pub struct Fuse {
+    left: u64,
+    seen: Option<Snapshot>,
+    cancel: CancellationToken,
+}
+
+impl Fuse {
+    pub fn new(bytes: u64, cancel: &CancellationToken) -> Self {
+        Self { left: bytes, seen: None, cancel: cancel.clone() }
+    }
+
+    fn burn(&mut self, now: Snapshot) {
+        // What was done before in the same stage is not done now.
+        let before = self.seen.filter(|seen| seen.stage == now.stage).map_or(now.done, |seen| seen.done);
+        self.left = self.left.saturating_sub(now.done.saturating_sub(before).0);
+        self.seen = Some(now);
+        if self.left == 0 {
+            self.cancel.cancel();
+        }
+    }
+}
+
 /// What was told, with what must always hold of it.
 #[derive(Default)]
 pub struct Told {
@@ -195,8 +220,11 @@ pub struct Told {
     pub stages: Mutex<Vec<Stage>>,
     pub attempts: AtomicU32,
     pub errors: Mutex<Vec<String>>,
+    pub reasons: Mutex<Vec<Reason>>,
     /// Whom to stop when this stage is told of.
     pub stop_at: Mutex<Option<(Stage, CancellationToken)>>,
+    /// Whom to stop once so much more is done.
+    pub fuse: Mutex<Option<Fuse>>,
     /// What is to happen once when this stage is told of.
     pub happens_at: Mutex<Option<(Stage, Happening)>>,
 }
@@ -212,6 +240,9 @@ impl Reporter for Told {
             && *stage == now.stage
         {
             cancel.cancel();
+        }
+        if let Some(fuse) = &mut *self.fuse.lock().unwrap() {
+            fuse.burn(now);
         }
         let mut happens = self.happens_at.lock().unwrap();
         if happens.as_ref().is_some_and(|(stage, _)| *stage == now.stage) {
@@ -233,6 +264,7 @@ impl Observer for Told {
 
     fn retrying(&self, error: &ImportError, _: Duration) {
         self.errors.lock().unwrap().push(error.chain());
+        self.reasons.lock().unwrap().push(error.reason());
     }
 }
 

@@ -9,8 +9,10 @@ use rcgen::{
     KeyPair, KeyUsagePurpose,
 };
 
-/// The names under which the API server is reached.
-const SERVER_NAMES: [&str; 4] = ["127.0.0.1", "localhost", "kubernetes", "kubernetes.default.svc"];
+/// The names under which the API server is reached; the last one is where hosts with a kernel of their own see this
+/// machine ([`crate::kernel::GATEWAY`]).
+const SERVER_NAMES: [&str; 5] =
+    ["127.0.0.1", "localhost", "kubernetes", "kubernetes.default.svc", "10.77.0.1"];
 
 /// The files of the test control plane's trust, all PEM.
 #[derive(Debug, Clone)]
@@ -116,4 +118,15 @@ fn subject<const N: usize>(
 
 fn make_error(name: &'static str) -> impl FnOnce(rcgen::Error) -> PkiError {
     move |source| PkiError::Make { name, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::GATEWAY;
+
+    #[test]
+    fn the_server_has_the_name_that_guests_know_it_by() {
+        assert!(SERVER_NAMES.contains(&GATEWAY.to_string().as_str()));
+    }
 }

@@ -5,10 +5,12 @@
 
 mod bad_input;
 mod cluster;
+mod kernel;
 mod manifests;
 mod memory;
 mod minio;
 mod operator;
+mod outage;
 mod process;
 mod safety;
 mod scenario;
@@ -30,7 +32,9 @@ fn scenarios() -> Vec<Scenario> {
         operator::scenarios(),
         volume::scenarios(),
         bad_input::scenarios(),
+        outage::scenarios(),
         memory::scenarios(),
+        kernel::scenarios(),
         safety::scenarios(),
     ]
     .into_iter()
@@ -39,7 +43,7 @@ fn scenarios() -> Vec<Scenario> {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = process::play_parent() {
+    if let Some(code) = process::play_parent().or_else(kernel::play_owner) {
         return code;
     }
     let mut arguments = Arguments::from_args();

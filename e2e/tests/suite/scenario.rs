@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use berth_e2e::kernel::KernelHost;
 use berth_e2e::ours::{NODE, OPERATOR, Ours, TEST_HTTP, TEST_S3};
 use berth_e2e::site::Site;
 use berth_e2e::tools::Tool;
@@ -24,12 +25,12 @@ pub enum Need {
     Tool(Tool),
     /// A command on `PATH`.
     Command(&'static str),
-    /// `BERTH_E2E_LONG=1`, which `make e2e` sets; the text says why it is not part of every run.
-    Long(&'static str),
     /// A program of ours, built if it is not up to date.
     Program(Ours),
     /// A machine that can run a whole site.
     Site,
+    /// A machine that can run hosts with a kernel of their own.
+    Kernel,
     /// A memory controller that limits a process.
     MemoryCgroup,
 }
@@ -72,11 +73,8 @@ impl Need {
             Self::MemoryCgroup => {
                 crate::memory::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason)))
             }
+            Self::Kernel => KernelHost::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
             Self::Site => Site::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
-            Self::Long(why) => {
-                let asked = std::env::var_os("BERTH_E2E_LONG").is_some_and(|value| value == "1");
-                asked.then_some(()).ok_or_else(|| Obstacle::Missing(format!("{why}; `make e2e` runs it")))
-            }
             Self::Command(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let mut dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
