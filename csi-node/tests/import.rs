@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bed::{Bed, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
+use bed::{Bed, Fuse, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
 use berth_core::ids::Digest;
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
@@ -100,8 +100,9 @@ async fn bad_sources_are_refused_with_their_reason_and_leave_nothing() {
     let whole = std::fs::read(bed.file("cut")).unwrap();
     std::fs::write(bed.file("cut"), &whole[..whole.len() / 2]).unwrap();
     let secret = ["--object", "secret,id=s,data=x"];
-    let luks = ["-f", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"];
-    qemu_img(&[&["create", "-q"], &secret[..], &luks, &[&file("locked"), "1M"]].concat());
+    // Not LUKS: `qemu-img` times its key derivation, and now and then fails on a busy machine.
+    let aes = ["-f", "qcow2", "-o", "encrypt.format=aes,encrypt.key-secret=s"];
+    qemu_img(&[&["create", "-q"], &secret[..], &aes, &[&file("locked"), "1M"]].concat());
     std::fs::write(bed.file("text"), b"# Disk DescriptorFile\nRW 1 FLAT \"/etc/passwd\" 0\n".repeat(30))
         .unwrap();
 
@@ -157,21 +158,14 @@ async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
     let (sent_before, log_before) = (sent(&bed), bed.s3.log().unwrap().last_seq());
 
     let work = Work::new(&bed, "cut");
+    // No faster than it is noticed that it is to stop.
     let origin = bed.origin("slow/80000000", "disk", PATIENCE);
     let (mut cuts, mut stages) = (0, std::collections::BTreeMap::<Stage, u32>::new());
     let durable = loop {
         let cancel = CancellationToken::new();
-        let pause = Duration::from_millis(400 + 137 * (cuts * 7 % 11));
-        let stopper = tokio::spawn({
-            let cancel = cancel.clone();
-            async move {
-                tokio::time::sleep(pause).await;
-                cancel.cancel();
-            }
-        });
-        let outcome = work.run_until(&bed, &origin, &cancel).await;
-        stopper.abort();
-        match outcome {
+        // From less than a window to almost two.
+        *work.told.fuse.lock().unwrap() = Some(Fuse::new((20 + 8 * (cuts * 7 % 5)) * MIB, &cancel));
+        match work.run_until(&bed, &origin, &cancel).await {
             Ok(durable) => break durable,
             Err(ImportError::Cancelled) => cuts += 1,
             Err(error) => panic!("{}", error.chain()),
@@ -180,14 +174,15 @@ async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
         *stages.entry(at).or_default() += 1;
         assert!(cuts < 60, "no progress: {stages:?}");
     };
-    assert!(stages.len() >= 2 && cuts >= 3, "too few cuts to tell: {stages:?}");
+    let cuts_in = |stage| u64::from(stages.get(&stage).copied().unwrap_or_default());
+    assert!(cuts_in(Stage::Fetch) >= 3 && cuts_in(Stage::Upload) >= 3, "too few cuts to tell: {stages:?}");
     assert_eq!(durable.digest, whole.digest);
     assert_eq!(durable.source_digest, whole.source_digest);
     assert_eq!(durable.real_size, whole.real_size);
     assert!(same_disk(&bed.restore(&durable).await, &disk));
     bed.check_nothing_left(&work).await;
 
-    let fetch_cuts = u64::from(stages.get(&Stage::Fetch).copied().unwrap_or_default());
+    let fetch_cuts = cuts_in(Stage::Fetch);
     let fetched = sent(&bed) - sent_before;
     // Every start asks for no more than the first byte again; a new one also for the head.
     let most = (160 + 2 + 32 * fetch_cuts) * MIB;

@@ -1,19 +1,37 @@
 //! What kubelet and the sidecars may send, and what is made of it.
+#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
-use berth_core::ids::{NodeName, ObjectName};
+use axum::http::{StatusCode, Uri};
+use berth_core::ids::{NodeName, ObjectName, PoolName};
 use berth_core::units::Bytes;
 use berth_device::mounts::FsType;
+use berth_node::agent::jobs::Jobs;
+use berth_node::agent::news::News;
+use berth_node::agent::pools::{PoolSpec, Pools};
+use berth_node::agent::watches::Watches;
+use berth_node::csi::v1::node_server::Node as _;
 use berth_node::csi::v1::volume_capability::access_mode::Mode;
 use berth_node::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use berth_node::csi::v1::{
-    CapacityRange, CreateVolumeRequest, Topology, TopologyRequirement, VolumeCapability, VolumeContentSource,
+    CapacityRange, CreateVolumeRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
+    NodeStageVolumeRequest, Topology, TopologyRequirement, VolumeCapability, VolumeContentSource,
 };
+use berth_node::metrics::Metrics;
+use berth_node::node::{Config, LastPreflight, Node};
+use berth_node::rpc::Services;
 use berth_node::rpc::in_flight::InFlight;
 use berth_node::rpc::request::{Use, VolumeRequest, path, use_of};
 use berth_node::rpc::status::RpcError;
-use tonic::{Code, Status};
+use berth_record::NodeRecord;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Status};
 
 const MIB: i64 = 1 << 20;
 
@@ -178,4 +196,142 @@ fn one_call_for_each_volume_and_the_second_is_told_what_runs() {
     drop(first);
     let again = calls.begin("v1-a", "NodeUnstageVolume").unwrap();
     drop((again, other));
+}
+
+/// What an API server lists, by the plural of the kind; `None` while it is away. What is not named is empty.
+type Lists = Arc<RwLock<Option<BTreeMap<&'static str, Vec<Value>>>>>;
+
+/// Serves lists in which nothing ever changes; returns its address.
+async fn api_server(lists: Lists) -> String {
+    let answer = move |uri: Uri| {
+        let lists = Arc::clone(&lists);
+        async move {
+            let watch = uri.query().is_some_and(|query| query.contains("watch=true"));
+            let plural = uri.path().rsplit('/').next().unwrap_or_default();
+            let items =
+                lists.read().unwrap().as_ref().map(|lists| lists.get(plural).cloned().unwrap_or_default());
+            match items {
+                None => (StatusCode::SERVICE_UNAVAILABLE, String::new()),
+                Some(_) if watch => std::future::pending().await,
+                Some(items) => {
+                    let list = json!({"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "1"}, "items": items});
+                    (StatusCode::OK, list.to_string())
+                }
+            }
+        }
+    };
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await });
+    address
+}
+
+async fn node(dir: &Path, lists: &Lists) -> Arc<Node> {
+    let address = api_server(Arc::clone(lists)).await;
+    let client = kube::Client::try_from(kube::Config::new(address.parse().unwrap())).unwrap();
+    let (name, wake, stop) = (NodeName::from("n1"), Arc::new(Notify::new()), CancellationToken::new());
+    Arc::new(Node {
+        watches: Watches::start(&client, &name, "berth-system", Arc::clone(&wake), stop.clone()),
+        client,
+        config: Config {
+            state_dir: dir.to_owned(),
+            mount_root: dir.join("mnt"),
+            system_namespace: "berth-system".to_owned(),
+            allow_source_cidrs: Vec::new(),
+        },
+        pools: Pools::new(name.clone(), dir.join("mnt"), dir),
+        jobs: Jobs::new(Arc::clone(&wake), stop.clone()),
+        news: News::default(),
+        record: Arc::new(NodeRecord::create(&dir.join("node.redb"), &name).unwrap()),
+        reporting: tokio::sync::Mutex::default(),
+        preflight: LastPreflight::take(),
+        metrics: Arc::new(Metrics::default()),
+        name,
+        wake,
+        stop,
+    })
+}
+
+/// How each call that looks for a volume is answered. No volume is on this node.
+async fn looked_for(node: &Arc<Node>) -> [Status; 3] {
+    let services = Services::new(Arc::clone(node));
+    let (id, path) = ("v1-0f2c".to_owned(), "/somewhere".to_owned());
+    let stage = NodeStageVolumeRequest {
+        volume_id: id.clone(),
+        staging_target_path: path.clone(),
+        volume_capability: Some(block()),
+        ..NodeStageVolumeRequest::default()
+    };
+    let publish = NodePublishVolumeRequest {
+        volume_id: id.clone(),
+        staging_target_path: path.clone(),
+        target_path: path.clone(),
+        volume_capability: Some(block()),
+        ..NodePublishVolumeRequest::default()
+    };
+    let stats = NodeGetVolumeStatsRequest {
+        volume_id: id,
+        volume_path: path,
+        ..NodeGetVolumeStatsRequest::default()
+    };
+    [
+        services.node_stage_volume(Request::new(stage)).await.unwrap_err(),
+        services.node_publish_volume(Request::new(publish)).await.unwrap_err(),
+        services.node_get_volume_stats(Request::new(stats)).await.unwrap_err(),
+    ]
+}
+
+async fn answered(node: &Arc<Node>, code: Code, mentions: &str) {
+    for status in looked_for(node).await {
+        assert_eq!(status.code(), code, "{status}");
+        assert!(status.message().contains(mentions), "`{}` names `{mentions}`", status.message());
+    }
+}
+
+async fn until_synced(node: &Node) {
+    let synced = async {
+        while !node.watches.synced() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), synced).await.expect("every kind is listed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_volume_is_said_to_be_absent_while_a_pool_that_may_hold_it_is_not_open() {
+    let (dir, lists) = (tempfile::tempdir().unwrap(), Lists::default());
+    let node = node(dir.path(), &lists).await;
+    let known = |names: &[&str]| {
+        let spec = PoolSpec { uid: "u".into(), path: dir.path().join("area"), size: Bytes::mib(512) };
+        let known: BTreeMap<PoolName, PoolSpec> =
+            names.iter().map(|name| (PoolName::from(*name), spec.clone())).collect();
+        std::fs::write(dir.path().join("pools.json"), serde_json::to_vec(&known).unwrap()).unwrap();
+    };
+    known(&["fast"]);
+    answered(&node, Code::Unavailable, "pool fast,").await; // open before this start
+    known(&[]);
+    answered(&node, Code::Unavailable, "has not seen the API server").await;
+
+    let kube_node =
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1", "labels": {"disk": "yes"}}});
+    let pool = |name: &str, disk: &str| {
+        json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingPool", "metadata": {"name": name, "uid": name},
+            "spec": {"backend": {"filesystem": {"path": "/srv", "size": "1Gi"}}, "nodeSelector": {"disk": disk}},
+        })
+    };
+    let pools = vec![pool("others", "no"), pool("wanted", "yes")];
+    *lists.write().unwrap() = Some(BTreeMap::from([("nodes", vec![kube_node]), ("stagingpools", pools)]));
+    until_synced(&node).await;
+    answered(&node, Code::Unavailable, "pool wanted,").await; // selects this node, and is not made yet
+    node.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_absent_once_nothing_can_hold_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path(), &Arc::new(RwLock::new(Some(BTreeMap::new())))).await;
+    until_synced(&node).await;
+    answered(&node, Code::NotFound, "there is no volume v1-0f2c").await;
+    node.stop.cancel();
 }

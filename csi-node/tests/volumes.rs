@@ -93,14 +93,14 @@ fn a_volume_whose_file_is_gone_is_never_made_again_nor_shown() {
     let (pools, pool) = open(dir.path());
     let uid = Uid::from("r4");
     make(&pool, &uid, &Origin::Blank).unwrap();
-    assert!(attach::find(&pools, "v1-r4", &uid).is_ok());
+    assert!(attach::find(&pools, [], "v1-r4", &uid).is_ok());
     fs::remove_file(pool.volume_file(&uid)).unwrap();
     for generation in [FIRST, Generation(2)] {
         let again = volumes::make(&pool, &uid, generation, Bytes::mib(8), &Origin::Blank, &BTreeMap::new());
         assert!(matches!(again, Err(VolumeError::Lost { .. })), "{again:?}");
         assert!(!pool.volume_file(&uid).exists());
     }
-    let status = Status::from(&attach::find(&pools, "v1-r4", &uid).err().expect("refused"));
+    let status = Status::from(&attach::find(&pools, [], "v1-r4", &uid).err().expect("refused"));
     assert_eq!(status.code(), Code::NotFound);
     assert!(status.message().contains("VolumeLost"), "{status}");
     volumes::remove(&pool, &uid).unwrap();

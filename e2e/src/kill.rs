@@ -1,8 +1,8 @@
 //! `kill-import`: imports whose operator, node agent and S3 server are killed (SIGKILL) at random moments of each stage.
 //!
 //! One site, three image stores in one bucket. `reference` takes an import that nothing disturbs. `killed` takes a qcow2
-//! with kills in fetch, upload, verify and publish, after an import that was deleted in the middle of its upload; while
-//! the S3 server is down it also loses an object it had acknowledged. `converted` takes a vmdk with kills in convert.
+//! with kills in fetch, upload, verify and publish, after an import that was deleted in the middle of its upload; some of
+//! the chunks that it sends are acknowledged by the S3 server, and lost. `converted` takes a vmdk with kills in convert.
 //! What holds is read from outside: the server's files and request log, API objects, the node's folders.
 
 mod checks;
@@ -46,6 +46,12 @@ const IN_FLIGHT: u64 = 16 << 20;
 const IMPORT_LIMIT: Duration = Duration::from_secs(300);
 /// What a kill may cost in time: restart, recovery, pauses before retries.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// How many chunks the store acknowledges and loses.
+const LOST: u64 = 4;
+/// The fault rule that loses them, by its name in the request log.
+const LOSE: &str = "lose";
+/// The largest stored form of a chunk. Unit: bytes.
+const FRAME: u64 = 260 << 10;
 /// How often an import is begun until every planned kill has happened.
 const MOST_ROUNDS: u64 = 6;
 
@@ -83,6 +89,8 @@ pub struct Report {
     pub imports: Vec<String>,
     /// Checkpoint windows of data that the largest upload had.
     pub windows: u64,
+    /// Chunks that the store acknowledged and lost.
+    pub lost: u64,
     /// What did not hold.
     pub violations: Vec<String>,
     /// Floors of the coverage that were not reached.
@@ -96,7 +104,8 @@ impl Report {
     }
 
     fn check_floors(&mut self, options: &KillOptions) {
-        if !self.violations.is_empty() {
+        // A defect is noticed by what it breaks, or not at all.
+        if !self.violations.is_empty() || options.sabotage.is_some() {
             return;
         }
         for stage in Stage::ALL {
@@ -107,11 +116,8 @@ impl Report {
                 self.below_floor.push(format!("{found} kills in {stage}, at least {least} are needed"));
             }
         }
-        if options.sabotage.is_some() {
-            return;
-        }
-        if !self.imports.iter().any(|line| line.starts_with("lost: killed/")) {
-            self.below_floor.push("the store has lost nothing".to_owned());
+        if self.lost < LOST {
+            self.below_floor.push(format!("the store has lost {} chunks, not {LOST}", self.lost));
         }
         for victim in Victim::ALL {
             let found: u64 =
@@ -175,8 +181,6 @@ struct Plan<'a> {
     /// Bytes per second that the source gives, if limited.
     rate: Option<u64>,
     kills: BTreeMap<Stage, u64>,
-    /// While the S3 server is down for the first time, it loses an object.
-    lose: bool,
 }
 
 /// A run under way.
@@ -192,8 +196,6 @@ struct Run<'a> {
     digest: Option<String>,
     /// Kills of the imports into each store, and the names that were published there.
     stores: BTreeMap<String, (u64, Vec<String>)>,
-    /// True once the store has lost an object.
-    lost: bool,
     /// Kills so far: they take turns.
     strikes: u64,
     report: Report,
@@ -224,7 +226,6 @@ pub async fn run(options: &KillOptions) -> Result<Report, KillError> {
         seeded: Seeded::new(seed),
         digest: None,
         stores: BTreeMap::new(),
-        lost: false,
         strikes: 0,
         report: Report::default(),
     };
@@ -245,7 +246,7 @@ impl Run<'_> {
             return Ok(());
         }
         self.give_up_in_the_middle().await?;
-        self.slow_store_down()?;
+        self.spoil_store()?;
         let mut wanted: BTreeMap<Stage, u64> = [Stage::Fetch, Stage::Upload, Stage::Verify, Stage::Publish]
             .into_iter()
             .map(|stage| (stage, self.options.kills_per_stage))
@@ -253,7 +254,7 @@ impl Run<'_> {
         for round in 0..MOST_ROUNDS {
             let mut plan = Self::plan(&format!("killed-{round}"), "killed", &qcow2);
             plan.rate = Some((self.images.data / (2 * self.options.kills_per_stage + 2)).max(8 << 20));
-            (plan.kills, plan.lose) = (wanted, round == 0);
+            plan.kills = wanted;
             wanted = self.import(plan).await?;
             if wanted.is_empty() || !self.report.violations.is_empty() {
                 break;
@@ -282,16 +283,20 @@ impl Run<'_> {
     }
 
     fn plan<'a>(name: &str, store: &'a str, file: &'a Path) -> Plan<'a> {
-        Plan { name: name.to_owned(), store, file, rate: None, kills: BTreeMap::new(), lose: false }
+        Plan { name: name.to_owned(), store, file, rate: None, kills: BTreeMap::new() }
     }
 
-    /// Makes every stage at the S3 server long enough to be hit.
-    fn slow_store_down(&self) -> Result<(), KillError> {
+    /// Makes every stage at the S3 server long enough to be hit, and the server lose some chunks: further apart than what
+    /// a kill lets come again by itself.
+    fn spoil_store(&self) -> Result<(), KillError> {
         let delay = |op: &str, prefix: &str, ms: u64| {
             FaultRule::new(FaultAction::Delay { ms }).op(op).key_prefix(prefix)
         };
         let pages = self.images.data / (256 << 10) / 1000 + 1;
+        let mut lose = FaultRule::new(FaultAction::Lose).op("PutObject").key_prefix("killed/chunks/");
+        LOSE.clone_into(&mut lose.id);
         let rules = [
+            lose.percent(1, self.options.seed).times(LOST),
             delay("PutObject", "killed/chunks/", 25),
             delay("ListObjectsV2", "killed/chunks/", 1500 / pages + 50),
             delay("PutObject", "killed/images/", 1000),

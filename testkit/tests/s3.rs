@@ -291,6 +291,32 @@ async fn faults_of_writes_either_prevent_them_or_hide_their_success() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_was_acknowledged_and_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, s3) = start(&dir).await;
+    s3.put("/test/old", b"kept", &[]).expect(200);
+    server.set_faults(&[FaultRule::new(FaultAction::Lose).op("PutObject").times(2)]).unwrap();
+    let data = pattern(3 << 20);
+    let lost = s3.put("/test/k", &data, &[]).expect(200);
+    s3.get("/test/k").expect(404);
+    s3.put("/test/old", b"lost", &[]).expect(200);
+    assert_eq!(s3.get("/test/old").expect(200).body, b"kept", "what was there stays");
+    assert_eq!(s3.get("/test?list-type=2").expect(200).xml_all("Key"), ["old"]);
+    drop(server);
+
+    let (server, s3) = start(&dir).await;
+    s3.get("/test/k").expect(404);
+    let kept = s3.put("/test/k", &data, &[]).expect(200);
+    assert_eq!(kept.headers["etag"], lost.headers["etag"], "the same was said of what was lost");
+    assert_eq!(s3.get("/test/k").expect(200).body, data);
+    let log = server.log().unwrap();
+    let faults: Vec<_> = log.entries().iter().filter(|e| e.fault.is_some()).map(|e| e.key.as_str()).collect();
+    assert_eq!(faults, ["k", "old"]);
+    assert_eq!(log.repeated_puts()["k"].bytes, 3 << 20);
+    assert!(std::fs::read_dir(dir.path().join("data")).unwrap().count() <= 2, "its bytes are gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn stale_listings_show_the_past_and_nothing_else_does() {
     let dir = tempfile::tempdir().unwrap();
     let (server, s3) = start(&dir).await;

@@ -40,9 +40,22 @@ pub struct ImportedContent {
     pub partition: Option<u32>,
 }
 
-/// The volume of this reservation, if it is usable here.
-pub fn find(pools: &Pools, id: &str, uid: &Uid) -> Result<FoundVolume, RpcError> {
-    match recorded(pools, uid)? {
+/// The volume of this reservation, if it is usable here. There is none only once every pool is open that was before or is
+/// `wanted`.
+pub fn find(
+    pools: &Pools,
+    wanted: impl IntoIterator<Item = PoolName>,
+    id: &str,
+    uid: &Uid,
+) -> Result<FoundVolume, RpcError> {
+    let mut found = recorded(pools, uid)?;
+    if found.is_none() {
+        if let Some(pool) = pools.unopened(wanted)?.pop_first() {
+            return Err(not_open(pools, pool, id));
+        }
+        found = recorded(pools, uid)?; // the last pool may have been opened since the first look
+    }
+    match found {
         Some((pool, entry)) if entry.state == VolumeState::Ready => {
             if !pool.volume_file(uid).exists() {
                 return Err(RpcError::Lost { volume: id.to_owned(), pool: pool.name.clone() });
@@ -217,6 +230,8 @@ pub fn unstage(
     if mounts::is_mounted(staged)?.is_some() {
         mounts::unmount(staged)?;
     }
+    // Before the look at the open ones: one that is opened meanwhile may have been missed there.
+    let unopened = pools.unopened(wanted);
     for pool in pools.all() {
         let file = pool.volume_file(uid);
         for device in loop_device::find(&file)? {
@@ -229,7 +244,7 @@ pub fn unstage(
     if recorded(pools, uid)?.is_some() {
         return Ok(());
     }
-    match pools.unopened(wanted)?.pop_first() {
+    match unopened?.pop_first() {
         Some(pool) => Err(not_open(pools, pool, uid.as_str())),
         None => Ok(()),
     }

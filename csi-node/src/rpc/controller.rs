@@ -272,12 +272,14 @@ impl Services {
             return Err(RpcError::NotSynced);
         }
         let _running = self.in_flight.begin(id, "DeleteVolume")?;
+        let seen = self.node.watches.made.find(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
+        if let Some(found) = &seen {
+            self.must_be_open(id, &uid, found)?;
+        }
         if self.is_attached(&uid)? {
             return Err(RpcError::InUse(id.to_owned()));
         }
-        let seen = self.node.watches.made.find(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
         if let Some(found) = seen {
-            self.must_be_open(id, &uid, &found)?;
             self.withdraw(&found.name_any(), &uid).await?;
         }
         Ok(DeleteVolumeResponse {})

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use berth_api::defaults::TOPOLOGY_KEY;
-use berth_core::ids::{Uid, reservation_of_volume};
+use berth_core::ids::reservation_of_volume;
 use tonic::{Request, Response, Status};
 
 use super::Services;
@@ -94,10 +94,16 @@ impl NodeService for Services {
 }
 
 impl Services {
-    /// A usable volume of this node by its handle.
+    /// A usable volume of this node by its handle. Blocks for a look into the records.
     pub(super) fn find_volume(&self, id: &str) -> Result<FoundVolume, RpcError> {
         let uid = reservation_of_volume(id).map_err(|_| RpcError::NoVolume(id.to_owned()))?;
-        attach::find(&self.node.pools, id, &uid)
+        let seen_all = self.node.watches.synced();
+        let wanted = wanted_pools(&self.node).into_keys();
+        match attach::find(&self.node.pools, wanted, id, &uid) {
+            // Pools that the API server has yet to show may hold it.
+            Err(RpcError::NoVolume(_)) if !seen_all => Err(RpcError::NotSynced),
+            found => found,
+        }
     }
 
     /// Runs something short that blocks, under the volume's guard, which is held until it has ended even if the caller
@@ -150,12 +156,11 @@ impl Services {
         let wanted = use_of(request.volume_capability.as_ref())?;
         let read_only = request.readonly;
         // The order of the checks: what names no volume of ours needs no staging path to be refused.
-        let uid = reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
+        reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let guard = self.in_flight.begin(&id, "NodePublishVolume")?;
-        let publish = move |services: &Self| {
-            attach::find(&services.node.pools, &id, &uid)?.publish(&staged, &target, wanted, read_only)
-        };
+        let publish =
+            move |services: &Self| services.find_volume(&id)?.publish(&staged, &target, wanted, read_only);
         self.guarded(guard, publish).await?;
         Ok(NodePublishVolumeResponse {})
     }
@@ -177,9 +182,8 @@ impl Services {
     ) -> Result<NodeGetVolumeStatsResponse, RpcError> {
         let id = volume_id(&request.volume_id)?.to_owned();
         let shown: PathBuf = path("volume_path", &request.volume_path)?;
-        let uid: Uid = reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
         let services = self.clone();
-        let look = move || attach::stats(&attach::find(&services.node.pools, &id, &uid)?, &shown);
+        let look = move || attach::stats(&services.find_volume(&id)?, &shown);
         Ok(usage(&tokio::task::spawn_blocking(look).await??))
     }
 }

@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::sleep;
 
 use super::store_files::StoreFiles;
-use super::{IN_FLIGHT, KillError, NAMESPACE, POOL, Plan, Run, WINDOW};
+use super::{FRAME, IN_FLIGHT, KillError, LOSE, NAMESPACE, POOL, Plan, Run, WINDOW};
 use crate::image;
 use crate::leaks;
 use crate::site::BUCKET;
@@ -135,8 +135,12 @@ impl Run<'_> {
             .filter(|(key, _)| key.starts_with(&prefix))
             .map(|(_, one)| one.bytes)
             .sum();
-        // The object that was lost had to come again.
-        let allowed = kills * WINDOW + if store == "killed" { 1 << 20 } else { 0 };
+        let is_lost =
+            |key: &str, fault: &Option<String>| key.starts_with(&prefix) && fault.as_deref() == Some(LOSE);
+        let lost = log.entries().iter().filter(|one| is_lost(&one.key, &one.fault)).count() as u64;
+        self.report.lost += lost;
+        // What was lost had to come again.
+        let allowed = kills * WINDOW + lost * FRAME;
         if again > allowed {
             self.violated(format!(
                 "store {store}: {again} bytes came again, {allowed} are allowed for {kills} kills"
@@ -154,7 +158,7 @@ impl Run<'_> {
             self.violated(format!("store {store}: open uploads {open:?}"));
         }
         self.report.imports.push(format!(
-            "store {store}: {} MiB of chunks received, {} MiB of them again, {kills} kills",
+            "store {store}: {} MiB of chunks received, {} MiB of them again, {lost} lost, {kills} kills",
             puts >> 20,
             again >> 20
         ));

@@ -164,28 +164,6 @@ impl StoreFiles {
     }
 }
 
-/// Loses a chunk below `prefix` that the image of `digest`, complete below `complete`, has too: as if the store had never
-/// had it. The server must not run. Returns the key.
-///
-/// # Errors
-/// [`FilesError`].
-pub fn lose_chunk(
-    data: &Path,
-    bucket: &str,
-    prefix: &str,
-    complete: &str,
-    digest: &str,
-) -> Result<Option<String>, FilesError> {
-    let store = StoreFiles::read(data, bucket, prefix)?;
-    let named = StoreFiles::read(data, bucket, complete)?.chunks_of(digest).unwrap_or_default();
-    let mut keys = named.iter().map(|id| chunk_key(id)).filter(|key| store.objects.contains_key(key));
-    let Some(key) = keys.next().map(|key| format!("{prefix}/{key}")) else { return Ok(None) };
-    let path =
-        data.join("objects").join(bucket).join(format!("{}.json", hex(&Sha256::digest(key.as_bytes()))));
-    fs::remove_file(&path).map_err(failed(&path))?;
-    Ok(Some(key))
-}
-
 fn chunk_key(id: &str) -> String {
     format!("chunks/{}/{id}.cacnk", &id[..4])
 }

@@ -11,9 +11,7 @@ use tokio::time::sleep;
 
 use super::images;
 use super::stage::Stage;
-use super::store_files::lose_chunk;
 use super::{IMPORT_LIMIT, KillError, NAMESPACE, Plan, Run};
-use crate::site::BUCKET;
 
 /// How often the log is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -59,7 +57,7 @@ impl Run<'_> {
         deadline: Instant,
     ) -> Result<BTreeMap<Stage, u64>, KillError> {
         let mut left = plan.kills.clone();
-        let (mut armed, mut losing): (Option<Armed>, bool) = (None, plan.lose);
+        let mut armed: Option<Armed> = None;
         loop {
             let known = self.ready.known(&plan.name).unwrap_or_default();
             if matches!(known.status.state, Some(ImportState::Ready | ImportState::Failed)) {
@@ -76,11 +74,9 @@ impl Run<'_> {
                 (_, None) => armed = None,
                 (Some(one), Some(stage)) if one.stage == stage => {
                     if Instant::now() >= one.at {
-                        let lose = losing && stage == Stage::Upload;
-                        let victim = if lose { Victim::Store } else { Victim::turn(self.strikes) };
+                        let victim = Victim::turn(self.strikes);
                         self.strikes += 1;
-                        self.strike(stage, victim, lose.then_some(plan.store)).await?;
-                        losing &= !self.lost;
+                        self.strike(stage, victim).await?;
                         count_down(&mut left, stage);
                         armed = None;
                     }
@@ -95,7 +91,7 @@ impl Run<'_> {
     }
 
     /// Kills, pauses, starts again.
-    async fn strike(&mut self, stage: Stage, victim: Victim, lose: Option<&str>) -> Result<(), KillError> {
+    async fn strike(&mut self, stage: Stage, victim: Victim) -> Result<(), KillError> {
         *self.report.kills.entry((stage, victim)).or_default() += 1;
         let pause = self.seeded.millis(20, 400);
         match victim {
@@ -113,12 +109,6 @@ impl Run<'_> {
             Victim::Store => {
                 self.site.s3_mut().kill9();
                 sleep(pause).await;
-                if let Some(store) = lose {
-                    let digest = self.digest.clone().unwrap_or_default();
-                    let lost = lose_chunk(&self.site.dir().join("s3"), BUCKET, store, "reference", &digest)?;
-                    self.report.imports.push(format!("lost: {}", lost.unwrap_or_default()));
-                    self.lost = true;
-                }
                 self.site.s3_mut().restart().await.map_err(crate::site::SiteError::from)?;
             }
         }

@@ -146,7 +146,8 @@ fn make_files(dir: &Path) -> anyhow::Result<()> {
     fs::write(dir.join("truncated"), &good[..good.len() / 2])?;
     qemu(&["create", "-q", "-f", "qcow2", "-b", "good.raw", "-F", "raw", "backing"])?;
     qemu(&["create", "-q", "-f", "qcow2", "-o", "data_file=elsewhere,data_file_raw=on", "data-file", "8M"])?;
-    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    // Not LUKS: `qemu-img` times its key derivation, and now and then fails on a busy machine.
+    let aes = "encrypt.format=aes,encrypt.key-secret=s";
     qemu(&[
         "create",
         "-q",
@@ -155,7 +156,7 @@ fn make_files(dir: &Path) -> anyhow::Result<()> {
         "--object",
         "secret,id=s,data=abcdef",
         "-o",
-        luks,
+        aes,
         "encrypted",
         "8M",
     ])?;

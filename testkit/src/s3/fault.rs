@@ -51,6 +51,9 @@ pub enum FaultAction {
     },
     /// The request is performed and logged, its answer is never sent: the connection is reset.
     LostResponse,
+    /// A `PutObject` is received, answered and logged as if it had been performed, and nothing of it is stored. An object
+    /// that is there already stays as it is.
+    Lose,
     /// A listing shows the bucket as it was: without keys created, and with keys deleted, in this time. At most the last
     /// 4,096 deletions since the server's start are remembered.
     StaleList {

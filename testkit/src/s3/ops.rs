@@ -103,8 +103,12 @@ impl S3 for Operations {
         let (claims, headers, body) =
             (Claims::from(&req.input), Headers::from(&req.input), req.input.body.take());
         let received = self.receive(&mut req, body, claims).await?;
-        let stored = self.run(move |s| s.put(&bucket, &key, received, headers, &condition)).await;
-        let meta = &note_write(&trace, stored)?.meta;
+        let lose = trace.fault() == Some(FaultAction::Lose);
+        let stored = self.run(move |s| {
+            let put = if lose { Store::lose } else { Store::put };
+            put(s, &bucket, &key, received, headers, &condition)
+        });
+        let meta = &note_write(&trace, stored.await)?.meta;
         let sums = meta.sums.clone();
         Ok(S3Response::new(PutObjectOutput {
             e_tag: Some(ETag::Strong(meta.etag.clone())),

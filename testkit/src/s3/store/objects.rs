@@ -46,6 +46,35 @@ pub(super) struct NewContent {
     pub(super) upload_id: Option<String>,
 }
 
+impl NewContent {
+    fn of(received: Received, headers: Headers) -> Self {
+        Self {
+            etag: received.etag(),
+            files: vec![(Arc::new(received.file), received.len)],
+            headers,
+            sums: received.sums,
+            upload_id: None,
+        }
+    }
+
+    /// The object `key` with this content, in place of `current`.
+    fn object(self, key: &str, current: Option<&StoredObject>) -> StoredObject {
+        let now = now_ms();
+        let meta = ObjectMeta {
+            key: key.to_owned(),
+            etag: self.etag,
+            size: self.files.iter().map(|(_, len)| len).sum(),
+            modified_ms: now,
+            created_ms: current.map_or(now, |c| c.meta.created_ms),
+            segments: self.files.iter().map(|(f, len)| Segment { file: f.name(), len: *len }).collect(),
+            headers: self.headers,
+            sums: self.sums,
+            upload_id: self.upload_id,
+        };
+        StoredObject { meta, files: self.files.into_iter().map(|(f, _)| f).collect() }
+    }
+}
+
 impl Store {
     /// Stores what was received as `key`. Returns the object and whether there was one before.
     pub(crate) fn put(
@@ -56,15 +85,24 @@ impl Store {
         headers: Headers,
         condition: &Condition,
     ) -> Result<(Arc<StoredObject>, bool), StoreError> {
-        let content = NewContent {
-            etag: received.etag(),
-            files: vec![(Arc::new(received.file), received.len)],
-            headers,
-            sums: received.sums,
-            upload_id: None,
-        };
+        let content = NewContent::of(received, headers);
         let _lock = self.lock_key(bucket, key);
         self.commit(bucket, key, content, condition)
+    }
+
+    /// Answers as [`Store::put`] would, and stores nothing.
+    pub(crate) fn lose(
+        &self,
+        bucket: &str,
+        key: &str,
+        received: Received,
+        headers: Headers,
+        condition: &Condition,
+    ) -> Result<(Arc<StoredObject>, bool), StoreError> {
+        let content = NewContent::of(received, headers);
+        let current = self.index().bucket(bucket)?.objects.get(key).cloned();
+        condition.check(key, current.as_deref())?;
+        Ok((Arc::new(content.object(key, current.as_deref())), current.is_some()))
     }
 
     /// Makes `content` the object `key`. The caller holds the key's lock.
@@ -77,25 +115,12 @@ impl Store {
     ) -> Result<(Arc<StoredObject>, bool), StoreError> {
         let current = self.index().bucket(bucket)?.objects.get(key).cloned();
         condition.check(key, current.as_deref())?;
-        let now = now_ms();
-        let segments = content.files.iter().map(|(f, len)| Segment { file: f.name(), len: *len }).collect();
-        let meta = ObjectMeta {
-            key: key.to_owned(),
-            etag: content.etag,
-            size: content.files.iter().map(|(_, len)| len).sum(),
-            modified_ms: now,
-            created_ms: current.as_ref().map_or(now, |c| c.meta.created_ms),
-            segments,
-            headers: content.headers,
-            sums: content.sums,
-            upload_id: content.upload_id,
-        };
-        self.disk.write_json(&self.disk.object(bucket, key), &meta)?;
-        let files: Vec<_> = content.files.into_iter().map(|(f, _)| f).collect();
-        for file in &files {
+        let object = content.object(key, current.as_deref());
+        self.disk.write_json(&self.disk.object(bucket, key), &object.meta)?;
+        for file in &object.files {
             file.keep(true);
         }
-        let object = Arc::new(StoredObject { meta, files });
+        let object = Arc::new(object);
         self.index().bucket_mut(bucket)?.objects.insert(key.to_owned(), object.clone());
         if let Some(old) = &current {
             // Removed when the last reader has finished.
