@@ -23,9 +23,9 @@ use crate::fields::{Assignment, PoolSelector, Quantity, Span};
 pub use images::{image_view, store_view};
 pub use imports::{import_limits, import_view};
 pub use ledgers::{ledger_view, to_ledger_capacity, to_ledger_promise, to_ledger_promises, to_ledger_spec};
-pub use nodes::node_state;
+pub use nodes::{node_state, to_thin_pools};
 use pools::when_full;
-pub use pools::{FilesystemArea, filesystem_area, pool_view};
+pub use pools::{FilesystemArea, PoolArea, ThinArea, ThinGroup, pool_area, pool_view};
 pub use reservations::reservation_view;
 
 /// A field whose value cannot be used.

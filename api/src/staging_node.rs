@@ -83,6 +83,9 @@ pub struct NodePool {
     /// True if the bound is not enforced.
     #[serde(default)]
     pub advisory: bool,
+    /// The two thin pools of the device mapper; absent where the backend has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thin: Option<ThinPools>,
     /// The lineage of the ledger that the node obeys; absent before the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lineage: Option<String>,
@@ -97,6 +100,53 @@ pub struct NodePool {
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
     pub obeyed: Vec<Released>,
+}
+
+/// The thin pools that a pool is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ThinPools {
+    /// Of staged images and directories.
+    pub images: ThinPool,
+    /// Of volumes.
+    pub volumes: ThinPool,
+}
+
+/// One thin pool of the device mapper, as the kernel tells of it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ThinPool {
+    /// What it can do.
+    pub mode: ThinPoolMode,
+    /// True if its metadata must be checked offline before anything else.
+    #[serde(default)]
+    pub needs_check: bool,
+    /// What its data has grown to, in bytes. It never shrinks. A report that says that bytes are gone says what this was
+    /// then, or later.
+    #[serde(default)]
+    pub data_bytes: i64,
+    /// What is used of its data, in bytes.
+    #[serde(default)]
+    pub data_used_bytes: i64,
+    /// The size of its metadata device, in bytes.
+    #[serde(default)]
+    pub metadata_bytes: i64,
+    /// What is used of it, in bytes.
+    #[serde(default)]
+    pub metadata_used_bytes: i64,
+}
+
+/// What a thin pool of the device mapper can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ThinPoolMode {
+    /// Everything.
+    ReadWrite,
+    /// No new block; blocks that are there are written.
+    OutOfDataSpace,
+    /// Nothing that changes metadata.
+    ReadOnly,
+    /// Nothing at all.
+    Failed,
 }
 
 /// A promise by its holder and generation.

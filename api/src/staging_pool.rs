@@ -50,13 +50,17 @@ pub struct StagingPoolSpec {
 }
 
 /// What a pool is made of: exactly one of the fields.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.filesystem)").message("spec.backend: `filesystem` must be set"))]
+#[x_kube(validation = Rule::new("[has(self.filesystem), has(self.dmThin)].filter(set, set).size() == 1")
+    .message("spec.backend: exactly one of `filesystem` and `dmThin` must be set"))]
 pub struct Backend {
     /// A directory on each node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filesystem: Option<FilesystemBackend>,
+    /// Two thin pools of the device mapper on each node, one for images and one for volumes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dm_thin: Option<DmThinBackend>,
 }
 
 /// A directory that holds one preallocated XFS image with reflink, so that the bound is enforced.
@@ -68,6 +72,59 @@ pub struct FilesystemBackend {
     pub path: String,
     /// The size of the image that is preallocated there; at least 512 MiB.
     pub size: Quantity,
+}
+
+/// A volume group that holds two thin pools of the device mapper, one for images and one for volumes, and a small volume
+/// for the pool's record.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.devices) != has(self.volumeGroup)")
+    .message("spec.backend.dmThin: exactly one of `devices` and `volumeGroup` must be set"))]
+#[x_kube(validation = Rule::new("has(self.devices) == (self.ownership == 'Exclusive')")
+    .message("spec.backend.dmThin: `devices` go with `ownership: Exclusive`, `volumeGroup` with `ownership: Shared`"))]
+#[x_kube(validation = Rule::new("has(self.size) == (self.ownership == 'Shared')")
+    .message("spec.backend.dmThin: `size` is needed with `ownership: Shared`, and goes with no other"))]
+#[x_kube(validation = Rule::new("!self.wipe || has(self.devices)")
+    .message("spec.backend.dmThin: `wipe` is about `devices`"))]
+pub struct DmThinBackend {
+    /// Block devices, by their paths on every matching node, that the pool has to itself. A volume group is made on them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(min = 1, max = 16),
+        inner(length(max = 256), regex(pattern = r"^/dev(/[A-Za-z0-9_][A-Za-z0-9_.:+@=-]*)+$"))
+    )]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub devices: Vec<String>,
+    /// A volume group that is there on every matching node. Only volumes that carry the pool's tag are ever touched in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9_+][A-Za-z0-9_+.-]*$"))]
+    pub volume_group: Option<String>,
+    /// Whether the pool has the devices to itself. Default `Exclusive`.
+    #[serde(default)]
+    pub ownership: Ownership,
+    /// Consent to destroy what is on `devices` if they bear signatures of file systems, partitions or other volume groups.
+    /// Without it such a device is refused.
+    #[serde(default)]
+    pub wipe: bool,
+    /// How much of a shared volume group the pool takes, all of it at once; at least 1 GiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Quantity>,
+    /// The unit in which the thin pools hand out space: a power of two from 64Ki to 1Mi. Default `64Ki`. With larger ones
+    /// less metadata is needed, and staged images are charged for more than their bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("type(self) == string && self in ['64Ki', '128Ki', '256Ki', '512Ki', '1Mi']")
+        .message("spec.backend.dmThin.chunkSize: one of 64Ki, 128Ki, 256Ki, 512Ki, 1Mi"))]
+    pub chunk_size: Option<Quantity>,
+}
+
+/// Whether a pool has its block devices to itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Ownership {
+    /// It has whole devices.
+    #[default]
+    Exclusive,
+    /// It has volumes in a volume group that others use too.
+    Shared,
 }
 
 /// Bounds below what the area could hold.

@@ -126,6 +126,23 @@ impl LedgerCapacity {
         Self { images: charge, volumes: charge, total: charge }
     }
 
+    /// This, with at most `limit` of data in each class and in all.
+    #[must_use]
+    pub fn at_most(&self, limit: Bytes) -> Self {
+        let bounded = |area: Charge| Charge { data: area.data.min(limit), metadata: area.metadata };
+        Self { images: bounded(self.images), volumes: bounded(self.volumes), total: bounded(self.total) }
+    }
+
+    /// The lower of both bounds, for each area.
+    #[must_use]
+    pub fn lowered_to(&self, other: &Self) -> Self {
+        let lower = |area| {
+            let (one, two) = (self.area(area), other.area(area));
+            Charge { data: one.data.min(two.data), metadata: one.metadata.min(two.metadata) }
+        };
+        Self { images: lower(Area::Images), volumes: lower(Area::Volumes), total: lower(Area::Total) }
+    }
+
     /// What an area may hold.
     pub const fn area(&self, area: Area) -> Charge {
         match area {

@@ -8,6 +8,7 @@ use crate::ids::{
 };
 use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::reason::Reason;
+use crate::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodePoolState,
@@ -49,6 +50,7 @@ pub fn node_pool(total: u64) -> NodePoolState {
         total: Bytes(total),
         used: Bytes::ZERO,
         advisory: false,
+        thin: None,
         lineage: None,
         obeyed_revision: 0,
         released: BTreeMap::new(),
@@ -61,6 +63,7 @@ pub fn pool(name: &str) -> PoolView {
         name: PoolName::from(name),
         uid: Uid(format!("pool-{name}")),
         labels: BTreeMap::new(),
+        block: None,
         limit: None,
         when_full: WhenFull::Queue,
         max_queue_millis: HOUR,
@@ -84,6 +87,27 @@ pub fn view(nodes: &[(&str, u64)]) -> View {
         };
         view.nodes.insert(node.name.clone(), node);
         view.ledgers.insert((PoolName::from("p"), NodeName::from(*name)), ledger("p", name, *total));
+    }
+    view
+}
+
+/// Nodes that carry pool `p`, made of kernel pools with so much data in all, and its ledgers.
+pub fn thin_view(nodes: &[&str], total: Bytes) -> View {
+    let sized: Vec<(&str, u64)> = nodes.iter().map(|name| (*name, total.0)).collect();
+    let mut view = view(&sized);
+    let state = PoolState {
+        mode: PoolMode::ReadWrite,
+        needs_check: false,
+        data: Usage::default(),
+        metadata: Usage { used: Bytes::ZERO, total: Bytes::mib(64) },
+    };
+    let pool = view.pools.get_mut(&PoolName::from("p")).expect("just made");
+    pool.block = Some(BlockSize::DEFAULT);
+    for node in view.nodes.values_mut() {
+        let report = node.pools.get_mut(&pool.name).expect("it carries the pool");
+        report.thin = Some(ThinState { images: state, volumes: state });
+        let ledger = view.ledgers.get_mut(&(pool.name.clone(), node.name.clone())).expect("just made");
+        ledger.capacity = pool.capacity(report).expect("of one backend");
     }
     view
 }

@@ -52,7 +52,7 @@ fn release(view: &View, image: &ImageView) -> Vec<Change> {
     let released =
         report.and_then(|report| report.released.get(&image.uid)).is_some_and(|g| *g >= entry.generation);
     if released {
-        vec![ledger.without(&[&image.uid])]
+        vec![view.without(ledger, &[&image.uid])]
     } else {
         vec![Change::RetryAfter { millis: LOOK_MILLIS }]
     }
@@ -73,7 +73,7 @@ mod tests {
             .get_mut(&at("p", "a"))
             .expect("there")
             .promises
-            .insert(image.uid.clone(), image.promise());
+            .insert(image.uid.clone(), image.promise(None));
         view.images.insert(image.name.clone(), image);
         view
     }

@@ -135,11 +135,13 @@ impl LedgerView {
         self.replaced(self.capacity, promises)
     }
 
-    /// The write that takes the promises of these holders away.
-    pub fn without(&self, gone: &[&Uid]) -> Change {
+    /// The write that takes the promises of these holders away. Where what may be promised has become less, according to
+    /// the report by which they go, that is said in the same write ([`View::without`](crate::view::View::without)).
+    pub fn without(&self, gone: &[&Uid], reported: Option<LedgerCapacity>) -> Change {
         let mut promises = self.promises.clone();
         promises.retain(|uid, _| !gone.contains(&uid));
-        self.replaced(self.capacity, promises)
+        let capacity = reported.map_or(self.capacity, |reported| self.capacity.lowered_to(&reported));
+        self.replaced(capacity.covering(promises.values()), promises)
     }
 
     /// The write that revokes the promises of these holders.
@@ -219,7 +221,7 @@ mod tests {
         };
         assert_eq!((revision, &version, promises.len()), (4, &ledger.version, 1));
         ledger.promises = promises;
-        let Change::WriteLedger { promises, .. } = ledger.without(&[&Uid::from("a")]) else {
+        let Change::WriteLedger { promises, .. } = ledger.without(&[&Uid::from("a")], None) else {
             panic!("a ledger write")
         };
         assert!(promises.is_empty());

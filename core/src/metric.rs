@@ -94,6 +94,12 @@ metrics! {
     PoolPromisedBytes = "berth_pool_promised_bytes", Gauge, "bytes", Operator, ["pool", "node"];
     /// Bytes that are written in a pool on a node.
     PoolUsedBytes = "berth_pool_used_bytes", Gauge, "bytes", Operator, ["pool", "node"];
+    /// Bytes of a kernel pool's metadata that may be promised, by class: `Images` or `Volumes`.
+    PoolMetadataTotalBytes = "berth_pool_metadata_total_bytes", Gauge, "bytes", Operator, ["pool", "node", "class"];
+    /// Bytes of a kernel pool's metadata that are promised, by class.
+    PoolMetadataPromisedBytes = "berth_pool_metadata_promised_bytes", Gauge, "bytes", Operator, ["pool", "node", "class"];
+    /// Bytes of a kernel pool's metadata that are written, by class.
+    PoolMetadataUsedBytes = "berth_pool_metadata_used_bytes", Gauge, "bytes", Operator, ["pool", "node", "class"];
     /// Bytes that are promised to images nothing refers to, over all nodes.
     PoolUnreferencedBytes = "berth_pool_unreferenced_bytes", Gauge, "bytes", Operator, ["pool"];
     /// Reservations by state.

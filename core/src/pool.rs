@@ -1,14 +1,19 @@
 //! Pools: their ledgers, what they hold, and promises whose holders are gone.
 
+use std::collections::BTreeSet;
+
 use crate::budget::{Area, Sums};
 use crate::change::{Change, PoolReport};
 use crate::ids::{NodeName, PoolName, Uid};
-use crate::ledger::{Holder, Promise};
+use crate::ledger::{Class, Holder, Promise};
 use crate::reason::Reason;
 use crate::reservation::is_waiting;
+use crate::thin::{self, StopReason, Stopped, ThinState};
 use crate::units::{Bytes, Timestamp};
 use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, View};
 
+/// What is said of a node whose report is about another kind of area than the pool's.
+pub(crate) const OTHER_AREA: &str = "its report is not about an area of this pool's backend";
 /// How many promises of holders that are gone are taken away in one write.
 const SWEPT_AT_ONCE: usize = 32;
 
@@ -24,9 +29,34 @@ pub fn decide(view: &View, name: &PoolName, _now: Timestamp) -> Vec<Change> {
     changes
 }
 
-/// What may be promised on a node that reports this: images and volumes share the bytes, and there is no other metadata.
-fn capacity(pool: &PoolView, report: &NodePoolState) -> LedgerCapacity {
-    LedgerCapacity::shared(pool.limit.map_or(report.total, |limit| limit.min(report.total)))
+impl PoolView {
+    /// What may be promised on a node that reports this. In a directory images and volumes share the bytes, and there is no
+    /// other metadata; of kernel pools see [`thin::capacity`]. `None` if it reports another kind of area.
+    pub fn capacity(&self, report: &NodePoolState) -> Option<LedgerCapacity> {
+        let whole = match (self.block, &report.thin) {
+            (None, None) => LedgerCapacity::shared(report.total),
+            (Some(block), Some(state)) => thin::capacity(report.total, block, state),
+            (None, Some(_)) | (Some(_), None) => return None,
+        };
+        Some(self.limit.map_or(whole, |limit| whole.at_most(limit)))
+    }
+}
+
+/// True if its numbers may be a ledger's capacity. Of a kernel pool that has failed the kernel tells none.
+fn is_measured(report: &NodePoolState) -> bool {
+    let failed = |state: &ThinState| stopped(state).any(|stopped| stopped.why == StopReason::Failed);
+    report.usable && !report.thin.as_ref().is_some_and(failed)
+}
+
+/// What the ledger's capacity has to become by this report. A class may get more only by a report that is made after the
+/// node has seen the present ledger: an older one does not know what the other class's kernel pool has grown to since.
+fn wanted(pool: &PoolView, ledger: &LedgerView, report: &NodePoolState) -> Option<LedgerCapacity> {
+    let reported = pool.capacity(report)?;
+    let present =
+        report.lineage.as_ref() == Some(&ledger.lineage) && report.obeyed_revision >= ledger.revision;
+    let trusted =
+        if report.thin.is_none() || present { reported } else { ledger.capacity.lowered_to(&reported) };
+    Some(trusted.covering(ledger.promises.values()))
 }
 
 fn carriers<'v>(
@@ -43,13 +73,14 @@ fn ledgers<'v>(view: &'v View, pool: &'v PoolView) -> impl Iterator<Item = &'v L
 /// A ledger for each node that can use its area. Not while the pool is being deleted.
 fn missing_ledgers(view: &View, pool: &PoolView) -> Vec<Change> {
     let usable = carriers(view, pool).filter(|(node, report)| {
-        report.usable && !pool.deleting && !view.ledgers.contains_key(&(pool.name.clone(), (*node).clone()))
+        is_measured(report)
+            && !pool.deleting
+            && !view.ledgers.contains_key(&(pool.name.clone(), (*node).clone()))
     });
     usable
-        .map(|(node, report)| Change::CreateLedger {
-            pool: pool.name.clone(),
-            node: node.clone(),
-            capacity: capacity(pool, report),
+        .filter_map(|(node, report)| {
+            let capacity = pool.capacity(report)?;
+            Some(Change::CreateLedger { pool: pool.name.clone(), node: node.clone(), capacity })
         })
         .collect()
 }
@@ -57,8 +88,8 @@ fn missing_ledgers(view: &View, pool: &PoolView) -> Vec<Change> {
 /// The first ledger whose capacity is not what its node reports; never below what is promised.
 fn resized(view: &View, pool: &PoolView) -> Option<Change> {
     ledgers(view, pool).find_map(|ledger| {
-        let report = view.report_of(&pool.name, &ledger.node).filter(|report| report.usable)?;
-        let wanted = capacity(pool, report).covering(ledger.promises.values());
+        let report = view.report_of(&pool.name, &ledger.node).filter(|report| is_measured(report))?;
+        let wanted = wanted(pool, ledger, report)?;
         let differs = wanted != ledger.capacity && view.behind(ledger).is_none();
         differs.then(|| ledger.resized(wanted))
     })
@@ -82,7 +113,7 @@ fn swept(view: &View, pool: &PoolView) -> Option<Vec<Change>> {
             .map(|(uid, _)| *uid)
             .collect();
         if !over.is_empty() {
-            return Some(vec![ledger.without(&over)]);
+            return Some(vec![view.without(ledger, &over)]);
         }
         if left.is_empty() {
             return None;
@@ -125,7 +156,6 @@ pub fn report(view: &View, pool: &PoolView) -> PoolReport {
     }
     let waiting =
         view.reservations.values().filter(|request| request.pools.allows(pool) && is_waiting(view, request));
-    let advisory = carriers(view, pool).any(|(_, report)| report.advisory);
     let (ready, reason, message) = health(view, pool);
     PoolReport {
         ready,
@@ -137,8 +167,25 @@ pub fn report(view: &View, pool: &PoolView) -> PoolReport {
         used: carriers(view, pool).map(|(_, report)| report.used).sum(),
         unreferenced: ledgers(view, pool).map(|ledger| unreferenced(view, ledger)).sum(),
         queued: count(waiting.count()),
-        constraints: if advisory { vec![Reason::Advisory] } else { Vec::new() },
+        constraints: constraints(view, pool).into_iter().collect(),
     }
+}
+
+/// What is not as strong as usual on some node.
+fn constraints(view: &View, pool: &PoolView) -> BTreeSet<Reason> {
+    let mut found = BTreeSet::new();
+    for (_, report) in carriers(view, pool) {
+        found.extend(report.advisory.then_some(Reason::Advisory));
+        let Some(state) = &report.thin else { continue };
+        found.extend(state.data_runs_low(report.total).then_some(Reason::DataAlmostFull));
+        found.extend(stopped(state).map(|stopped| stopped.reason()));
+    }
+    found
+}
+
+/// The kernel pools in which nothing more is promised.
+fn stopped(state: &ThinState) -> impl Iterator<Item = Stopped> {
+    [Class::Images, Class::Volumes].into_iter().filter_map(|class| state.stopped(class))
 }
 
 /// Bytes promised in a ledger to images that no live reservation names.
@@ -162,6 +209,12 @@ fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
         nodes += 1;
         if !report.usable {
             return (false, report.reason, format!("node {name}: {}", report.message));
+        }
+        if pool.capacity(report).is_none() {
+            return (false, Reason::PoolAreaFailed, format!("node {name}: {OTHER_AREA}"));
+        }
+        if let Some(stopped) = report.thin.as_ref().and_then(|state| stopped(state).next()) {
+            return (false, stopped.reason(), format!("node {name} {stopped}"));
         }
         let key = (pool.name.clone(), name.clone());
         if view.nodes.get(name).is_some_and(|node| node.reported && !node.live) {
@@ -190,8 +243,7 @@ fn count(number: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{add, at, hold, image, reservation, view};
-    use crate::ledger::Class;
+    use crate::fixture::{add, at, hold, image, reservation, thin_view, view};
     use crate::units::Generation;
 
     fn ask(view: &View) -> Vec<Change> {
@@ -278,7 +330,11 @@ mod tests {
         let mut view = view(&[("a", 100), ("b", 50)]);
         hold(&mut view, "a", "x", Class::Volumes, 30);
         let idle = image("a", 20, 0);
-        view.ledgers.get_mut(&at("p", "a")).expect("there").promises.insert(idle.uid.clone(), idle.promise());
+        view.ledgers
+            .get_mut(&at("p", "a"))
+            .expect("there")
+            .promises
+            .insert(idle.uid.clone(), idle.promise(None));
         view.images.insert(idle.name.clone(), idle);
         add(&mut view, reservation("waits", 500, 0));
         node_pool(&mut view, "b").used = Bytes(7);
@@ -290,6 +346,73 @@ mod tests {
         );
         assert_eq!((report.total, report.promised, report.unreferenced), (Bytes(150), Bytes(50), Bytes(20)));
         assert_eq!((report.used, report.queued, report.constraints), (Bytes(7), 1, vec![Reason::Advisory]));
+    }
+
+    #[test]
+    fn kernel_pools_bound_each_other_by_what_they_have_grown_to() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        assert_eq!(ask(&view), []);
+        let before = view.ledgers[&at("p", "a")].capacity;
+        assert_eq!((before.images.data, before.volumes.data), (Bytes::gib(10), Bytes::gib(10)));
+        node_pool(&mut view, "a").thin.as_mut().expect("thin").images.data.total = Bytes::gib(4);
+        let changes = ask(&view);
+        let [Change::WriteLedger { capacity, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!((capacity.images.data, capacity.volumes.data), (Bytes::gib(10), Bytes::gib(6)));
+        assert_eq!(capacity.total, before.total);
+        view.pools.values_mut().for_each(|pool| pool.limit = Some(Bytes::gib(5)));
+        let changes = ask(&view);
+        let [Change::WriteLedger { capacity, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert!([capacity.images, capacity.volumes, capacity.total].iter().all(|c| c.data == Bytes::gib(5)));
+        node_pool(&mut view, "a").thin.as_mut().expect("thin").images.mode = thin::PoolMode::Failed;
+        assert_eq!(ask(&view), [], "nothing is known of it");
+    }
+
+    #[test]
+    fn a_class_gets_more_only_by_a_report_that_follows_the_ledger() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        ledger.capacity.volumes.data = Bytes::gib(6);
+        ledger.revision = 7;
+        let lineage = ledger.lineage.clone();
+        node_pool(&mut view, "a").lineage = Some(lineage);
+        node_pool(&mut view, "a").obeyed_revision = 6;
+        assert_eq!(ask(&view), [], "it may be older than what the other class has grown to");
+        node_pool(&mut view, "a").obeyed_revision = 7;
+        let changes = ask(&view);
+        let [Change::WriteLedger { capacity, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!(capacity.volumes.data, Bytes::gib(10));
+    }
+
+    #[test]
+    fn what_was_grown_for_a_promise_is_taken_from_the_other_class_as_it_goes() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        hold(&mut view, "a", "gone", Class::Images, 4 << 30);
+        node_pool(&mut view, "a").thin.as_mut().expect("thin").images.data.total = Bytes::gib(4);
+        let change = view.without(&view.ledgers[&at("p", "a")], &[&Uid::from("gone")]);
+        let Change::WriteLedger { capacity, promises, .. } = change else { panic!("{change:?}") };
+        assert_eq!((promises.len(), capacity.volumes.data), (0, Bytes::gib(6)));
+        assert_eq!(capacity.images.data, Bytes::gib(10));
+    }
+
+    #[test]
+    fn kernel_pools_that_take_nothing_more_are_told_of() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        assert!(told(&view).ready && told(&view).constraints.is_empty());
+        let volumes = |view: &mut View, change: fn(&mut thin::PoolState)| {
+            change(&mut node_pool(view, "a").thin.as_mut().expect("thin").volumes);
+        };
+        volumes(&mut view, |pool| pool.data.used = Bytes::gib(8));
+        assert_eq!((told(&view).ready, told(&view).constraints), (true, vec![Reason::DataAlmostFull]));
+        volumes(&mut view, |pool| pool.needs_check = true);
+        let report = told(&view);
+        assert_eq!((report.ready, report.reason), (false, Reason::NeedsCheck));
+        assert_eq!(
+            report.message,
+            "node a promises nothing more for volumes: the kernel pool has metadata that must be checked offline"
+        );
+        assert_eq!(report.constraints, [Reason::DataAlmostFull, Reason::NeedsCheck]);
+        node_pool(&mut view, "a").thin = None;
+        assert_eq!((told(&view).ready, told(&view).reason), (false, Reason::PoolAreaFailed));
     }
 
     #[test]

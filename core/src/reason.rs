@@ -173,6 +173,14 @@ reasons! {
     NotImplemented => Terminal,
     /// The volume's file is gone from the pool.
     VolumeLost => Terminal,
+    /// A kernel pool has used nearly all the data that it can attain.
+    DataAlmostFull => Transient,
+    /// A kernel pool uses more than 70 % of its metadata, so nothing more is promised in it.
+    MetadataAlmostFull => Transient,
+    /// The metadata of a kernel pool must be checked offline before anything more is promised in it.
+    NeedsCheck => Terminal,
+    /// A kernel pool is read-only, so nothing more is promised in it.
+    ReadOnly => Terminal,
 }
 
 impl fmt::Display for Reason {

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use crate::change::Change;
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
 use crate::ledger::{Behind, Charge, LedgerRecord, Promise, is_behind};
 use crate::reason::Reason;
+use crate::thin::{BlockSize, ThinState};
 use crate::units::{Bytes, Generation, Timestamp};
 
 /// The version of an object that a write replaces: the API server's `resourceVersion`, which only it understands.
@@ -31,6 +33,8 @@ pub struct PoolView {
     pub uid: Uid,
     /// Its labels, for selectors.
     pub labels: BTreeMap<String, String>,
+    /// Set if it is made of two kernel pools: the size of their blocks.
+    pub block: Option<BlockSize>,
     /// At most this much is promised on each node.
     pub limit: Option<Bytes>,
     /// What happens to requests that do not fit and do not say.
@@ -84,6 +88,8 @@ pub struct NodePoolState {
     pub used: Bytes,
     /// True if the bound is not enforced.
     pub advisory: bool,
+    /// The two kernel pools, where it is made of them.
+    pub thin: Option<ThinState>,
     /// The lineage that the node obeys.
     pub lineage: Option<Lineage>,
     /// The highest revision that the node has recorded.
@@ -397,6 +403,19 @@ impl View {
     /// What a node reports of a pool.
     pub fn report_of(&self, pool: &PoolName, node: &NodeName) -> Option<&NodePoolState> {
         self.nodes.get(node)?.pools.get(pool)
+    }
+
+    /// The size of the blocks in a pool that is made of kernel pools.
+    pub fn block_of(&self, pool: &PoolName) -> Option<BlockSize> {
+        self.pools.get(pool)?.block
+    }
+
+    /// The write that takes the promises of these holders away. Their node may have grown a kernel pool for them, which
+    /// leaves less to the other class: the report that says that they are gone says that too.
+    pub fn without(&self, ledger: &LedgerView, gone: &[&Uid]) -> Change {
+        let report = self.report_of(&ledger.pool, &ledger.node).filter(|report| report.usable);
+        let reported = self.pools.get(&ledger.pool).zip(report);
+        ledger.without(gone, reported.and_then(|(pool, report)| pool.capacity(report)))
     }
 
     /// Why a ledger may not be written to: its node has recorded more than it shows.

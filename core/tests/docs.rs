@@ -145,7 +145,10 @@ fn every_test_that_is_named_exists() {
         let code = read(&file);
         let scenario = file.components().any(|part| part.as_os_str() == "suite");
         let there = if scenario {
-            code.contains(&format!("Scenario::new(\"{}\"", link.text))
+            let flat: String = code.split_whitespace().collect();
+            ["Scenario::new", "scenario"]
+                .iter()
+                .any(|make| flat.contains(&format!("{make}(\"{}\",", link.text)))
         } else {
             let tests = ["#[test]", "#[tokio::test", "proptest!"].iter().any(|mark| code.contains(mark));
             tests && code.contains(&format!("fn {name}("))

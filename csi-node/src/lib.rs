@@ -1,6 +1,7 @@
 //! The node's program: the agent that stages images, the CSI services, and commands that work without Kubernetes.
 
 pub mod agent;
+pub mod area;
 pub mod args;
 pub mod commands;
 pub mod credentials;

@@ -4,12 +4,15 @@
 //! short step. Long work is recorded as intent and done by the agent; the call says what it waits for.
 
 pub mod attach;
+pub mod capacity;
 pub mod controller;
 pub mod identity;
 pub mod in_flight;
 pub mod node;
+pub mod patience;
 pub mod registration;
 pub mod request;
+pub mod shown;
 pub mod status;
 
 use std::fs;

@@ -14,18 +14,21 @@ use berth_node::agent::jobs::Jobs;
 use berth_node::agent::news::News;
 use berth_node::agent::pools::{PoolSpec, Pools};
 use berth_node::agent::watches::Watches;
+use berth_node::area::Backend;
+use berth_node::csi::v1::controller_server::Controller as _;
 use berth_node::csi::v1::node_server::Node as _;
 use berth_node::csi::v1::volume_capability::access_mode::Mode;
 use berth_node::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use berth_node::csi::v1::{
-    CapacityRange, CreateVolumeRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
-    NodeStageVolumeRequest, Topology, TopologyRequirement, VolumeCapability, VolumeContentSource,
+    CapacityRange, CreateVolumeRequest, GetCapacityRequest, NodeGetVolumeStatsRequest,
+    NodePublishVolumeRequest, NodeStageVolumeRequest, Topology, TopologyRequirement, VolumeCapability,
+    VolumeContentSource,
 };
 use berth_node::metrics::Metrics;
 use berth_node::node::{Config, LastPreflight, Node};
 use berth_node::rpc::Services;
 use berth_node::rpc::in_flight::InFlight;
-use berth_node::rpc::request::{Use, VolumeRequest, path, use_of};
+use berth_node::rpc::request::{Use, VolumeRequest, for_one_workload, path, use_of};
 use berth_node::rpc::status::RpcError;
 use berth_record::NodeRecord;
 use serde_json::{Value, json};
@@ -168,6 +171,21 @@ fn everything_that_is_meant_is_understood() {
 }
 
 #[test]
+fn one_workload_only_is_what_one_access_mode_says() {
+    for (mode, alone) in [
+        (Mode::SingleNodeSingleWriter, true),
+        (Mode::SingleNodeMultiWriter, false),
+        (Mode::SingleNodeWriter, false),
+        (Mode::SingleNodeReaderOnly, false),
+    ] {
+        let asked = capability(AccessType::Block(BlockVolume {}), mode);
+        assert_eq!(for_one_workload(Some(&asked)), alone, "{mode:?}");
+        assert_eq!(use_of(Some(&asked)).unwrap(), Use::Block, "{mode:?}");
+    }
+    assert!(!for_one_workload(None));
+}
+
+#[test]
 fn paths_cannot_leave_where_they_are_meant_to_be() {
     for bad in ["", "/", "relative", "/a/../b", "/..", "./a", "/a\0b"] {
         let error = path("target_path", bad).expect_err(bad);
@@ -302,7 +320,8 @@ async fn no_volume_is_said_to_be_absent_while_a_pool_that_may_hold_it_is_not_ope
     let (dir, lists) = (tempfile::tempdir().unwrap(), Lists::default());
     let node = node(dir.path(), &lists).await;
     let known = |names: &[&str]| {
-        let spec = PoolSpec { uid: "u".into(), path: dir.path().join("area"), size: Bytes::mib(512) };
+        let backend = Backend::Filesystem { path: dir.path().join("area"), size: Bytes::mib(512) };
+        let spec = PoolSpec { uid: "u".into(), backend };
         let known: BTreeMap<PoolName, PoolSpec> =
             names.iter().map(|name| (PoolName::from(*name), spec.clone())).collect();
         std::fs::write(dir.path().join("pools.json"), serde_json::to_vec(&known).unwrap()).unwrap();
@@ -333,5 +352,50 @@ async fn a_volume_is_absent_once_nothing_can_hold_it() {
     let node = node(dir.path(), &Arc::new(RwLock::new(Some(BTreeMap::new())))).await;
     until_synced(&node).await;
     answered(&node, Code::NotFound, "there is no volume v1-0f2c").await;
+    node.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_no_volume_can_be_there_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path(), &Arc::new(RwLock::new(Some(BTreeMap::new())))).await;
+    until_synced(&node).await;
+    let services = Services::new(Arc::clone(&node));
+    for (id, path, code) in [
+        ("v1-0f2c", "", Code::InvalidArgument),
+        ("", "/somewhere", Code::InvalidArgument),
+        ("v1-0f2c", "some/path", Code::NotFound),
+        ("not-of-ours", "some/path", Code::NotFound),
+        ("not-of-ours", "/somewhere", Code::NotFound),
+    ] {
+        let asked = NodeGetVolumeStatsRequest {
+            volume_id: id.to_owned(),
+            volume_path: path.to_owned(),
+            ..NodeGetVolumeStatsRequest::default()
+        };
+        let status = services.node_get_volume_stats(Request::new(asked)).await.unwrap_err();
+        assert_eq!(status.code(), code, "`{id}` at `{path}`: {status}");
+    }
+    node.stop.cancel();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn capacity_is_told_without_parameters_and_not_for_a_class_that_makes_no_volumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path(), &Arc::new(RwLock::new(Some(BTreeMap::new())))).await;
+    until_synced(&node).await;
+    let services = Services::new(Arc::clone(&node));
+    let ask = |pairs: &[(&str, &str)]| {
+        Request::new(GetCapacityRequest { parameters: parameters(pairs), ..GetCapacityRequest::default() })
+    };
+    for pairs in [&[][..], &[("pool", "fast")]] {
+        let told = services.get_capacity(ask(pairs)).await.unwrap().into_inner();
+        assert_eq!((told.available_capacity, told.maximum_volume_size), (0, Some(0)), "{pairs:?}");
+        assert_eq!(told.minimum_volume_size, Some(MIB));
+    }
+    for pairs in [[("template", "a/b")], [("pool", "")]] {
+        let status = services.get_capacity(ask(&pairs)).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{pairs:?}: {status}");
+    }
     node.stop.cancel();
 }

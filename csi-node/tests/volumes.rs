@@ -12,7 +12,8 @@ use berth_core::node::Origin;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
-use berth_node::agent::volumes::{self, VolumeError, format_mark};
+use berth_node::agent::volumes::{self, VolumeError};
+use berth_node::area::{AreaError, Backend};
 use berth_node::rpc::attach;
 use berth_node::rpc::status::RpcError;
 use berth_record::{Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeState, tables};
@@ -23,7 +24,8 @@ const FIRST: Generation = Generation(1);
 /// The UID is another one for each test: no two file systems with one UUID can be mounted at once.
 fn spec(dir: &Path, prefix: &str) -> PoolSpec {
     let uid = format!("{prefix}-{}", dir.file_name().unwrap().display());
-    PoolSpec { uid: uid.into(), path: dir.join("area"), size: Bytes::mib(512) }
+    let backend = Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) };
+    PoolSpec { uid: uid.into(), backend }
 }
 
 fn pools(dir: &Path) -> Pools {
@@ -44,7 +46,7 @@ fn close(pool: Arc<OpenPool>, pools: Pools) {
     let pool = Arc::into_inner(pool).expect("the last one");
     let OpenPool { area, record, .. } = pool;
     drop(record);
-    area.unmount_and_detach().unwrap();
+    area.close().unwrap();
 }
 
 fn make(pool: &OpenPool, uid: &Uid, origin: &Origin) -> Result<(), VolumeError> {
@@ -61,7 +63,7 @@ fn a_blank_volume_is_sparse_made_once_and_removed_without_trace() {
     let (pools, pool) = open(dir.path());
     let uid = Uid::from("r1");
     make(&pool, &uid, &Origin::Blank).unwrap();
-    let file = pool.volume_file(&uid);
+    let file = pool.area.volume(&uid);
     let metadata = fs::metadata(&file).unwrap();
     assert_eq!((metadata.len(), metadata.blocks()), (8 << 20, 0));
     fs::write(&file, b"a guest's data").unwrap();
@@ -79,7 +81,7 @@ fn a_blank_volume_is_sparse_made_once_and_removed_without_trace() {
     assert!(matches!(refused, VolumeError::Record(ChangeError::State { .. })), "{refused}");
     assert!(file.exists(), "one in use stays");
     pool.record.detached(&uid).unwrap();
-    fs::write(format_mark(&pool, &uid), b"").unwrap();
+    fs::write(pool.area.format_mark(&uid), b"").unwrap();
     volumes::remove(&pool, &uid).unwrap();
     volumes::remove(&pool, &uid).unwrap();
     assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 0);
@@ -94,11 +96,11 @@ fn a_volume_whose_file_is_gone_is_never_made_again_nor_shown() {
     let uid = Uid::from("r4");
     make(&pool, &uid, &Origin::Blank).unwrap();
     assert!(attach::find(&pools, [], "v1-r4", &uid).is_ok());
-    fs::remove_file(pool.volume_file(&uid)).unwrap();
+    fs::remove_file(pool.area.volume(&uid)).unwrap();
     for generation in [FIRST, Generation(2)] {
         let again = volumes::make(&pool, &uid, generation, Bytes::mib(8), &Origin::Blank, &BTreeMap::new());
         assert!(matches!(again, Err(VolumeError::Lost { .. })), "{again:?}");
-        assert!(!pool.volume_file(&uid).exists());
+        assert!(!pool.area.volume(&uid).exists());
     }
     let status = Status::from(&attach::find(&pools, [], "v1-r4", &uid).err().expect("refused"));
     assert_eq!(status.code(), Code::NotFound);
@@ -116,7 +118,7 @@ fn nothing_is_said_to_be_unstaged_while_the_pool_that_may_hold_it_is_not_open() 
     make(&pool, &uid, &Origin::Blank).unwrap();
     let attachment = Attachment {
         loop_device: None,
-        backing_file: pool.volume_file(&uid),
+        backing_file: pool.area.volume(&uid),
         staged_path: nothing.clone(),
         mode: AttachmentMode::Block,
     };
@@ -149,7 +151,7 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     let digest = Digest(Sha256Sum::of(b"index"));
     let mut content = vec![0; 3 << 20];
     content[1 << 20..][..5].copy_from_slice(b"image");
-    fs::write(pool.image_file(&digest), &content).unwrap();
+    fs::write(pool.area.image(&digest), &content).unwrap();
     let image = Uid::from("img");
     pool.record.begin_fill(&digest, &image, Bytes::mib(3), Bytes::mib(1), Timestamp(1)).unwrap();
     pool.record.fill_complete(&digest, &image).unwrap();
@@ -157,16 +159,16 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     let uid = Uid::from("r2");
     let entry = VolumeEntry {
         generation: FIRST,
-        path: OpenPool::volume_path(&uid),
+        path: pool.area.recorded_path(&uid),
         size: Bytes::mib(8),
         origin: Some(digest),
         state: VolumeState::Creating,
         labels: BTreeMap::new(),
     };
     pool.record.begin_volume(&uid, &entry).unwrap();
-    fs::write(pool.volume_file(&uid), b"cut off").unwrap();
+    fs::write(pool.area.volume(&uid), b"cut off").unwrap();
     make(&pool, &uid, &Origin::Image(digest)).unwrap();
-    let clone = fs::read(pool.volume_file(&uid)).unwrap();
+    let clone = fs::read(pool.area.volume(&uid)).unwrap();
     assert_eq!(clone.len(), 8 << 20);
     assert!(clone.starts_with(&content) && clone[content.len()..].iter().all(|byte| *byte == 0));
     assert_eq!(volume(&pool, &uid).map(|volume| volume.state), Some(VolumeState::Ready));
@@ -176,8 +178,8 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     let small = Uid::from("r6");
     let refused =
         volumes::make(&pool, &small, FIRST, Bytes::mib(2), &Origin::Image(digest), &BTreeMap::new());
-    assert!(matches!(refused, Err(VolumeError::ImageTooLarge { .. })), "{refused:?}");
-    assert!(!pool.volume_file(&small).exists(), "the promise is not exceeded");
+    assert!(matches!(refused, Err(VolumeError::Area(AreaError::ImageTooLarge { .. }))), "{refused:?}");
+    assert!(!pool.area.volume(&small).exists(), "the promise is not exceeded");
     volumes::remove(&pool, &small).unwrap();
     close(pool, pools);
 }
@@ -190,11 +192,11 @@ fn work_directories_come_and_go() {
     for _ in 0..2 {
         volumes::make_work_dir(&pool, &uid, FIRST, Bytes::mib(1)).unwrap();
     }
-    fs::write(pool.work_dir(&uid).join("source"), b"x").unwrap();
+    fs::write(pool.area.work_dir(&uid).join("source"), b"x").unwrap();
     for _ in 0..2 {
         volumes::remove_work_dir(&pool, &uid).unwrap();
     }
-    assert!(!pool.work_dir(&uid).exists());
+    assert!(!pool.area.work_dir(&uid).exists());
     assert_eq!(pool.record.record().entries(tables::STAGING).unwrap(), []);
     close(pool, pools);
 }
@@ -209,7 +211,7 @@ fn a_pool_is_reopened_without_the_api_and_never_taken_from_another() {
     let again = pools(dir.path());
     again.reopen_known().unwrap();
     let pool = again.get(&"fast".into()).expect("known from before");
-    assert!(volume(&pool, &Uid::from("r1")).is_some() && pool.volume_file(&Uid::from("r1")).exists());
+    assert!(volume(&pool, &Uid::from("r1")).is_some() && pool.area.volume(&Uid::from("r1")).exists());
     close(pool, again);
 
     let other = pools(dir.path());
@@ -223,7 +225,7 @@ fn data_without_its_record_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let (first, pool) = open(dir.path());
     make(&pool, &Uid::from("r1"), &Origin::Blank).unwrap();
-    fs::remove_file(pool.area.root.join("record.redb")).unwrap();
+    fs::remove_file(pool.area.root().join("record.redb")).unwrap();
     close(pool, first);
     let again = pools(dir.path());
     let error = again.prepare(&"fast".into(), &spec(dir.path(), "pool-uid")).unwrap_err();

@@ -185,6 +185,20 @@ pub fn mkfs(device: &Path, fs_type: FsType, consent: Consent) -> Result<(), File
     })
 }
 
+/// Makes the file system of a directory of ours on a device that is new, whatever it holds: ext4 that takes as little of it
+/// for itself as [`berth_core::thin::directory_device`] leaves to it.
+pub fn mkfs_directory(device: &Path) -> Result<(), FilesystemError> {
+    let options =
+        ["-q", "-F", "-b", "4096", "-J", "size=16", "-i", "1048576", "-m", "0", "-O", "^resize_inode"];
+    let options = options.into_iter().chain(["-E", "nodiscard"]);
+    let arguments = options.map(AsRef::as_ref).chain([device.as_os_str()]);
+    program::run("mkfs.ext4", arguments, MKFS_LIMIT).map(drop).map_err(|source| FilesystemError::Make {
+        device: device.to_owned(),
+        fs_type: FsType::Ext4,
+        source,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

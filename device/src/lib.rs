@@ -1,4 +1,4 @@
-//! The node's hands: loop devices, mounts, XFS pool images, reflink, `mkfs` and `qemu-img`.
+//! The node's hands: loop devices, mounts, XFS pool images, reflink, thin pools, kernel NBD, `mkfs` and QEMU's tools.
 //!
 //! The only crate with `unsafe` (in `sys` for ioctls and `confine` for children, nowhere else) and the only one whose
 //! product code starts child processes. Functions are synchronous and may block, except where they are `async`.
@@ -11,11 +11,13 @@ pub mod files;
 pub mod filesystem;
 pub mod loop_device;
 pub mod mounts;
+pub mod nbd;
 pub mod partition;
 pub mod pool_area;
 pub mod preflight;
 mod program;
 pub mod qemu;
 mod sys;
+pub mod thin;
 
 pub use program::{RunError, find_program};

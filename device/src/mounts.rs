@@ -128,11 +128,14 @@ impl std::fmt::Display for FsType {
 
 /// How a file system is mounted. Always `nosuid,nodev`: its content may come from an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "options of mount(8), each on or off by itself")]
 pub struct MountOptions {
     /// Nothing is written, not even by log recovery at mount (`noload`, `norecovery`).
     pub read_only: bool,
     /// Reading does not write access times.
     pub no_access_times: bool,
+    /// No program on it can be run.
+    pub no_exec: bool,
     /// XFS only: mount though a file system with the same UUID is mounted, as every clone has.
     pub duplicate_uuid: bool,
 }
@@ -239,6 +242,7 @@ pub fn mount_device(
     let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     flags.set(MsFlags::MS_RDONLY, options.read_only);
     flags.set(MsFlags::MS_NOATIME, options.no_access_times);
+    flags.set(MsFlags::MS_NOEXEC, options.no_exec);
     let mut data = Vec::new();
     if options.read_only {
         data.push(if fs_type == FsType::Xfs { "norecovery" } else { "noload" });

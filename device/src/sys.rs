@@ -1,10 +1,13 @@
-//! The ioctls of loop devices, block devices and reflink, and the clock's state, each as a safe function over a borrowed descriptor.
+//! The ioctls of loop devices, block devices and reflink, waiting for a socket, and the clock's state, each as a safe
+//! function over a borrowed descriptor.
 //!
 //! Sources: `include/uapi/linux/loop.h` and `include/uapi/linux/fs.h` of the kernel.
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::AsRawFd as _;
+use std::io;
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc::c_int;
@@ -73,6 +76,7 @@ mod raw {
     nix::ioctl_write_int_bad!(ficlone, nix::libc::FICLONE);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
+    nix::ioctl_write_ptr_bad!(blkdiscard, 0x1277, [u64; 2]);
 }
 
 /// The number of a loop device that nobody used when it was asked.
@@ -146,6 +150,33 @@ pub(crate) fn block_device_bytes(device: &File) -> Result<u64, Errno> {
 pub(crate) fn flush_buffers(device: &File) -> Result<(), Errno> {
     // SAFETY: takes no argument; an ioctl on a borrowed, open descriptor.
     unsafe { raw::blkflsbuf(device.as_raw_fd()) }.map(drop)
+}
+
+/// Tells a block device that these bytes are not needed any more.
+pub(crate) fn discard(device: &File, offset: u64, length: u64) -> Result<(), Errno> {
+    let range = [offset, length];
+    // SAFETY: the kernel reads two u64 from `range`, which lives for the call; the descriptor is borrowed.
+    unsafe { raw::blkdiscard(device.as_raw_fd(), &raw const range) }.map(drop)
+}
+
+/// Waits until there is something to read; false if there is nothing after `limit`.
+pub(crate) fn wait_readable(descriptor: RawFd, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let mut entry = nix::libc::pollfd { fd: descriptor, events: nix::libc::POLLIN, revents: 0 };
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        let milliseconds = i32::try_from(left).unwrap_or(i32::MAX).max(1);
+        // SAFETY: the kernel reads and writes one `pollfd` that lives for the call; a stale number is only refused.
+        match unsafe { nix::libc::poll(&raw mut entry, 1, milliseconds) } {
+            0 if Instant::now() >= deadline => return Ok(false),
+            0 => {}
+            1.. => return Ok(true),
+            _ => match Errno::last() {
+                Errno::EINTR => {}
+                error => return Err(error.into()),
+            },
+        }
+    }
 }
 
 /// True if the kernel's clock is disciplined by something.

@@ -1,7 +1,7 @@
 //! A small client of the Container Storage Interface. It plays external-provisioner and kubelet: the calls in their
 //! order, repeated as they repeat them. What those two do beside calling (binding, attaching, pods) does not happen.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -117,6 +117,17 @@ pub struct Claim {
     pub parameters: HashMap<String, String>,
 }
 
+/// What a plugin declares, by the names of the specification, in alphabetical order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Of the plugin as a whole.
+    pub plugin: BTreeSet<&'static str>,
+    /// Of its controller service.
+    pub controller: BTreeSet<&'static str>,
+    /// Of its node service.
+    pub node: BTreeSet<&'static str>,
+}
+
 /// A volume that was made.
 #[derive(Debug, Clone)]
 pub struct Volume {
@@ -167,6 +178,42 @@ impl Csi {
         Ok((info.name, info.vendor_version))
     }
 
+    /// What the plugin declares that it can do.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn capabilities(&self) -> Result<Capabilities, CsiError> {
+        let mut identity = IdentityClient::new(self.channel.clone());
+        let plugin = self.repeat("GetPluginCapabilities", &self.node, async || {
+            identity.get_plugin_capabilities(v1::GetPluginCapabilitiesRequest::default()).await
+        });
+        let plugin = plugin.await?.capabilities.into_iter().filter_map(|one| match one.r#type? {
+            v1::plugin_capability::Type::Service(one) => Some(one.r#type().as_str_name()),
+            v1::plugin_capability::Type::VolumeExpansion(one) => Some(one.r#type().as_str_name()),
+        });
+        let mut controller = ControllerClient::new(self.channel.clone());
+        let by_controller = self.repeat("ControllerGetCapabilities", &self.node, async || {
+            controller.controller_get_capabilities(v1::ControllerGetCapabilitiesRequest::default()).await
+        });
+        let by_controller = by_controller.await?.capabilities.into_iter().filter_map(|one| {
+            let v1::controller_service_capability::Type::Rpc(one) = one.r#type?;
+            Some(one.r#type().as_str_name())
+        });
+        let mut node = NodeClient::new(self.channel.clone());
+        let by_node = self.repeat("NodeGetCapabilities", &self.node, async || {
+            node.node_get_capabilities(v1::NodeGetCapabilitiesRequest::default()).await
+        });
+        let by_node = by_node.await?.capabilities.into_iter().filter_map(|one| {
+            let v1::node_service_capability::Type::Rpc(one) = one.r#type?;
+            Some(one.r#type().as_str_name())
+        });
+        Ok(Capabilities {
+            plugin: plugin.collect(),
+            controller: by_controller.collect(),
+            node: by_node.collect(),
+        })
+    }
+
     /// `CreateVolume`, as external-provisioner does for a claim whose pod was scheduled to this node.
     ///
     /// # Errors
@@ -185,7 +232,7 @@ impl Csi {
                 required_bytes: i64::try_from(claim.bytes).unwrap_or(i64::MAX),
                 limit_bytes: 0,
             }),
-            volume_capabilities: vec![capability(claim.view)],
+            volume_capabilities: vec![capability(claim.view, Mode::SingleNodeWriter)],
             parameters,
             accessibility_requirements: Some(TopologyRequirement {
                 requisite: vec![here.clone()],
@@ -196,7 +243,7 @@ impl Csi {
         let mut client = ControllerClient::new(self.channel.clone());
         let call = "CreateVolume";
         let answer =
-            self.repeat(call, &claim.volume, async || client.create_volume(request.clone()).await).await?;
+            self.repeat(call, &claim.volume, async || client.create_volume(timed(&request)).await).await?;
         let missing = |missing| CsiError::Answer { call, subject: claim.volume.clone(), missing };
         let volume = answer.volume.ok_or_else(|| missing("a volume"))?;
         if volume.volume_id.is_empty() {
@@ -215,7 +262,7 @@ impl Csi {
         let request = v1::NodeStageVolumeRequest {
             volume_id: volume.id.clone(),
             staging_target_path: text(at),
-            volume_capability: Some(capability(volume.view)),
+            volume_capability: Some(capability(volume.view, Mode::SingleNodeWriter)),
             volume_context: volume.context.clone(),
             ..v1::NodeStageVolumeRequest::default()
         };
@@ -230,6 +277,24 @@ impl Csi {
     /// # Errors
     /// [`CsiError`].
     pub async fn publish(&self, volume: &Volume, staged: &Path, target: &Path) -> Result<(), CsiError> {
+        self.publish_as(volume, staged, target, Mode::SingleNodeWriter).await
+    }
+
+    /// The same for a volume that one workload only may use, as kubelet does for a `ReadWriteOncePod` claim.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn publish_alone(&self, volume: &Volume, staged: &Path, target: &Path) -> Result<(), CsiError> {
+        self.publish_as(volume, staged, target, Mode::SingleNodeSingleWriter).await
+    }
+
+    async fn publish_as(
+        &self,
+        volume: &Volume,
+        staged: &Path,
+        target: &Path,
+        mode: Mode,
+    ) -> Result<(), CsiError> {
         if let Some(parent) = target.parent() {
             make_directory(parent)?;
         }
@@ -237,7 +302,7 @@ impl Csi {
             volume_id: volume.id.clone(),
             staging_target_path: text(staged),
             target_path: text(target),
-            volume_capability: Some(capability(volume.view)),
+            volume_capability: Some(capability(volume.view, mode)),
             volume_context: volume.context.clone(),
             ..v1::NodePublishVolumeRequest::default()
         };
@@ -281,7 +346,7 @@ impl Csi {
         let request =
             v1::DeleteVolumeRequest { volume_id: id.to_owned(), ..v1::DeleteVolumeRequest::default() };
         let mut client = ControllerClient::new(self.channel.clone());
-        self.repeat("DeleteVolume", id, async || client.delete_volume(request.clone()).await).await?;
+        self.repeat("DeleteVolume", id, async || client.delete_volume(timed(&request)).await).await?;
         Ok(())
     }
 
@@ -312,15 +377,19 @@ impl Csi {
     }
 }
 
-fn capability(view: View) -> VolumeCapability {
+/// With the deadline that the sidecars send, so that the plugin answers before it.
+fn timed<T: Clone>(request: &T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(request.clone());
+    request.set_timeout(CALL_LIMIT);
+    request
+}
+
+fn capability(view: View, mode: Mode) -> VolumeCapability {
     let access_type = match view {
         View::Filesystem => AccessType::Mount(MountVolume::default()),
         View::Block => AccessType::Block(BlockVolume::default()),
     };
-    VolumeCapability {
-        access_mode: Some(AccessMode { mode: Mode::SingleNodeWriter.into() }),
-        access_type: Some(access_type),
-    }
+    VolumeCapability { access_mode: Some(AccessMode { mode: mode.into() }), access_type: Some(access_type) }
 }
 
 fn make_directory(path: &Path) -> Result<(), CsiError> {

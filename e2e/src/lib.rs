@@ -17,6 +17,7 @@ pub mod ours;
 pub mod ports;
 pub mod process;
 pub mod race;
+pub mod sanity;
 pub mod seeded;
 pub mod site;
 pub mod tools;

@@ -68,6 +68,32 @@ pub const OPERATOR_SABOTAGE: Ours =
 pub const NODE_SABOTAGE: Ours =
     Ours { package: "berth-node", binary: "berth-node-sabotage", feature: Some("sabotage") };
 
+/// One of our test programs that run on a machine of their own: in a guest.
+#[derive(Debug, Clone, Copy)]
+pub struct OurTest {
+    /// The package.
+    pub package: &'static str,
+    /// The test.
+    pub test: &'static str,
+}
+
+impl OurTest {
+    /// The test program, built if it is not up to date. Cargo alone knows its name, so it is always asked.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn obtain(self) -> Result<PathBuf, BuildError> {
+        let arguments =
+            ["test", "--no-run", "--message-format=json", "--package", self.package, "--test", self.test];
+        let output = run_cargo(self.test, &arguments)?;
+        let artifacts =
+            output.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let mut programs = artifacts.filter(|artifact| artifact["target"]["name"] == self.test);
+        let path = programs.find_map(|artifact| Some(PathBuf::from(artifact["executable"].as_str()?)));
+        path.ok_or(BuildError::Failed { binary: self.test, output })
+    }
+}
+
 impl Ours {
     /// The program, built once per test program. Takes minutes when nothing of it was built before.
     ///
@@ -85,28 +111,37 @@ impl Ours {
     }
 
     fn build(self) -> Result<PathBuf, BuildError> {
-        let exe = env::current_exe().unwrap_or_default();
-        // <target>/debug/deps/suite-0123
-        let profile = exe.ancestors().find(|path| path.file_name().is_some_and(|name| name == "debug"));
-        let (Some(profile), Some(target)) = (profile, profile.and_then(Path::parent)) else {
-            return Err(BuildError::NoTarget { path: exe });
-        };
-        let built = profile.join(self.binary);
+        let built = profile_folder()?.join(self.binary);
         if env::var_os(USE_BUILT).is_some() && built.is_file() {
             return Ok(built);
         }
-        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command.args(["build", "--quiet", "--package", self.package, "--bin", self.binary]);
+        let mut arguments = vec!["build", "--quiet", "--package", self.package, "--bin", self.binary];
         if let Some(feature) = self.feature {
-            command.args(["--features", feature]);
+            arguments.extend(["--features", feature]);
         }
-        command.env("CARGO_TARGET_DIR", target).current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-        let output = command.output().map_err(|source| BuildError::Cargo { binary: self.binary, source })?;
-        if !output.status.success() {
-            let output = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(BuildError::Failed { binary: self.binary, output });
-        }
-        Ok(built)
+        run_cargo(self.binary, &arguments).map(|_| built)
     }
+}
+
+/// `<target>/debug` of `<target>/debug/deps/suite-0123`.
+fn profile_folder() -> Result<PathBuf, BuildError> {
+    let exe = env::current_exe().unwrap_or_default();
+    let profile = exe.ancestors().find(|path| path.file_name().is_some_and(|name| name == "debug"));
+    profile.map(Path::to_owned).ok_or(BuildError::NoTarget { path: exe.clone() })
+}
+
+/// Runs cargo for `binary` in the target folder of this program; gives back what it printed.
+fn run_cargo(binary: &'static str, arguments: &[&str]) -> Result<String, BuildError> {
+    let profile = profile_folder()?;
+    let target = profile.parent().unwrap_or(&profile).to_owned();
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(arguments).env("CARGO_TARGET_DIR", &target);
+    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let output = command.output().map_err(|source| BuildError::Cargo { binary, source })?;
+    if !output.status.success() {
+        let output = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(BuildError::Failed { binary, output });
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -1,5 +1,5 @@
-//! The programs of the test control plane: found where `KUBEBUILDER_ASSETS` or `PATH` has them, else built once with
-//! Go from the modules pinned in `e2e/tools/`.
+//! The programs of others that the tests run, those of the control plane among them: found where `KUBEBUILDER_ASSETS`
+//! or `PATH` has them, else built once with Go from the modules pinned in `e2e/tools/`.
 //!
 //! Built programs are kept in `${XDG_CACHE_HOME:-$HOME/.cache}/berth/tools/<sha256 of go.sum>/`, outside the tree,
 //! so that a changed pin builds anew and everything else reuses them. A build goes to a temporary name and is renamed
@@ -31,6 +31,8 @@ pub enum Tool {
     Etcd,
     /// `minio`.
     Minio,
+    /// `csi-sanity`.
+    CsiSanity,
 }
 
 /// Why a program cannot be had.
@@ -86,7 +88,7 @@ enum Origin {
 
 impl Tool {
     /// All of them, in the order in which they are built.
-    pub const ALL: [Self; 3] = [Self::Etcd, Self::Minio, Self::KubeApiserver];
+    pub const ALL: [Self; 4] = [Self::CsiSanity, Self::Etcd, Self::Minio, Self::KubeApiserver];
 
     /// The name of its file.
     pub fn file_name(self) -> &'static str {
@@ -94,6 +96,7 @@ impl Tool {
             Self::KubeApiserver => "kube-apiserver",
             Self::Etcd => "etcd",
             Self::Minio => "minio",
+            Self::CsiSanity => "csi-sanity",
         }
     }
 
@@ -103,6 +106,7 @@ impl Tool {
             Self::KubeApiserver => "k8s.io/kubernetes/cmd/kube-apiserver",
             Self::Etcd => "go.etcd.io/etcd/server/v3",
             Self::Minio => "github.com/minio/minio",
+            Self::CsiSanity => "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
         }
     }
 
@@ -112,6 +116,7 @@ impl Tool {
             Self::KubeApiserver => "apiserver",
             Self::Etcd => "etcd",
             Self::Minio => "minio",
+            Self::CsiSanity => "csi-sanity",
         }
     }
 
@@ -123,7 +128,7 @@ impl Tool {
                  -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36 \
                  -X k8s.io/component-base/version.gitTreeState=clean"
             }
-            Self::Etcd | Self::Minio => "-s -w",
+            Self::Etcd | Self::Minio | Self::CsiSanity => "-s -w",
         }
     }
 

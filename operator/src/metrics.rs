@@ -9,9 +9,11 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use berth_core::ledger::Class;
 use berth_core::metric::{Metric, MetricKind, Program};
+use berth_core::thin::ThinState;
 use berth_core::units::Bytes;
-use berth_core::view::{ImportState, ReservationState, View};
+use berth_core::view::{ImportState, LedgerView, ReservationState, View};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -116,6 +118,9 @@ impl Metrics {
             Metric::PoolTotalBytes,
             Metric::PoolPromisedBytes,
             Metric::PoolUsedBytes,
+            Metric::PoolMetadataTotalBytes,
+            Metric::PoolMetadataPromisedBytes,
+            Metric::PoolMetadataUsedBytes,
             Metric::PoolUnreferencedBytes,
         ];
         for metric in gauges {
@@ -124,14 +129,29 @@ impl Metrics {
         for ledger in view.ledgers.values() {
             let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
             let promised: Bytes = ledger.promises.values().map(|promise| promise.charge.data).sum();
-            let used = view
-                .nodes
-                .get(&ledger.node)
-                .and_then(|node| node.pools.get(&ledger.pool))
-                .map(|pool| pool.used);
+            let report = view.report_of(&ledger.pool, &ledger.node);
+            let used = report.map(|report| report.used);
             self.set(Metric::PoolTotalBytes, &labels, ledger.capacity.total.data.as_i64());
             self.set(Metric::PoolPromisedBytes, &labels, promised.as_i64());
             self.set(Metric::PoolUsedBytes, &labels, used.unwrap_or_default().as_i64());
+            if let Some(state) = report.and_then(|report| report.thin.as_ref()) {
+                self.look_at_metadata(ledger, state);
+            }
+        }
+    }
+
+    fn look_at_metadata(&self, ledger: &LedgerView, state: &ThinState) {
+        let capacity = &ledger.capacity;
+        for (class, bound) in [(Class::Images, capacity.images), (Class::Volumes, capacity.volumes)] {
+            let class_name = format!("{class:?}");
+            let labels =
+                [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str()), ("class", &class_name)];
+            let promises = ledger.promises.values().filter(|promise| promise.class == class);
+            let promised: Bytes = promises.map(|promise| promise.charge.metadata).sum();
+            let used = state.of(class).metadata.used;
+            self.set(Metric::PoolMetadataTotalBytes, &labels, bound.metadata.as_i64());
+            self.set(Metric::PoolMetadataPromisedBytes, &labels, promised.as_i64());
+            self.set(Metric::PoolMetadataUsedBytes, &labels, used.as_i64());
         }
     }
 
@@ -248,6 +268,73 @@ async fn ready(State(served): State<Served>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
+    use berth_core::ids::{Lineage, NodeName, PoolName, Uid};
+    use berth_core::ledger::{Charge, Holder, Promise};
+    use berth_core::reason::Reason;
+    use berth_core::thin::{PoolMode, PoolState, Usage};
+    use berth_core::units::Generation;
+    use berth_core::view::{LedgerCapacity, NodePoolState, NodeState, ObjectVersion};
+
+    #[test]
+    fn the_metadata_of_kernel_pools_is_told_by_class() {
+        let usage = |used, total| Usage { used: Bytes(used), total: Bytes(total) };
+        let kernel_pool = |used| PoolState {
+            mode: PoolMode::ReadWrite,
+            needs_check: false,
+            data: usage(0, 100),
+            metadata: usage(used, 10),
+        };
+        let (pool, name) = (PoolName::from("p"), NodeName::from("n"));
+        let report = NodePoolState {
+            usable: true,
+            reason: Reason::Ready,
+            message: String::new(),
+            total: Bytes(100),
+            used: Bytes(1),
+            advisory: false,
+            thin: Some(ThinState { images: kernel_pool(3), volumes: kernel_pool(4) }),
+            lineage: None,
+            obeyed_revision: 0,
+            released: BTreeMap::new(),
+            obeyed: BTreeMap::new(),
+        };
+        let pools = BTreeMap::from([(pool.clone(), report)]);
+        let node = NodeState { name: name.clone(), live: true, reported: true, pools };
+        let charge = Charge { data: Bytes(50), metadata: Bytes(5) };
+        let holder = Holder::Image("i".to_owned());
+        let promise =
+            Promise { holder, class: Class::Volumes, charge, generation: Generation::FIRST, revoked: None };
+        let bound = Charge { data: Bytes(100), metadata: Bytes(7) };
+        let ledger = LedgerView {
+            name: "l".to_owned(),
+            version: ObjectVersion::default(),
+            pool: pool.clone(),
+            node: name.clone(),
+            lineage: Lineage::from("lineage"),
+            revision: 1,
+            capacity: LedgerCapacity { images: bound, volumes: bound, total: bound },
+            promises: BTreeMap::from([(Uid::from("u"), promise)]),
+        };
+        let mut view = View::default();
+        view.nodes.insert(name.clone(), node);
+        view.ledgers.insert((pool, name), ledger);
+        let metrics = Metrics::default();
+        metrics.look(&view);
+        let text = metrics.encode().expect("writes to a string");
+        for line in [
+            "berth_pool_metadata_total_bytes{pool=\"p\",node=\"n\",class=\"Images\"} 7",
+            "berth_pool_metadata_promised_bytes{pool=\"p\",node=\"n\",class=\"Images\"} 0",
+            "berth_pool_metadata_promised_bytes{pool=\"p\",node=\"n\",class=\"Volumes\"} 5",
+            "berth_pool_metadata_used_bytes{pool=\"p\",node=\"n\",class=\"Volumes\"} 4",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        metrics.look(&View::default());
+        let text = metrics.encode().expect("writes to a string");
+        assert!(!text.contains("class=\"Volumes\""), "{text}");
+    }
 
     #[test]
     fn metrics_are_served_under_their_names_in_the_table() {

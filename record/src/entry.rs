@@ -135,6 +135,39 @@ pub struct StagingEntry {
     pub bytes: Bytes,
 }
 
+/// How far a thin device's making or removal has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ThinState {
+    /// The kernel may have it, in part: make it again from the start.
+    Making,
+    /// It is there.
+    Made,
+    /// Must not be used again; it may be gone already.
+    Removing,
+}
+
+/// A thin device, keyed by the UID that it is named after.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThinEntry {
+    /// In which of the pool's two kernel pools it lies.
+    pub class: PromiseClass,
+    /// Its number there.
+    pub id: u32,
+    /// Its size, which the kernel does not keep.
+    pub size: Bytes,
+    /// How far it is.
+    pub state: ThinState,
+}
+
+/// What a kernel pool was last asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThinCounters {
+    /// The transaction that was begun last; the kernel pool has seen it, or the one before.
+    pub transaction: u64,
+    /// The number that was given to a thin device last.
+    pub last_id: u32,
+}
+
 /// Work under way, keyed by the UID of the object that asks for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobEntry {

@@ -19,11 +19,12 @@ mod node;
 mod pool;
 mod schema;
 mod store;
+mod thin;
 
 pub use dump::dump;
 pub use entry::{
     Attachment, AttachmentMode, Holder, ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry,
-    StagingEntry, VolumeEntry, VolumeState,
+    StagingEntry, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeState,
 };
 pub use error::{ChangeError, CreateError, OpenError, ReadError};
 pub use node::NodeRecord;

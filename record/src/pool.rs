@@ -337,6 +337,11 @@ fn not_released(change: &Change<'_>, holder: &Uid) -> Result<(), ChangeError> {
     Ok(())
 }
 
-fn wrong_state(table: &'static str, key: &impl ToString, state: &str, wanted: &'static str) -> ChangeError {
+pub(crate) fn wrong_state(
+    table: &'static str,
+    key: &impl ToString,
+    state: &str,
+    wanted: &'static str,
+) -> ChangeError {
     ChangeError::State { table, key: key.to_string(), state: state.to_owned(), wanted }
 }

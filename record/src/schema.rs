@@ -8,6 +8,8 @@ use redb::TableDefinition;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::entry::PromiseClass;
+
 /// The version of the format that this program writes. Older ones are read, newer ones refused.
 pub const FORMAT_VERSION: u32 = 1;
 
@@ -104,6 +106,19 @@ impl RecordKey for Digest {
     }
 }
 
+impl RecordKey for PromiseClass {
+    fn to_text(&self) -> String {
+        match self {
+            Self::Images => "images",
+            Self::Volumes => "volumes",
+        }
+        .to_owned()
+    }
+    fn from_text(text: &str) -> Option<Self> {
+        [Self::Images, Self::Volumes].into_iter().find(|class| class.to_text() == text)
+    }
+}
+
 /// A table whose values are saved as JSON.
 pub struct StructTable<K, V> {
     name: &'static str,
@@ -133,10 +148,13 @@ impl<K: RecordKey, V: Serialize + DeserializeOwned> StructTable<K, V> {
     }
 }
 
-/// The tables. The first five lie in a pool's record, [`JOBS`](tables::JOBS) in the node's.
+/// The tables. All lie in a pool's record but [`JOBS`](tables::JOBS), which lies in the node's.
 pub mod tables {
     use super::{Digest, StructTable, Uid};
-    use crate::entry::{Attachment, ImageEntry, JobEntry, PromiseEntry, StagingEntry, VolumeEntry};
+    use crate::entry::{
+        Attachment, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, ThinCounters, ThinEntry,
+        VolumeEntry,
+    };
 
     /// Promises of the ledger, by holder.
     pub const PROMISES: StructTable<Uid, PromiseEntry> = StructTable::new("promises");
@@ -148,6 +166,10 @@ pub mod tables {
     pub const ATTACHMENTS: StructTable<Uid, Attachment> = StructTable::new("attachments");
     /// Space of transfers, by reservation.
     pub const STAGING: StructTable<Uid, StagingEntry> = StructTable::new("staging");
+    /// Thin devices, by the UID that each is named after. Only pools of the device mapper have any.
+    pub const THIN: StructTable<Uid, ThinEntry> = StructTable::new("thin");
+    /// What the two kernel pools were last asked for.
+    pub const THIN_COUNTERS: StructTable<PromiseClass, ThinCounters> = StructTable::new("thin_counters");
     /// Work under way, by the object that asks for it.
     pub const JOBS: StructTable<Uid, JobEntry> = StructTable::new("jobs");
 }

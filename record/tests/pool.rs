@@ -7,7 +7,8 @@ use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_record::{
     Attachment, AttachmentMode, ChangeError, Holder, ImageState, JobEntry, LedgerPosition, NodeRecord,
-    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, VolumeEntry, VolumeState, tables,
+    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, ThinState, VolumeEntry, VolumeState,
+    tables,
 };
 use tempfile::TempDir;
 
@@ -202,4 +203,29 @@ fn staging_and_jobs_refuse_late_writers() {
     node.checkpoint(&uid, &job(3)).unwrap();
     assert_eq!(node.job(&uid).unwrap(), Some(job(3)));
     assert!(node.forget_job(&uid).unwrap() && !node.forget_job(&uid).unwrap());
+}
+
+#[test]
+fn thin_devices_have_numbers_and_transactions_of_their_own() {
+    let (dir, record) = record();
+    let [a, b, c] = ["a", "b", "c"].map(Uid::from);
+    let begin = |uid: &Uid, class| record.begin_thin(uid, class, Bytes::gib(1)).map(|thin| thin.id);
+    assert_eq!(begin(&a, PromiseClass::Volumes).unwrap(), 1);
+    assert_eq!(begin(&b, PromiseClass::Volumes).unwrap(), 2);
+    assert_eq!(begin(&c, PromiseClass::Images).unwrap(), 1, "each kernel pool counts for itself");
+    assert!(matches!(begin(&a, PromiseClass::Volumes), Err(ChangeError::State { .. })), "once");
+    record.thin_made(&a).unwrap();
+    assert!(matches!(record.forget_thin(&a), Err(ChangeError::State { .. })), "what is there stays known");
+    assert_eq!(record.begin_remove_thin(&a).unwrap().map(|thin| thin.state), Some(ThinState::Removing));
+    assert!(matches!(record.thin_made(&a), Err(ChangeError::State { .. })), "never used again");
+    record.forget_thin(&a).unwrap();
+    record.forget_thin(&a).unwrap();
+    assert_eq!(record.begin_remove_thin(&a).unwrap(), None);
+    assert_eq!(begin(&a, PromiseClass::Volumes).unwrap(), 3, "not the one that was just given back");
+    drop(record);
+    let record = PoolRecord::open(&dir.path().join("record"), None).unwrap();
+    let counters = record.thin_counters(PromiseClass::Volumes).unwrap();
+    assert_eq!((counters.transaction, counters.last_id), (4, 3), "three made, one removed");
+    assert_eq!(record.thin_counters(PromiseClass::Images).unwrap().transaction, 1);
+    assert_eq!(record.thin(&b).unwrap().map(|thin| thin.state), Some(ThinState::Making));
 }

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use berth_core::ids::{Lineage, NodeName, PoolName, Uid};
 use berth_core::reason::Reason;
+use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
 use berth_core::units::{Bytes, Generation};
 use berth_core::view::{NodePoolState, NodeState};
 
 use super::{generation, reason};
 use crate::StagingNode;
-use crate::staging_node::{NodePool, Released};
+use crate::staging_node::{NodePool, Released, ThinPool, ThinPoolMode, ThinPools};
 
 /// What decisions look at. Whether the node is live, and has reported, only the caller knows: both are `false` here.
 pub fn node_state(node: &StagingNode) -> NodeState {
@@ -30,10 +31,51 @@ fn pool_state(pool: &NodePool) -> NodePoolState {
         total: Bytes::from_i64(pool.total_bytes),
         used: Bytes::from_i64(pool.used_bytes),
         advisory: pool.advisory,
+        thin: pool.thin.as_ref().map(thin_state),
         lineage: pool.lineage.clone().map(Lineage),
         obeyed_revision: u64::try_from(pool.obeyed_revision).unwrap_or_default(),
         released: by_uid(&pool.released),
         obeyed: by_uid(&pool.obeyed),
+    }
+}
+
+fn thin_state(pools: &ThinPools) -> ThinState {
+    ThinState { images: kernel_pool(&pools.images), volumes: kernel_pool(&pools.volumes) }
+}
+
+fn kernel_pool(pool: &ThinPool) -> PoolState {
+    let usage = |used, total| Usage { used: Bytes::from_i64(used), total: Bytes::from_i64(total) };
+    PoolState {
+        mode: match pool.mode {
+            ThinPoolMode::ReadWrite => PoolMode::ReadWrite,
+            ThinPoolMode::OutOfDataSpace => PoolMode::OutOfDataSpace,
+            ThinPoolMode::ReadOnly => PoolMode::ReadOnly,
+            ThinPoolMode::Failed => PoolMode::Failed,
+        },
+        needs_check: pool.needs_check,
+        data: usage(pool.data_used_bytes, pool.data_bytes),
+        metadata: usage(pool.metadata_used_bytes, pool.metadata_bytes),
+    }
+}
+
+/// What a node reports of its kernel pools.
+pub fn to_thin_pools(state: &ThinState) -> ThinPools {
+    ThinPools { images: to_thin_pool(&state.images), volumes: to_thin_pool(&state.volumes) }
+}
+
+fn to_thin_pool(state: &PoolState) -> ThinPool {
+    ThinPool {
+        mode: match state.mode {
+            PoolMode::ReadWrite => ThinPoolMode::ReadWrite,
+            PoolMode::OutOfDataSpace => ThinPoolMode::OutOfDataSpace,
+            PoolMode::ReadOnly => ThinPoolMode::ReadOnly,
+            PoolMode::Failed => ThinPoolMode::Failed,
+        },
+        needs_check: state.needs_check,
+        data_bytes: state.data.total.as_i64(),
+        data_used_bytes: state.data.used.as_i64(),
+        metadata_bytes: state.metadata.total.as_i64(),
+        metadata_used_bytes: state.metadata.used.as_i64(),
     }
 }
 
@@ -73,5 +115,24 @@ mod tests {
         assert_eq!((fast.lineage.clone(), fast.reason), (Some(Lineage::from("l")), Reason::Ready));
         assert_eq!(state.pools[&PoolName::from("odd")].reason, Reason::Pending);
         assert!(!state.live && !state.reported);
+    }
+
+    #[test]
+    fn kernel_pools_are_read_back_as_they_were_reported() {
+        let pool = |mode, used| PoolState {
+            mode,
+            needs_check: used > 5,
+            data: Usage { used: Bytes(used), total: Bytes(100) },
+            metadata: Usage { used: Bytes(used + 1), total: Bytes(10) },
+        };
+        for (images, volumes) in
+            [(PoolMode::ReadWrite, PoolMode::OutOfDataSpace), (PoolMode::ReadOnly, PoolMode::Failed)]
+        {
+            let state = ThinState { images: pool(images, 3), volumes: pool(volumes, 7) };
+            let json = serde_json::to_value(to_thin_pools(&state)).expect("plain data");
+            assert_eq!(json["volumes"]["dataUsedBytes"], 7);
+            let read: ThinPools = serde_json::from_value(json).expect("what was written");
+            assert_eq!(thin_state(&read), state);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `StagingPool` to its view.
 
 use berth_core::ids::PoolName;
+use berth_core::thin::BlockSize;
 use berth_core::units::Bytes;
 use berth_core::view::{PoolView, WhenFull};
 
@@ -8,10 +9,14 @@ use super::{InvalidField, bytes, name_of, seconds, uid_of};
 use crate::StagingPool;
 use crate::defaults::{MAX_QUEUE_SECONDS, MAX_QUEUED, RECLAIM_TTL_SECONDS};
 use crate::fields;
-use crate::staging_pool::StagingPoolSpec;
+use crate::staging_pool::{DmThinBackend, FilesystemBackend, Ownership, StagingPoolSpec};
 
 /// The smallest image that a filesystem pool may be: XFS refuses less than 300 MiB, and its log needs room.
 const SMALLEST_AREA: Bytes = Bytes::mib(512);
+/// The least of a volume group that a pool is made in.
+const SMALLEST_THIN_AREA: Bytes = Bytes::gib(1);
+/// The largest blocks of a kernel pool that may be asked for.
+const LARGEST_BLOCK: Bytes = Bytes::mib(1);
 
 /// What decisions look at.
 pub fn pool_view(pool: &StagingPool) -> PoolView {
@@ -19,6 +24,7 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         name: PoolName(name_of(&pool.metadata).name),
         uid: uid_of(&pool.metadata),
         labels: pool.metadata.labels.clone().unwrap_or_default(),
+        block: None,
         limit: None,
         when_full: WhenFull::Queue,
         max_queue_millis: MAX_QUEUE_SECONDS * 1000,
@@ -27,10 +33,10 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         deleting: pool.metadata.deletion_timestamp.is_some(),
         invalid: None,
     };
-    if let Err(error) =
-        read_policy(&pool.spec, &mut view).and_then(|()| filesystem_area(&pool.spec).map(drop))
-    {
-        view.invalid = Some(error.to_string());
+    match read_policy(&pool.spec, &mut view).and_then(|()| pool_area(&pool.spec)) {
+        Ok(PoolArea::Filesystem(_)) => {}
+        Ok(PoolArea::Thin(area)) => view.block = Some(area.block),
+        Err(error) => view.invalid = Some(error.to_string()),
     }
     view
 }
@@ -67,17 +73,59 @@ pub struct FilesystemArea {
     pub size: Bytes,
 }
 
+/// The area of a pool that is made of kernel pools.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThinArea {
+    /// What its volumes lie in.
+    pub group: ThinGroup,
+    /// The size of the kernel pools' blocks.
+    pub block: BlockSize,
+}
+
+/// The volume group of a pool that is made of kernel pools.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ThinGroup {
+    /// One that is made on these devices, which the pool has to itself.
+    Exclusive {
+        /// Their paths below `/dev`, sorted.
+        devices: Vec<String>,
+        /// Consent to destroy what they bear signatures of.
+        wipe: bool,
+    },
+    /// One that others use too.
+    Shared {
+        /// Its name.
+        name: String,
+        /// How much of it the pool takes.
+        size: Bytes,
+    },
+}
+
+/// What a pool is made of, for the node that makes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolArea {
+    /// A directory.
+    Filesystem(FilesystemArea),
+    /// Two kernel pools.
+    Thin(ThinArea),
+}
+
 /// What a pool is made of, for the node that makes it.
 ///
 /// # Errors
-/// [`InvalidField`] if the backend is none, the path is not absolute and plain, or the size is below 512 MiB.
-pub fn filesystem_area(spec: &StagingPoolSpec) -> Result<FilesystemArea, InvalidField> {
-    let Some(backend) = &spec.backend.filesystem else {
-        return Err(InvalidField::Shape {
+/// [`InvalidField`] if it is not exactly one backend, or a field of that cannot be used.
+pub fn pool_area(spec: &StagingPoolSpec) -> Result<PoolArea, InvalidField> {
+    match (&spec.backend.filesystem, &spec.backend.dm_thin) {
+        (Some(backend), None) => filesystem_area(backend).map(PoolArea::Filesystem),
+        (None, Some(backend)) => thin_area(backend).map(PoolArea::Thin),
+        _ => Err(InvalidField::Shape {
             field: "spec.backend",
-            problem: "`filesystem` must be set".to_owned(),
-        });
-    };
+            problem: "exactly one of `filesystem` and `dmThin` must be set".to_owned(),
+        }),
+    }
+}
+
+fn filesystem_area(backend: &FilesystemBackend) -> Result<FilesystemArea, InvalidField> {
     let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
     let parts = backend.path.strip_prefix('/').map(|path| path.split('/').all(plain));
     if parts != Some(true) {
@@ -94,6 +142,61 @@ pub fn filesystem_area(spec: &StagingPoolSpec) -> Result<FilesystemArea, Invalid
         return Err(InvalidField::Range { field, value: backend.size.0.clone(), allowed });
     }
     Ok(FilesystemArea { path: backend.path.clone(), size })
+}
+
+fn thin_area(backend: &DmThinBackend) -> Result<ThinArea, InvalidField> {
+    let block = match &backend.chunk_size {
+        None => BlockSize::DEFAULT,
+        Some(size) => {
+            let field = "spec.backend.dmThin.chunkSize";
+            let allowed = |bytes: &Bytes| bytes.0.is_power_of_two() && *bytes <= LARGEST_BLOCK;
+            let bytes = Some(bytes(field, size)?).filter(allowed);
+            bytes.and_then(|bytes| BlockSize::new(bytes).ok()).ok_or_else(|| InvalidField::Range {
+                field,
+                value: size.0.clone(),
+                allowed: "a power of two from 64Ki to 1Mi".to_owned(),
+            })?
+        }
+    };
+    Ok(ThinArea { group: thin_group(backend)?, block })
+}
+
+fn thin_group(backend: &DmThinBackend) -> Result<ThinGroup, InvalidField> {
+    match (backend.ownership, &backend.devices[..], &backend.volume_group, &backend.size) {
+        (Ownership::Exclusive, [_, ..], None, None) => {
+            let mut devices = backend.devices.clone();
+            devices.sort();
+            devices.iter().try_for_each(|device| plain_device(device))?;
+            Ok(ThinGroup::Exclusive { devices, wipe: backend.wipe })
+        }
+        (Ownership::Shared, [], Some(name), Some(size)) => {
+            let field = "spec.backend.dmThin.size";
+            let taken = bytes(field, size)?;
+            if taken < SMALLEST_THIN_AREA {
+                let allowed = format!("at least {SMALLEST_THIN_AREA}");
+                return Err(InvalidField::Range { field, value: size.0.clone(), allowed });
+            }
+            Ok(ThinGroup::Shared { name: name.clone(), size: taken })
+        }
+        _ => Err(InvalidField::Shape {
+            field: "spec.backend.dmThin",
+            problem: "either `devices` with `ownership: Exclusive`, or `volumeGroup` and `size` with `ownership: Shared`"
+                .to_owned(),
+        }),
+    }
+}
+
+fn plain_device(device: &str) -> Result<(), InvalidField> {
+    let plain = |part: &str| !part.is_empty() && !part.starts_with('.');
+    let parts = device.strip_prefix("/dev/").map(|path| path.split('/').all(plain));
+    if parts == Some(true) {
+        return Ok(());
+    }
+    Err(InvalidField::Range {
+        field: "spec.backend.dmThin.devices",
+        value: device.to_owned(),
+        allowed: "a path below /dev without empty parts, `.` and `..`".to_owned(),
+    })
 }
 
 pub(super) const fn when_full(when_full: fields::WhenFull) -> WhenFull {
@@ -132,8 +235,26 @@ mod tests {
             (None, Some(Bytes::mib(100)), WhenFull::Reject)
         );
         assert_eq!((view.max_queue_millis, view.max_queued, view.reclaim_ttl_millis), (90_000, 3, 90_000));
-        let area = filesystem_area(&full.spec).expect("valid");
-        assert_eq!(area, FilesystemArea { path: "/p".to_owned(), size: Bytes::mib(512) });
+        let area = pool_area(&full.spec).expect("valid");
+        let wanted = FilesystemArea { path: "/p".to_owned(), size: Bytes::mib(512) };
+        assert_eq!((area, view.block), (PoolArea::Filesystem(wanted), None));
+    }
+
+    #[test]
+    fn a_pool_of_kernel_pools() {
+        let own = pool("  backend: {dmThin: {devices: [/dev/sdc, /dev/disk/by-id/x.1:2], wipe: true}}\n");
+        let devices = vec!["/dev/disk/by-id/x.1:2".to_owned(), "/dev/sdc".to_owned()];
+        let group = ThinGroup::Exclusive { devices, wipe: true };
+        let area = PoolArea::Thin(ThinArea { group, block: BlockSize::DEFAULT });
+        assert_eq!(pool_area(&own.spec), Ok(area));
+        assert_eq!((pool_view(&own).block, pool_view(&own).invalid), (Some(BlockSize::DEFAULT), None));
+        let shared =
+            "  backend: {dmThin: {ownership: Shared, volumeGroup: vg, size: 100Gi, chunkSize: 256Ki}}\n";
+        let Ok(PoolArea::Thin(ThinArea { group, block })) = pool_area(&pool(shared).spec) else {
+            panic!("a thin area");
+        };
+        assert_eq!(group, ThinGroup::Shared { name: "vg".to_owned(), size: Bytes::gib(100) });
+        assert_eq!(block.bytes(), Bytes::kib(256));
     }
 
     #[test]
@@ -151,7 +272,27 @@ mod tests {
                 "  backend: {filesystem: {path: /p/../etc, size: 1Gi}}\n",
                 "spec.backend.filesystem.path: `/p/../etc` must be an absolute path without empty parts, `.` and `..`",
             ),
-            ("  backend: {}\n", "spec.backend: `filesystem` must be set"),
+            ("  backend: {}\n", "spec.backend: exactly one of `filesystem` and `dmThin` must be set"),
+            (
+                "  backend: {filesystem: {path: /p, size: 1Gi}, dmThin: {devices: [/dev/sdb]}}\n",
+                "spec.backend: exactly one of `filesystem` and `dmThin` must be set",
+            ),
+            (
+                "  backend: {dmThin: {devices: [/dev/../etc/passwd]}}\n",
+                "spec.backend.dmThin.devices: `/dev/../etc/passwd` must be a path below /dev without empty parts, `.` and `..`",
+            ),
+            (
+                "  backend: {dmThin: {devices: [/dev/sdb], chunkSize: 96Ki}}\n",
+                "spec.backend.dmThin.chunkSize: `96Ki` must be a power of two from 64Ki to 1Mi",
+            ),
+            (
+                "  backend: {dmThin: {ownership: Shared, volumeGroup: vg, size: 1023Mi}}\n",
+                "spec.backend.dmThin.size: `1023Mi` must be at least 1 GiB",
+            ),
+            (
+                "  backend: {dmThin: {volumeGroup: vg, size: 10Gi}}\n",
+                "spec.backend.dmThin: either `devices` with `ownership: Exclusive`, or `volumeGroup` and `size` with `ownership: Shared`",
+            ),
             (
                 "  backend: {filesystem: {path: /p, size: 1Gi}}\n  admission: {maxQueueTime: 1d}\n",
                 "spec.admission.maxQueueTime: `1d` is not a span of time such as `1h30m`",

@@ -5,7 +5,7 @@ use crate::change::{Change, ReservationReport};
 use crate::ids::Uid;
 use crate::ledger::Behind;
 use crate::reason::Reason;
-use crate::units::{Bytes, Timestamp};
+use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::{Need, Unmet};
@@ -45,12 +45,13 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
 /// Promised, but not assigned: an operator ended between the two. The first ledger that holds an entry gets it.
 fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change> {
     let sound = view.ledgers_of(&reservation.uid).find(|ledger| view.behind(ledger).is_none());
-    let entry = sound.and_then(|ledger| ledger.promises.get(&reservation.uid));
-    if let Some(entry) =
-        entry.filter(|entry| (entry.class, entry.charge) != (need.own.class, need.own.charge))
+    let entry = sound.and_then(|ledger| Some((ledger, ledger.promises.get(&reservation.uid)?)));
+    if let Some((ledger, entry)) = entry
+        && !need.is_met_by(entry, view.pools.get(&ledger.pool))
     {
         // Only a refusal, which excludes every assignment by its version, makes it safe to take the entry back.
-        let (promised, needed) = (entry.charge.data, need.bytes());
+        let needed = need.own_in(view.block_of(&ledger.pool)).charge.data;
+        let promised = entry.charge.data;
         let message =
             format!("{promised} were promised before its template changed; {needed} are needed now");
         return vec![refuse(
@@ -68,7 +69,7 @@ fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change
 
 fn assign(reservation: &ReservationView, ledger: &LedgerView, need: &Need, reused: bool) -> Change {
     let generation =
-        ledger.promises.get(&reservation.uid).map_or(need.own.generation, |entry| entry.generation);
+        ledger.promises.get(&reservation.uid).map_or(Generation::FIRST, |entry| entry.generation);
     Change::AssignReservation {
         name: reservation.name.clone(),
         version: reservation.version.clone(),
@@ -168,7 +169,7 @@ fn restore_image(
     if ledger.promises.contains_key(&image.uid) {
         return None;
     }
-    let new = [(image.uid.clone(), image.promise())];
+    let new = [(image.uid.clone(), image.promise(view.block_of(&ledger.pool)))];
     crate::budget::fits(ledger, &new).ok()?;
     Some(vec![ledger.with(&new)])
 }
@@ -250,6 +251,8 @@ fn why(view: &View, reservation: &ReservationView, need: &Need, all: &[Candidate
         Reason::InsufficientCapacity,
         Reason::Releasing,
         Reason::LedgerFull,
+        Reason::DataAlmostFull,
+        Reason::MetadataAlmostFull,
         Reason::LedgerBehind,
         Reason::NoMatchingNode,
         Reason::NodeLost,

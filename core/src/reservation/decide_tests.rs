@@ -66,7 +66,7 @@ fn an_operator_that_ended_between_promise_and_assignment_is_continued() {
         matches!(&changes[..], [Change::AssignReservation { placement, .. }] if placement.node.as_str() == "a")
     );
     view.reservations.values_mut().for_each(|request| request.assignment = Some(placed("p", "b", 1)));
-    let stray = view.ledgers[&at("p", "a")].without(&[&Uid::from("r")]);
+    let stray = view.without(&view.ledgers[&at("p", "a")], &[&Uid::from("r")]);
     assert_eq!(ask(&view, "r"), [stray], "the entry that lost goes");
 }
 

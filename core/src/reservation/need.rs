@@ -3,8 +3,9 @@
 use crate::ids::{Digest, NodeName, ObjectName, PoolName, Uid, staged_image_name};
 use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::reason::Reason;
+use crate::thin::{BlockSize, directory_charge, image_charge, volume_charge};
 use crate::units::{Bytes, Generation, Timestamp};
-use crate::view::{Access, AssignedImage, DurableImage, ImageView, ReservationView, View};
+use crate::view::{Access, AssignedImage, DurableImage, ImageView, PoolView, ReservationView, View};
 
 /// A template that was made together with the reservation may be seen this much later.
 const GRACE_MILLIS: u64 = 5_000;
@@ -12,8 +13,10 @@ const GRACE_MILLIS: u64 = 5_000;
 /// What has to be promised for a reservation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
-    /// For the reservation itself.
-    pub own: Promise,
+    /// For the reservation itself, where it is charged for its bytes and nothing else.
+    own: Promise,
+    /// How they are used.
+    access: Access,
     /// What it starts from.
     pub image: Option<ImageNeed>,
 }
@@ -60,15 +63,46 @@ impl Need {
         let charge = Charge { data, metadata: Bytes::ZERO };
         let holder = Holder::Reservation(reservation.name.clone());
         let own = Promise { holder, class, charge, generation: Generation::FIRST, revoked: None };
-        Ok(Self { own, image })
+        Ok(Self { own, access: reservation.access, image })
     }
 
-    /// All that is to be promised at a place where the image is, or is not, promised already.
-    pub(super) fn promises(&self, holder: &Uid, image: Option<(Uid, Promise)>) -> Vec<(Uid, Promise)> {
-        std::iter::once((holder.clone(), self.own.clone())).chain(image).collect()
+    /// For the reservation itself, in a pool with such blocks: whole ones, what maps them, and for a directory the file
+    /// system that it lies in.
+    pub fn own_in(&self, block: Option<BlockSize>) -> Promise {
+        let (plain, data) = (self.own.charge, self.own.charge.data);
+        let charge = match (block, self.access) {
+            (None, _) | (Some(_), Access::Stream) => plain,
+            (Some(block), Access::File) => directory_charge(data, block),
+            (Some(block), Access::Block) => volume_charge(data, block),
+        };
+        Promise { charge, ..self.own.clone() }
     }
 
-    /// Bytes of the reservation itself.
+    /// True if `entry` is what would be promised in this pool; of a pool that is gone, if it is enough.
+    pub(super) fn is_met_by(&self, entry: &Promise, pool: Option<&PoolView>) -> bool {
+        let class = entry.class == self.own.class;
+        match pool {
+            Some(pool) => class && entry.charge == self.own_in(pool.block).charge,
+            None => class && entry.charge.data >= self.own.charge.data,
+        }
+    }
+
+    /// What it counts as.
+    pub const fn class(&self) -> Class {
+        self.own.class
+    }
+
+    /// All that is to be promised in a pool with such blocks where the image is, or is not, promised already.
+    pub(super) fn promises(
+        &self,
+        holder: &Uid,
+        block: Option<BlockSize>,
+        image: Option<(Uid, Promise)>,
+    ) -> Vec<(Uid, Promise)> {
+        std::iter::once((holder.clone(), self.own_in(block))).chain(image).collect()
+    }
+
+    /// Bytes of the reservation itself, as it asks for them.
     pub const fn bytes(&self) -> Bytes {
         self.own.charge.data
     }
@@ -91,18 +125,24 @@ impl ImageNeed {
 }
 
 impl ImageView {
-    /// The promise that it holds.
-    pub fn promise(&self) -> Promise {
-        image_promise(&self.name, self.data_bytes)
+    /// The promise that it holds in a pool with such blocks.
+    pub fn promise(&self, block: Option<BlockSize>) -> Promise {
+        image_promise(&self.name, self.data_bytes, self.virtual_size, block)
     }
 }
 
-/// The promise that a staged image of this size holds.
-pub(super) fn image_promise(name: &str, data: Bytes) -> Promise {
+/// The promise that a staged image with so many bytes that are not holes has in a pool with such blocks.
+pub(super) fn image_promise(
+    name: &str,
+    real: Bytes,
+    virtual_size: Bytes,
+    block: Option<BlockSize>,
+) -> Promise {
+    let plain = Charge { data: real, metadata: Bytes::ZERO };
     Promise {
         holder: Holder::Image(name.to_owned()),
         class: Class::Images,
-        charge: Charge { data, metadata: Bytes::ZERO },
+        charge: block.map_or(plain, |block| image_charge(real, virtual_size, block)),
         generation: Generation::FIRST,
         revoked: None,
     }
@@ -165,12 +205,44 @@ mod tests {
         let import = template(50, 20);
         view.imports.insert(import.name.clone(), import);
         let need = Need::of(&view, &block(30), NOW).expect("ready");
+        assert_eq!(need.own_in(None), need.own);
         assert_eq!(
             (need.own.class, need.bytes()),
             (Class::Volumes, Bytes(50)),
             "never below the image's size"
         );
         assert_eq!(Need::of(&view, &block(60), NOW).expect("ready").bytes(), Bytes(60));
+    }
+
+    #[test]
+    fn in_a_pool_with_blocks_whole_ones_and_what_maps_them_are_charged() {
+        let view = view(&[("a", 100)]);
+        let blocks = Some(BlockSize::DEFAULT);
+        let charge = |access, size| {
+            let mut request = reservation("r", size, 0);
+            request.access = access;
+            Need::of(&view, &request, NOW).expect("plain").own_in(blocks).charge
+        };
+        let volume = charge(Access::Block, (1 << 30) + 1);
+        assert_eq!(volume, volume_charge(Bytes((1 << 30) + 1), BlockSize::DEFAULT));
+        assert_eq!(volume.data, Bytes((1 << 30) + (64 << 10)));
+        assert!(volume.metadata > Bytes::kib(500), "{}", volume.metadata);
+        assert!(charge(Access::File, 1 << 30).data > Bytes((1 << 30) + (32 << 20)), "with its file system");
+        assert_eq!(charge(Access::Stream, 1 << 30), Charge::default());
+    }
+
+    #[test]
+    fn an_entry_that_was_made_for_another_size_is_told_apart() {
+        let view = view(&[("a", 100)]);
+        let mut pool = crate::fixture::pool("p");
+        let need = Need::of(&view, &reservation("r", 100, 0), NOW).expect("plain");
+        assert!(need.is_met_by(&need.own, Some(&pool)));
+        pool.block = Some(BlockSize::DEFAULT);
+        assert!(!need.is_met_by(&need.own, Some(&pool)), "without its file system");
+        let entry = need.own_in(pool.block);
+        assert!(need.is_met_by(&entry, Some(&pool)) && need.is_met_by(&entry, None));
+        let larger = Need::of(&view, &reservation("r", 1 << 40, 0), NOW).expect("plain");
+        assert!(!larger.is_met_by(&entry, Some(&pool)) && !larger.is_met_by(&entry, None));
     }
 
     #[test]

@@ -5,11 +5,13 @@ use std::fmt::{self, Write as _};
 use crate::budget::{Shortfall, fits, fits_empty, free};
 use crate::ids::{NodeName, PoolName, Uid};
 use crate::ledger::{Behind, Promise};
+use crate::pool::OTHER_AREA;
 use crate::reason::Reason;
+use crate::thin::{BlockSize, Stopped};
 use crate::units::Bytes;
-use crate::view::{ImageView, LedgerView, PoolView, ReservationView, View};
+use crate::view::{ImageView, LedgerView, NodePoolState, PoolView, ReservationView, View};
 
-use super::need::{Need, image_promise};
+use super::need::{ImageNeed, Need, image_promise};
 
 /// A pool on a node, and whether the reservation can go there now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub enum Verdict {
         /// For people.
         message: String,
     },
+    /// A kernel pool that it needs takes nothing more.
+    Stopped(Stopped),
     /// The node's Lease has run out.
     NodeLost,
     /// The node has not reported since this operator began to watch.
@@ -58,7 +62,11 @@ pub enum Verdict {
 impl Verdict {
     /// True if waiting for other promises to go is all that can help, or nothing can.
     pub const fn is_about_space(&self) -> bool {
-        matches!(self, Self::Short(_) | Self::TooLarge(_))
+        match self {
+            Self::Short(_) | Self::TooLarge(_) => true,
+            Self::Stopped(stopped) => stopped.is_about_space(),
+            _ => false,
+        }
     }
 
     /// The documented reason for a place that cannot be used.
@@ -69,6 +77,7 @@ impl Verdict {
             Self::Short(_) => Reason::InsufficientCapacity,
             Self::TooLarge(_) => Reason::LargerThanPool,
             Self::Unusable { reason, .. } => *reason,
+            Self::Stopped(stopped) => stopped.reason(),
             Self::NodeLost => Reason::NodeLost,
             Self::NotReported | Self::NoLedger => Reason::NoMatchingNode,
             Self::Behind(_) => Reason::LedgerBehind,
@@ -88,6 +97,7 @@ impl fmt::Display for Candidate {
                 write!(f, "cannot be used: {reason}")
             }
             Verdict::Unusable { reason, message } => write!(f, "cannot be used: {reason}: {message}"),
+            Verdict::Stopped(stopped) => write!(f, "{stopped}"),
             Verdict::NodeLost => f.write_str("is lost: the node no longer renews its Lease"),
             Verdict::NotReported => f.write_str("has not reported yet"),
             Verdict::Behind(behind) => write!(f, "is behind: {behind}"),
@@ -113,7 +123,7 @@ pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Ve
             if !node.pools.contains_key(&pool.name) || !may_use(reservation, pool, name) {
                 continue;
             }
-            let verdict = judge(view, reservation, need, &pool.name, name);
+            let verdict = judge(view, reservation, need, pool, name);
             all.push(Candidate { pool: pool.name.clone(), node: name.clone(), verdict });
         }
     }
@@ -124,19 +134,26 @@ fn judge(
     view: &View,
     reservation: &ReservationView,
     need: &Need,
-    pool: &PoolName,
+    pool: &PoolView,
     node: &NodeName,
 ) -> Verdict {
-    let (Some(state), Some(report)) = (view.nodes.get(node), view.report_of(pool, node)) else {
+    let (Some(state), Some(report)) = (view.nodes.get(node), view.report_of(&pool.name, node)) else {
         return Verdict::NotReported;
     };
     if !report.usable {
         return Verdict::Unusable { reason: report.reason, message: report.message.clone() };
     }
-    let Some(ledger) = view.ledgers.get(&(pool.clone(), node.clone())) else { return Verdict::NoLedger };
+    if pool.capacity(report).is_none() {
+        return Verdict::Unusable { reason: Reason::PoolAreaFailed, message: OTHER_AREA.to_owned() };
+    }
+    let Some(ledger) = view.ledgers.get(&(pool.name.clone(), node.clone())) else { return Verdict::NoLedger };
     let all = promises_at(view, ledger, &reservation.uid, need);
     let image = staged(view, ledger, need);
-    if let Err(shortfall) = fits_empty(&ledger.capacity, &everything(need, &reservation.uid)) {
+    let stopped = stopped(report, &all);
+    if let Some(stopped) = stopped.filter(|stopped| !stopped.is_about_space()) {
+        return Verdict::Stopped(stopped);
+    }
+    if let Err(shortfall) = fits_empty(&ledger.capacity, &everything(need, &reservation.uid, pool.block)) {
         return Verdict::TooLarge(shortfall);
     }
     if !state.live {
@@ -151,13 +168,23 @@ fn judge(
     if image.is_some_and(|image| image.deleting) {
         return Verdict::ImageLeaving;
     }
+    if let Some(stopped) = stopped {
+        return Verdict::Stopped(stopped);
+    }
     match fits(ledger, &all) {
         Ok(()) => Verdict::Fits {
-            free: free(ledger, need.own.class),
+            free: free(ledger, need.class()),
             present: image.is_some_and(|image| ledger.promises.contains_key(&image.uid)),
         },
         Err(shortfall) => Verdict::Short(shortfall),
     }
+}
+
+/// The first kernel pool that takes nothing more of all those that have to take some of this.
+fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<Stopped> {
+    let state = report.thin.as_ref()?;
+    let mut needed = all.iter().filter(|(_, promise)| promise.charge.data > Bytes::ZERO);
+    needed.find_map(|(_, promise)| state.stopped(promise.class))
 }
 
 /// The staged image at this ledger's place, if the need has one and the object is there.
@@ -174,20 +201,25 @@ pub(super) fn promises_at(
     holder: &Uid,
     need: &Need,
 ) -> Vec<(Uid, Promise)> {
-    let Some(image) = &need.image else { return need.promises(holder, None) };
+    let block = view.block_of(&ledger.pool);
+    let Some(image) = &need.image else { return need.promises(holder, block, None) };
     let name = image.name_at(&ledger.pool, &ledger.node);
     let entry = match view.images.get(&name) {
         Some(staged) if ledger.promises.contains_key(&staged.uid) => None,
-        Some(staged) => Some((staged.uid.clone(), staged.promise())),
-        None => Some((Uid::default(), image_promise(&name, image.image.real_size))),
+        Some(staged) => Some((staged.uid.clone(), staged.promise(block))),
+        None => Some((Uid::default(), promise_of(image, &name, block))),
     };
-    need.promises(holder, entry)
+    need.promises(holder, block, entry)
 }
 
-/// Everything that has to be promised where nothing is.
-pub(super) fn everything(need: &Need, holder: &Uid) -> Vec<(Uid, Promise)> {
-    let image = need.image.as_ref().map(|image| (Uid::default(), image_promise("", image.image.real_size)));
-    need.promises(holder, image)
+fn promise_of(need: &ImageNeed, name: &str, block: Option<BlockSize>) -> Promise {
+    image_promise(name, need.image.real_size, need.image.virtual_size, block)
+}
+
+/// Everything that has to be promised in a pool with such blocks where nothing is.
+pub(super) fn everything(need: &Need, holder: &Uid, block: Option<BlockSize>) -> Vec<(Uid, Promise)> {
+    let image = need.image.as_ref().map(|image| (Uid::default(), promise_of(image, "", block)));
+    need.promises(holder, block, image)
 }
 
 /// The best of the places that fit and that `open` allows: where the image is promised already, then where most is left,
@@ -225,7 +257,7 @@ pub(super) fn explain(all: &[Candidate]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{at, hold, image, reservation, template, view};
+    use crate::fixture::{at, hold, image, promise, reservation, template, thin_view, view};
     use crate::ids::ObjectName;
     use crate::ledger::Class;
     use crate::units::Timestamp;
@@ -271,7 +303,7 @@ mod tests {
         view.nodes.get_mut(&NodeName::from("c")).expect("there").live = false;
         view.nodes.get_mut(&NodeName::from("d")).expect("there").reported = false;
         view.ledgers.remove(&at("p", "e"));
-        let report = |view: &mut View, node: &str, change: fn(&mut crate::view::NodePoolState)| {
+        let report = |view: &mut View, node: &str, change: fn(&mut NodePoolState)| {
             let node = view.nodes.get_mut(&NodeName::from(node)).expect("there");
             change(node.pools.values_mut().next().expect("one"));
         };
@@ -298,6 +330,54 @@ mod tests {
         assert!(explain(&all).ends_with("; and 2 more"));
         assert_eq!(least_shortfall(&all), Some(Bytes(10)));
         assert_eq!(choose(&all, |_| true), None);
+    }
+
+    #[test]
+    fn a_kernel_pool_that_takes_nothing_more_is_explained_with_numbers_and_stops_its_class_only() {
+        let mut view = thin_view(&["a", "b"], Bytes::gib(10));
+        let pool = view.nodes.get_mut(&NodeName::from("a")).expect("there").pools.values_mut().next();
+        let images = &mut pool.expect("one").thin.as_mut().expect("thin").images;
+        images.metadata.used = Bytes::mib(46);
+        let mut request = reservation("r", 1 << 30, 0);
+        let all = look(&view, &request);
+        assert_eq!(
+            all[0].to_string(),
+            "pool p on node a promises nothing more for images: the kernel pool uses 46 MiB of 64 MiB of metadata, 72 %, more \
+             than 70 %"
+        );
+        assert_eq!(
+            (all[0].verdict.reason(), all[0].verdict.is_about_space()),
+            (Reason::MetadataAlmostFull, true)
+        );
+        assert_eq!(choose(&all, |_| true).expect("elsewhere").node, NodeName::from("b"));
+        request.access = Access::Block;
+        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }), "volumes are well");
+        request.access = Access::Stream;
+        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }), "nothing is written");
+        let pool = view.nodes.get_mut(&NodeName::from("a")).expect("there").pools.values_mut().next();
+        let volumes = &mut pool.expect("one").thin.as_mut().expect("thin").volumes;
+        (volumes.needs_check, volumes.metadata.total) = (true, Bytes::ZERO);
+        request.access = Access::Block;
+        let all = look(&view, &request);
+        assert_eq!((all[0].verdict.reason(), all[0].verdict.is_about_space()), (Reason::NeedsCheck, false));
+    }
+
+    #[test]
+    fn metadata_is_promised_and_runs_out_like_data() {
+        let mut view = thin_view(&["a"], Bytes::gib(1024));
+        let mut request = reservation("r", 1 << 30, 0);
+        request.access = Access::Block;
+        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }));
+        let left = view.ledgers[&at("p", "a")].capacity.volumes.metadata;
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        let mut other = promise("other", Class::Volumes, 1 << 30);
+        other.charge.metadata = left;
+        ledger.promises.insert(Uid::from("other"), other);
+        let short = look(&view, &request)[0].to_string();
+        assert!(short.ends_with("of metadata for volumes"), "{short}");
+        request.max_size = Bytes::gib(512);
+        let large = look(&view, &request)[0].to_string();
+        assert!(large.ends_with("of metadata for volumes even when empty"), "{large}");
     }
 
     #[test]

@@ -62,7 +62,9 @@ fn waits_for(view: &View, other: &ReservationView, need: &Need, place: &Candidat
     let Some(pool) = view.pools.get(&place.pool) else { return false };
     let ledger = view.ledgers.get(&(place.pool.clone(), place.node.clone()));
     may_use(other, pool, &place.node)
-        && ledger.is_some_and(|ledger| fits_empty(&ledger.capacity, &everything(need, &other.uid)).is_ok())
+        && ledger.is_some_and(|ledger| {
+            fits_empty(&ledger.capacity, &everything(need, &other.uid, pool.block)).is_ok()
+        })
 }
 
 /// What the pools that a reservation may go to say about waiting: the most generous of each, and `Reject` only if all do.

@@ -24,7 +24,7 @@ pub(super) fn withdraw(
         });
         !kept && view.behind(ledger).is_none()
     });
-    strays.next().map(|ledger| ledger.without(&[uid]))
+    strays.next().map(|ledger| view.without(ledger, &[uid]))
 }
 
 /// The next steps for a reservation that is being deleted.
@@ -82,7 +82,7 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
         return Step::Done;
     }
     if released {
-        return Step::Write(ledger.without(&[uid]));
+        return Step::Write(view.without(ledger, &[uid]));
     }
     let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
     let reason = if lost { Reason::NodeLost } else { Reason::Releasing };
@@ -136,7 +136,7 @@ mod tests {
         let mut view = deleted(true);
         hold(&mut view, "a", "r", Class::Images, 10);
         hold(&mut view, "b", "r", Class::Images, 10);
-        let stray = view.ledgers[&at("p", "a")].without(&[&Uid::from("r")]);
+        let stray = view.without(&view.ledgers[&at("p", "a")], &[&Uid::from("r")]);
         assert_eq!(decide(&view), [stray], "the entry that was never named goes first");
         view.ledgers.get_mut(&at("p", "a")).expect("there").promises.clear();
         let changes = decide(&view);

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use berth_core::change::Change;
 use berth_core::ids::{Lineage, NodeName, PoolName, Uid};
-use berth_core::ledger::Promise;
+use berth_core::ledger::{Class, Promise};
 use berth_core::units::{Bytes, Generation};
 use berth_core::view::{LedgerView, View};
 use berth_core::{image, pool, reservation};
 
 use crate::dice::Dice;
-use crate::world::{Sabotage, World};
+use crate::world::{Sabotage, World, grown};
 
 /// An operator: what it has seen, and what is left of the list that it carries out.
 #[derive(Debug, Default)]
@@ -131,6 +131,18 @@ pub struct Record {
     pub revision: u64,
     pub obeyed: BTreeMap<Uid, Obeyed>,
     pub released: BTreeMap<Uid, Generation>,
+    /// What the kernel pools have grown to, where the pool has any: they never shrink.
+    pub grown: [u64; 2],
+}
+
+impl Record {
+    /// Bytes of data that are obeyed, for images and for volumes.
+    fn data(&self) -> [u64; 2] {
+        [Class::Images, Class::Volumes].map(|class| {
+            let promises = self.obeyed.values().map(|obeyed| &obeyed.promise);
+            promises.filter(|promise| promise.class == class).map(|promise| promise.charge.data.0).sum()
+        })
+    }
 }
 
 /// A node: what it has seen, and its records by pool.
@@ -260,6 +272,10 @@ impl Node {
             }
             Step::Make(uid, generation) => {
                 record.obeyed.get_mut(&uid).expect("obeyed before").made = true;
+                if world.objects.pools[pool].block.is_some() {
+                    let data = record.data();
+                    record.grown = [0, 1].map(|class| record.grown[class].max(data[class]));
+                }
                 if let Some(reservation) = world.objects.reservations.get(&uid).map(|r| r.uid.clone()) {
                     let version = world.version();
                     let object = world.objects.reservations.get_mut(&reservation).expect("just seen");
@@ -285,6 +301,9 @@ impl Node {
             let report = node.pools.get_mut(pool).expect("there");
             report.lineage.clone_from(&record.lineage);
             report.obeyed_revision = record.revision;
+            if report.thin.is_some() && world.sabotage != Sabotage::GrowthUntold {
+                report.thin = Some(grown(record.grown));
+            }
             report.released.clone_from(&record.released);
             report.obeyed =
                 record.obeyed.iter().map(|(uid, o)| (uid.clone(), o.promise.generation)).collect();

@@ -3,6 +3,7 @@
 
 mod actors;
 mod dice;
+mod sums;
 mod world;
 
 use std::collections::BTreeMap;
@@ -11,14 +12,16 @@ use berth_core::check::check;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::ledger::{Class, Promise};
 use berth_core::units::{Bytes, Timestamp};
-use berth_core::view::{Access, PoolChoice, ReservationState, ReservationView, View, WhenFull};
+use berth_core::view::{Access, PoolChoice, ReservationState, ReservationView, WhenFull};
 
 use actors::{KINDS, Node, Object, Operator};
 use dice::Dice;
-use world::{Coverage, NODE_BYTES, NODES, Sabotage, World};
+use sums::{fitting, overgrown};
+use world::{Coverage, NODE_BYTES, NODES, Sabotage, UNIT, World};
 
 const HISTORIES: u64 = 2_000;
-const OPERATIONS: usize = 120;
+/// Of the two waves of a history.
+const OPERATIONS: [usize; 2] = [120, 30];
 
 struct History {
     world: World,
@@ -99,7 +102,7 @@ impl History {
     /// A user asks for something.
     fn ask(&mut self) {
         let number = self.world.fresh();
-        let size = if self.dice.once_in(20) { 120 } else { 5 + self.dice.below(80) as u64 };
+        let units = if self.dice.once_in(20) { 120 } else { 5 + self.dice.below(80) as u64 };
         let template = self.dice.once_in(3).then(|| ["one", "two"][self.dice.below(2)]);
         let access = match (template, self.dice.below(4)) {
             (Some(_), _) | (None, 0) => Access::Block,
@@ -119,7 +122,7 @@ impl History {
                 _ => PoolChoice::Named(PoolName::from("p")),
             },
             node: self.dice.once_in(3).then(|| NodeName::from(NODES[self.dice.below(2)])),
-            max_size: Bytes(size),
+            max_size: Bytes(units * UNIT),
             template: template.map(|name| ObjectName::new("ns", name)),
             claim_namespace: "ns".to_owned(),
             access,
@@ -198,7 +201,7 @@ impl History {
 
     /// The administrator bounds a pool, or unbounds it.
     fn resize(&mut self) {
-        let limit = [None, Some(Bytes(60)), Some(Bytes(90))][self.dice.below(3)];
+        let limit = [None, Some(Bytes(60 * UNIT)), Some(Bytes(90 * UNIT))][self.dice.below(3)];
         let pool = ["p", "q"][self.dice.below(2)];
         let pool = PoolName::from(pool);
         self.world.objects.pools.get_mut(&pool).expect("there").limit = limit;
@@ -234,6 +237,9 @@ impl History {
                     return Some(format!("node {} holds {held} in pool {pool}", node.name));
                 }
                 let ledger = self.world.objects.ledgers.get(&(pool.clone(), node.name.clone()));
+                if let Some(violation) = ledger.and_then(|ledger| overgrown(record, ledger)) {
+                    return Some(format!("node {}, pool {pool}: {violation}", node.name));
+                }
                 for (uid, obeyed) in &record.obeyed {
                     let entry = ledger.and_then(|ledger| ledger.promises.get(uid));
                     let same = |entry: &Promise| Promise { revoked: None, ..entry.clone() } == obeyed.promise;
@@ -312,8 +318,9 @@ impl History {
         fitting(objects, first).map(|place| format!("{} waits although it fits {place}", first.name))
     }
 
-    fn run(&mut self) -> Result<(), String> {
-        for _ in 0..OPERATIONS {
+    /// Everybody does something at random, and then all that there is to do.
+    fn wave(&mut self, operations: usize) -> Result<(), String> {
+        for _ in 0..operations {
             if self.operate()
                 && let Some(violation) = self.violation()
             {
@@ -321,9 +328,20 @@ impl History {
             }
         }
         self.settle()?;
-        if let Some(unsettled) = self.unsettled() {
-            return Err(unsettled);
+        self.unsettled().map_or(Ok(()), Err)
+    }
+
+    fn run(&mut self) -> Result<(), String> {
+        self.wave(OPERATIONS[0])?;
+        // What was grown stays, and others ask for what is given back.
+        let settled: Vec<Uid> = self.world.objects.reservations.keys().cloned().collect();
+        for uid in &settled {
+            if !self.dice.once_in(3) {
+                self.world.delete_reservation(uid);
+            }
         }
+        (0..4).for_each(|_| self.ask());
+        self.wave(OPERATIONS[1])?;
         let all: Vec<Uid> = self.world.objects.reservations.keys().cloned().collect();
         for uid in &all {
             self.world.delete_reservation(uid);
@@ -352,32 +370,6 @@ impl History {
         };
         (!clean).then(what)
     }
-}
-
-/// A place where this request would fit, by plain arithmetic.
-fn fitting(objects: &View, request: &ReservationView) -> Option<String> {
-    let image = request.template.as_ref().and_then(|name| objects.imports[name].durable.clone());
-    let virtual_size = image.as_ref().map_or(0, |image| image.virtual_size.0);
-    let size = match request.access {
-        Access::Stream => 0,
-        Access::File => request.max_size.0,
-        Access::Block => request.max_size.0.max(virtual_size),
-    };
-    let usable = objects.ledgers.values().filter(|ledger| {
-        request.pools.allows(&objects.pools[&ledger.pool])
-            && request.node.as_ref().is_none_or(|n| *n == ledger.node)
-    });
-    let mut fitting = usable.filter(|ledger| {
-        let promised: u64 = ledger.promises.values().map(|promise| promise.charge.data.0).sum();
-        let extra = image.as_ref().map_or(0, |image| {
-            let here = |other: &&berth_core::view::ImageView| {
-                other.digest == image.digest && ledger.promises.contains_key(&other.uid)
-            };
-            if objects.images.values().any(|other| here(&other)) { 0 } else { image.real_size.0 }
-        });
-        promised + size + extra <= ledger.capacity.total.data.0
-    });
-    fitting.next().map(|ledger| ledger.name.clone())
 }
 
 fn run(seeds: impl Iterator<Item = u64>, sabotage: Sabotage) -> (Coverage, Option<(u64, String)>) {
@@ -450,6 +442,7 @@ fn every_sabotage_is_found() {
         Sabotage::EarlyRelease,
         Sabotage::SweepWithoutAsking,
         Sabotage::SweepWithoutRevoking,
+        Sabotage::GrowthUntold,
     ] {
         let (coverage, found) = run(0..3 * HISTORIES, sabotage);
         println!("{sabotage:?}: after {} histories: {found:?}", coverage.histories);

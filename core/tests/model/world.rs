@@ -6,6 +6,7 @@ use berth_core::change::{Change, ReservationReport};
 use berth_core::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name};
 use berth_core::ledger::Holder;
 use berth_core::reason::Reason;
+use berth_core::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
     DurableImage, ImageView, ImportState, ImportView, LedgerView, NodePoolState, NodeState, ObjectVersion,
@@ -28,6 +29,8 @@ pub enum Sabotage {
     SweepWithoutAsking,
     /// Promises are swept at once, without waiting until their nodes know.
     SweepWithoutRevoking,
+    /// Nodes do not say what their kernel pools have grown to.
+    GrowthUntold,
 }
 
 /// Another writer was faster, or the object is gone: the list of changes ends.
@@ -66,7 +69,11 @@ impl Coverage {
 }
 
 pub const NODES: [&str; 3] = ["a", "b", "c"];
-pub const NODE_BYTES: u64 = 100;
+/// What sizes are counted in: much more than a block, so that all of them bound and are bounded.
+pub const UNIT: u64 = 64 << 20;
+pub const NODE_BYTES: u64 = 100 * UNIT;
+/// Of each kernel pool's metadata device: enough for most of what its data can hold, but not for all.
+const METADATA: Bytes = Bytes::kib(6500);
 
 #[derive(Debug)]
 pub struct World {
@@ -85,14 +92,15 @@ impl World {
     pub fn new(sabotage: Sabotage) -> Self {
         let mut objects = View::default();
         objects.pools.insert(PoolName::from("p"), pool("p", WhenFull::Queue));
-        objects.pools.insert(PoolName::from("q"), pool("q", WhenFull::Reject));
+        let thin = PoolView { block: Some(BlockSize::DEFAULT), ..pool("q", WhenFull::Reject) };
+        objects.pools.insert(PoolName::from("q"), thin);
         for name in NODES {
             let pools = if name == "c" { vec!["q"] } else { vec!["p", "q"] };
-            let pools = pools.into_iter().map(|pool| (PoolName::from(pool), report())).collect();
+            let pools = pools.into_iter().map(|pool| (PoolName::from(pool), report(pool == "q"))).collect();
             let node = NodeState { name: NodeName::from(name), live: true, reported: true, pools };
             objects.nodes.insert(node.name.clone(), node);
         }
-        for (name, size) in [("one", 20), ("two", 35)] {
+        for (name, size) in [("one", 20 * UNIT), ("two", 35 * UNIT)] {
             let import = template(name, size);
             objects.imports.insert(import.name.clone(), import);
         }
@@ -326,6 +334,7 @@ fn pool(name: &str, when_full: WhenFull) -> PoolView {
         name: PoolName::from(name),
         uid: Uid(format!("pool-{name}")),
         labels: BTreeMap::new(),
+        block: None,
         limit: None,
         when_full,
         max_queue_millis: 3_600_000,
@@ -336,7 +345,7 @@ fn pool(name: &str, when_full: WhenFull) -> PoolView {
     }
 }
 
-fn report() -> NodePoolState {
+fn report(thin: bool) -> NodePoolState {
     NodePoolState {
         usable: true,
         reason: Reason::Ready,
@@ -344,11 +353,23 @@ fn report() -> NodePoolState {
         total: Bytes(NODE_BYTES),
         used: Bytes::ZERO,
         advisory: false,
+        thin: thin.then(|| grown([0, 0])),
         lineage: None,
         obeyed_revision: 0,
         released: BTreeMap::new(),
         obeyed: BTreeMap::new(),
     }
+}
+
+/// What a node says of kernel pools whose data has grown to this.
+pub fn grown(data: [u64; 2]) -> ThinState {
+    let [images, volumes] = data.map(|data| PoolState {
+        mode: PoolMode::ReadWrite,
+        needs_check: false,
+        data: Usage { used: Bytes::ZERO, total: Bytes(data) },
+        metadata: Usage { used: Bytes::ZERO, total: METADATA },
+    });
+    ThinState { images, volumes }
 }
 
 fn template(name: &str, size: u64) -> ImportView {

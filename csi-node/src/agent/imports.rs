@@ -240,7 +240,7 @@ fn job(
 ) -> Result<ImportJob, WorkError> {
     let (dir, promised) = place.map_or_else(
         || (node.config.state_dir.join("nowhere"), Bytes::ZERO),
-        |(pool, reservation, promised)| (pool.work_dir(reservation), promised),
+        |(pool, reservation, promised)| (pool.area.work_dir(reservation), promised),
     );
     Ok(ImportJob {
         uid: uid.clone(),

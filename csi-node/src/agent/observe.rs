@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use berth_api::parse::{self, PoolArea};
 use berth_api::staging_ledger::{HolderKind, LedgerBytes, PromiseClass, StagingLedgerSpec};
 use berth_api::staging_reservation::Access as ApiAccess;
-use berth_api::{StagingPool, StagingReservation, parse};
+use berth_api::{StagingPool, StagingReservation};
 use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name};
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::node::NodeView;
@@ -20,6 +21,7 @@ use kube::ResourceExt as _;
 use thiserror::Error;
 
 use super::pools::{OpenPool, PoolSpec};
+use crate::area::{Backend, ThinGroup, ThinSpec};
 use crate::node::Node;
 use crate::sabotage;
 
@@ -88,9 +90,19 @@ pub fn wanted_pools(node: &Node) -> BTreeMap<PoolName, PoolSpec> {
 }
 
 fn spec_of(pool: &StagingPool) -> Option<PoolSpec> {
-    let backend = pool.spec.backend.filesystem.as_ref()?;
-    let size = parse::bytes("spec.backend.filesystem.size", &backend.size).ok()?;
-    Some(PoolSpec { uid: pool.uid()?.into(), path: backend.path.clone().into(), size })
+    let backend = match parse::pool_area(&pool.spec).ok()? {
+        PoolArea::Filesystem(area) => Backend::Filesystem { path: area.path.into(), size: area.size },
+        PoolArea::Thin(area) => {
+            let group = match area.group {
+                parse::ThinGroup::Exclusive { devices, wipe } => {
+                    ThinGroup::Exclusive { devices: devices.into_iter().map(Into::into).collect(), wipe }
+                }
+                parse::ThinGroup::Shared { name, size } => ThinGroup::Shared { name, size },
+            };
+            Backend::Thin(ThinSpec { group, block: area.block.bytes() })
+        }
+    };
+    Some(PoolSpec { uid: pool.uid()?.into(), backend })
 }
 
 fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
@@ -116,11 +128,11 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         ..AreaView::default()
     };
     for (digest, image) in record.entries(tables::IMAGES)? {
-        let complete = image.state == ImageState::Complete && pool.image_file(&digest).exists();
+        let complete = image.state == ImageState::Complete && pool.area.has_image(&digest);
         area.images.insert(digest, HeldImage { holder: image.holder, complete, last_used: image.last_used });
     }
     for (uid, volume) in record.entries(tables::VOLUMES)? {
-        let (made, there) = (volume.state == VolumeState::Ready, pool.volume_file(&uid).exists());
+        let (made, there) = (volume.state == VolumeState::Ready, pool.area.has_volume(&uid));
         let held = HeldVolume {
             generation: volume.generation,
             ready: made && there,
@@ -130,7 +142,7 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         area.volumes.insert(uid, held);
     }
     for (uid, staging) in record.entries(tables::STAGING)? {
-        let made = pool.work_dir(&uid).is_dir();
+        let made = pool.area.has_work_dir(&uid);
         area.work_dirs.insert(uid, HeldWorkDir { generation: staging.generation, made });
     }
     Ok(area)

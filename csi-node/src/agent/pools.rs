@@ -6,22 +6,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use berth_api::defaults;
-use berth_core::ids::{Digest, NodeName, PoolName, Uid};
+use berth_core::ids::{NodeName, PoolName, Uid};
 use berth_core::reason::Reason;
-use berth_core::units::{Bytes, Generation};
+use berth_core::units::Generation;
 use berth_device::files::{self, FileError};
-use berth_device::pool_area::{ClaimError, PoolArea, PoolAreaConfig, PoolIdentity};
 use berth_record::{
     ChangeError, CreateError, LedgerPosition, OpenError, PoolRecord, PromiseEntry, ReadError, tables,
 };
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::area::{self, Area, AreaError, Backend, Place};
 use crate::sabotage;
-
-/// Directories of an area.
-const DIRECTORIES: [&str; 3] = ["images", "staging", "volumes"];
 
 /// Why a pool's area cannot be used.
 #[derive(Debug, Error)]
@@ -32,7 +28,7 @@ pub enum PoolError {
         /// The pool.
         pool: PoolName,
         /// Why.
-        source: Box<ClaimError>,
+        source: Box<AreaError>,
     },
     /// Its record.
     #[error("the record of pool {pool} cannot be opened")]
@@ -64,14 +60,6 @@ pub enum PoolError {
         /// The pool.
         pool: PoolName,
     },
-    /// A directory.
-    #[error("cannot make {path}")]
-    Directory {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
     /// The list of known pools.
     #[error("the list of pools cannot be written")]
     Known(#[from] FileError),
@@ -89,13 +77,7 @@ impl PoolError {
     /// The machine-readable reason.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Area { source, .. } => match source.as_ref() {
-                ClaimError::InUseByPool { .. }
-                | ClaimError::InUseByNode { .. }
-                | ClaimError::ForeignImage { .. } => Reason::InUseByPool,
-                ClaimError::TooSmall { .. } => Reason::InvalidSpec,
-                _ => Reason::PoolAreaFailed,
-            },
+            Self::Area { source, .. } => source.reason(),
             Self::Record { source: OpenError::WrongOwner { .. }, .. } => Reason::InUseByPool,
             _ => Reason::PoolAreaFailed,
         }
@@ -108,10 +90,9 @@ impl PoolError {
 pub struct PoolSpec {
     /// The UID of the `StagingPool`.
     pub uid: Uid,
-    /// The directory on this node.
-    pub path: PathBuf,
-    /// The size of the area, if it has to be made.
-    pub size: Bytes,
+    /// What it is made of.
+    #[serde(flatten)]
+    pub backend: Backend,
 }
 
 /// An open area.
@@ -121,7 +102,7 @@ pub struct OpenPool {
     /// What it was opened by.
     pub spec: PoolSpec,
     /// The area.
-    pub area: PoolArea,
+    pub area: Box<dyn Area>,
     /// Its record.
     pub record: PoolRecord,
     /// What the defect `no-record` keeps from the record.
@@ -184,26 +165,6 @@ impl OpenPool {
     fn unrecorded(&self) -> MutexGuard<'_, Unrecorded> {
         self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// The file of a volume.
-    pub fn volume_file(&self, reservation: &Uid) -> PathBuf {
-        self.area.root.join(Self::volume_path(reservation))
-    }
-
-    /// The same, relative to the area.
-    pub fn volume_path(reservation: &Uid) -> PathBuf {
-        Path::new("volumes").join(format!("{reservation}.raw"))
-    }
-
-    /// The file of a staged image.
-    pub fn image_file(&self, digest: &Digest) -> PathBuf {
-        self.area.root.join("images").join(format!("{}.raw", digest.hex()))
-    }
-
-    /// The directory of a transfer.
-    pub fn work_dir(&self, reservation: &Uid) -> PathBuf {
-        self.area.root.join("staging").join(reservation.as_str())
-    }
 }
 
 /// The open pools, and why others are not.
@@ -250,6 +211,7 @@ impl Pools {
     /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
     /// fails is tried again once the API server shows it. Blocks.
     pub fn reopen_known(&self) -> Result<(), PoolError> {
+        area::resume_suspended();
         for (name, spec) in self.known()? {
             if let Err(error) = self.prepare(&name, &spec) {
                 tracing::warn!(pool = %name, error = crate::telemetry::chain(&error), "pool not reopened");
@@ -273,29 +235,29 @@ impl Pools {
     }
 
     fn try_prepare(&self, name: &PoolName, spec: &PoolSpec) -> Result<(), PoolError> {
-        let config = PoolAreaConfig {
-            dir: spec.path.clone(),
-            size: spec.size,
+        let failed = |source| PoolError::Area { pool: name.clone(), source: Box::new(source) };
+        let place = Place {
+            pool: spec.uid.clone(),
+            name: name.clone(),
+            node: self.node.clone(),
             mount_point: self.mount_root.join(name.as_str()),
-            identity: PoolIdentity { pool: spec.uid.clone(), name: name.clone(), node: self.node.clone() },
-            headroom_percent: defaults::HEADROOM_PERCENT,
+            known: self.known()?.get(name).is_some_and(|known| known.uid == spec.uid),
         };
-        let area = PoolArea::open_or_create(&config)
-            .map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
-        let record = match self.open_record(name, &spec.uid, &area) {
+        let area = area::open(&place, &spec.backend).map_err(failed)?;
+        let opened = self.open_record(name, &spec.uid, &*area).and_then(|record| {
+            area.start(&record).map_err(failed)?;
+            Ok(record)
+        });
+        let record = match opened {
             Ok(record) => record,
             Err(error) => {
-                // What is in use keeps it mounted, and is served from there again once the record is back.
-                if let Err(busy) = area.unmount_and_detach() {
+                // What is in use keeps it mounted, and is served from there again once it can be opened.
+                if let Err(busy) = area.close() {
                     tracing::warn!(pool = %name, error = crate::telemetry::chain(&busy), "area stays mounted");
                 }
                 return Err(error);
             }
         };
-        for directory in DIRECTORIES {
-            let path = area.root.join(directory);
-            fs::create_dir_all(&path).map_err(|source| PoolError::Directory { path, source })?;
-        }
         let mut known = self.known()?;
         if known.insert(name.clone(), spec.clone()).as_ref() != Some(spec) {
             self.write_known(&known)?;
@@ -308,8 +270,8 @@ impl Pools {
     }
 
     /// The record is made before anything else in an area, so one that is missing beside data is lost.
-    fn open_record(&self, name: &PoolName, uid: &Uid, area: &PoolArea) -> Result<PoolRecord, PoolError> {
-        let path = area.root.join("record.redb");
+    fn open_record(&self, name: &PoolName, uid: &Uid, area: &dyn Area) -> Result<PoolRecord, PoolError> {
+        let path = area.root().join("record.redb");
         let identity = berth_record::PoolIdentity {
             pool_uid: uid.clone(),
             pool_name: name.clone(),
@@ -320,7 +282,8 @@ impl Pools {
             Err(OpenError::NotFound { .. }) => {}
             other => return other.map_err(|source| PoolError::Record { pool: name.clone(), source }),
         }
-        if DIRECTORIES.iter().any(|directory| area.root.join(directory).exists()) {
+        let failed = |source| PoolError::Area { pool: name.clone(), source: Box::new(source) };
+        if area.holds_data().map_err(failed)? {
             return Err(PoolError::RecordGone { pool: name.clone(), path });
         }
         PoolRecord::create(&path, identity)
@@ -344,8 +307,7 @@ impl Pools {
         let mut known = self.known()?;
         known.remove(name);
         self.write_known(&known)?;
-        area.unmount_and_detach()
-            .map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
+        area.close().map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
         tracing::info!(pool = %name, "pool closed");
         Ok(())
     }
@@ -364,5 +326,32 @@ impl Pools {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
             Err(error) => Err(PoolError::Unreadable { path, reason: error.to_string() }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use berth_core::units::Bytes;
+
+    use super::*;
+    use crate::area::{ThinGroup, ThinSpec};
+
+    #[test]
+    fn what_was_written_of_a_pool_is_read_again() {
+        let filesystem = Backend::Filesystem { path: "/srv/pool".into(), size: Bytes(512) };
+        let thin = |group| Backend::Thin(ThinSpec { group, block: Bytes::kib(64) });
+        let devices = vec![PathBuf::from("/dev/sdb")];
+        let own = thin(ThinGroup::Exclusive { devices, wipe: true });
+        let shared = thin(ThinGroup::Shared { name: "vg".to_owned(), size: Bytes::gib(1) });
+        let mut texts = BTreeSet::new();
+        for backend in [filesystem, own, shared] {
+            let spec = PoolSpec { uid: "u".into(), backend };
+            let text = serde_json::to_string(&spec).unwrap();
+            assert_eq!(serde_json::from_str::<PoolSpec>(&text).unwrap(), spec, "{text}");
+            texts.insert(text);
+        }
+        assert!(texts.contains(r#"{"uid":"u","path":"/srv/pool","size":512}"#), "{texts:?}");
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use berth_api::conditions::{ConditionType, Truth, condition, time};
 use berth_api::defaults::node_manager;
 use berth_api::fields::Progress;
+use berth_api::parse::to_thin_pools;
 use berth_api::staged_image::StagedImageState;
 use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec};
 use berth_api::{ImageStore, StagedImage, StagingNode, StagingReservation, TemplateImport};
@@ -30,8 +31,6 @@ use crate::telemetry::chain;
 
 /// Used bytes are reported in units of this, so that writing alone does not write to the API server.
 const USED_UNIT: Bytes = Bytes::mib(16);
-/// Percent of an empty area that may be promised; the rest is headroom.
-const TOTAL_PERCENT: u64 = 95;
 
 /// Why something was not reported. The next pass tries again.
 #[derive(Debug, Error)]
@@ -190,8 +189,8 @@ async fn report_reservation(
     if prepared && let Some(pool) = node.pools.get(&reservation.pool) {
         let path = match reservation.access {
             berth_core::view::Access::Stream => None,
-            berth_core::view::Access::File => Some(pool.work_dir(&uid)),
-            berth_core::view::Access::Block => Some(pool.volume_file(&uid)),
+            berth_core::view::Access::File => Some(pool.area.work_dir(&uid)),
+            berth_core::view::Access::Block => Some(pool.area.volume(&uid)),
         };
         if let Some(path) = path {
             status["path"] = json!(path.display().to_string());
@@ -445,19 +444,18 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         (false, Some(_)) => (false, Reason::InUseByPool.to_string()),
         (false, None) => (false, Reason::NoMatchingNode.to_string()),
     };
-    told.message = match (&open.area.advisory, wanted) {
-        (Some(advisory), Some(_)) if same => advisory.to_string(),
+    told.message = match (open.area.advisory(), wanted) {
+        (Some(advisory), Some(_)) if same => advisory,
         (_, Some(_)) if !same => {
             format!("the area belongs to an earlier pool of this name (uid {})", open.spec.uid)
         }
         (_, None) => "the pool does not select this node any more".to_owned(),
         _ => String::new(),
     };
-    told.advisory = open.area.advisory.is_some();
-    told.total_bytes = open.area.total.as_i64();
-    let empty = Bytes(open.area.total.0.saturating_mul(100) / TOTAL_PERCENT);
-    let free = open.area.free().unwrap_or_default();
-    told.used_bytes = empty.saturating_sub(free).round_up(USED_UNIT).as_i64();
+    told.advisory = open.area.advisory().is_some();
+    told.total_bytes = open.area.total().as_i64();
+    told.thin = open.area.kernel_pools().as_ref().map(to_thin_pools);
+    told.used_bytes = open.area.used().round_up(USED_UNIT).as_i64();
     told.lineage = area.lineage.as_ref().map(ToString::to_string);
     told.obeyed_revision = i64::try_from(area.revision).unwrap_or(i64::MAX);
     for (uid, promise) in &area.promises {

@@ -1,6 +1,6 @@
 //! Staged images: fetched chunk by chunk, each verified, with a checkpoint every 32 MiB.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,6 @@ use berth_core::ids::{Digest, ObjectName, Uid};
 use berth_core::reason::Reason;
 use berth_core::retry::{Retry, after};
 use berth_core::units::Bytes;
-use berth_device::files::{self, FileError};
 use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::publish::PublishError;
 use berth_objectstore::chunks::read::{ImageReader, ReadError, WriteAt};
@@ -26,6 +25,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::pools::OpenPool;
 use super::stores::{self, AccessError};
+use crate::area::AreaError;
 use crate::import::error::store_reason;
 use crate::node::{Node, now};
 use crate::sabotage;
@@ -78,9 +78,9 @@ pub enum FillError {
     /// The record.
     #[error("the record refuses")]
     Record(#[from] ChangeError),
-    /// A file.
-    #[error("a file operation failed")]
-    File(#[from] FileError),
+    /// The area.
+    #[error("the pool's area fails")]
+    Area(#[from] AreaError),
     /// A file.
     #[error("failed to {action} {}", path.display())]
     Io {
@@ -225,8 +225,24 @@ async fn attempt(
     if reader.virtual_size() != size {
         return Err(FillError::Size { digest, found: reader.virtual_size(), expected: size });
     }
+    restore(pool, uid, &reader, promised, workers, |done| tell(node, uid, done, size)).await?;
+    node.news.edit_fill(uid, |news| (news.percent, news.done, news.error) = (100, size, None));
+    Ok(())
+}
+
+/// Fetches what is not there yet of an image into a pool, verified, under a promise of so many bytes; `tell` is told how
+/// far it is. All its threads are `workers`.
+pub async fn restore<S: ObjectStore>(
+    pool: &Arc<OpenPool>,
+    uid: &Uid,
+    reader: &ImageReader<S>,
+    promised: Bytes,
+    workers: &TaskTracker,
+    tell: impl Fn(Bytes) + Send + Sync,
+) -> Result<(), FillError> {
+    let (digest, size) = (reader.digest(), reader.virtual_size());
     reader.verify_index().await?;
-    let data = check_data(&reader, promised).await?;
+    let data = check_data(reader, promised).await?;
     let (file, offset) = {
         let (pool, uid) = (Arc::clone(pool), uid.clone());
         workers.spawn_blocking(move || begin(&pool, &uid, &digest, size, data)).await??
@@ -248,15 +264,18 @@ async fn attempt(
                 last = done.offset;
                 let _ = checkpoints.send(done.offset); // a keeper that has failed says so when it is joined
             }
-            tell(node, uid, Bytes(done.offset), size);
+            tell(Bytes(done.offset));
         })
         .await;
     drop(checkpoints);
     keeper.await??;
     restored?;
     let (pool, holder) = (Arc::clone(pool), uid.clone());
-    workers.spawn_blocking(move || complete(&pool, &holder, &digest, &file)).await??;
-    node.news.edit_fill(uid, |news| (news.percent, news.done, news.error) = (100, size, None));
+    let complete = move || {
+        pool.area.seal_image(&pool.record, &digest, file)?;
+        Ok::<_, FillError>(pool.record.fill_complete(&digest, &holder)?)
+    };
+    workers.spawn_blocking(complete).await??;
     tracing::info!(image = %digest, bytes = size.0, "image staged");
     Ok(())
 }
@@ -270,25 +289,17 @@ fn begin(
     data: Bytes,
 ) -> Result<(Option<File>, Bytes), FillError> {
     let entry = pool.record.begin_fill(digest, uid, size, data, now())?;
-    let path = pool.image_file(digest);
-    let failed = |action| {
-        let path = path.clone();
-        move |source| FillError::Io { action, path, source }
-    };
-    let exists = path.exists();
     match entry.state {
-        ImageState::Complete if exists => return Ok((None, size)),
-        ImageState::Filling { offset } if exists && offset > Bytes::ZERO => {
-            let file = OpenOptions::new().read(true).write(true).open(&path).map_err(failed("open"))?;
-            if file.metadata().map_err(failed("examine"))?.len() == size.0 {
+        ImageState::Complete if pool.area.has_image(digest) => return Ok((None, size)),
+        ImageState::Filling { offset } if offset > Bytes::ZERO => {
+            if let Some(file) = pool.area.reopen_image(&pool.record, digest, size)? {
                 return Ok((Some(file), offset));
             }
         }
         _ => {}
     }
     pool.record.begin_evict(digest)?;
-    files::remove_if_there(&path)?;
-    Ok((Some(files::create_sparse(&path, size)?), Bytes::ZERO))
+    Ok((Some(pool.area.new_image(&pool.record, digest, size)?), Bytes::ZERO))
 }
 
 /// Syncs the file, then records the offset, for the newest offset that is due. Gives memory back to the system.
@@ -303,7 +314,7 @@ fn keep_checkpoints(
         let offset = due.try_iter().last().unwrap_or(first);
         file.sync_data().map_err(|source| FillError::Io {
             action: "write out",
-            path: pool.image_file(digest),
+            path: pool.area.image(digest),
             source,
         })?;
         // Advice only: where it is not taken, the kernel keeps the pages until it needs them.
@@ -311,19 +322,6 @@ fn keep_checkpoints(
         pool.record.fill_progress(digest, uid, Bytes(offset))?;
     }
     Ok(())
-}
-
-fn complete(pool: &OpenPool, uid: &Uid, digest: &Digest, file: &File) -> Result<(), FillError> {
-    let path = pool.image_file(digest);
-    files::sync_file_and_parent(file, &path)?;
-    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-    let read_only = std::os::unix::fs::PermissionsExt::from_mode(0o400);
-    fs::set_permissions(&path, read_only).map_err(|source| FillError::Io {
-        action: "protect",
-        path,
-        source,
-    })?;
-    Ok(pool.record.fill_complete(digest, uid)?)
 }
 
 /// Tells how far it is, once per percent.
@@ -350,15 +348,14 @@ pub async fn remove(
     uid: &Uid,
     digest: Digest,
 ) -> Result<(), FillError> {
-    let area = Arc::clone(pool);
+    let pool = Arc::clone(pool);
     tokio::task::spawn_blocking(move || {
-        area.record.begin_evict(&digest)?;
-        let path = area.image_file(&digest);
+        pool.area.require_unused(&pool.record, &digest)?;
+        pool.record.begin_evict(&digest)?;
         if !sabotage::active(sabotage::RELEASE_WITHOUT_DELETE) {
-            files::remove_if_there(&path)?;
-            files::sync_parent(&path)?;
+            pool.area.remove_image(&pool.record, &digest)?;
         }
-        Ok::<_, FillError>(area.record.forget_image(&digest)?)
+        Ok::<_, FillError>(pool.record.forget_image(&digest)?)
     })
     .await??;
     if let Some(image) = find(node, uid) {

@@ -1,6 +1,6 @@
 //! What staging and publishing do on the machine: loop devices, file systems and mounts. Blocks.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
@@ -9,15 +9,14 @@ use std::sync::Arc;
 use berth_core::ids::{PoolName, Uid};
 use berth_device::files;
 use berth_device::filesystem::{self, Consent, Signature};
-use berth_device::loop_device::{self, LoopDevice, LoopOptions};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::partition::partition_of;
 use berth_record::{Attachment, AttachmentMode, VolumeEntry, VolumeState, tables};
 
 use super::request::Use;
+use super::shown;
 use super::status::RpcError;
 use crate::agent::pools::{OpenPool, Pools};
-use crate::agent::volumes::format_mark;
 
 /// A volume on this node.
 pub struct FoundVolume {
@@ -40,6 +39,15 @@ pub struct ImportedContent {
     pub partition: Option<u32>,
 }
 
+/// How a volume is published.
+#[derive(Clone, Copy, Debug)]
+pub struct Publication {
+    /// Whether its workload may not write.
+    pub read_only: bool,
+    /// Whether it may be at one place only, for one workload.
+    pub alone: bool,
+}
+
 /// The volume of this reservation, if it is usable here. There is none only once every pool is open that was before or is
 /// `wanted`.
 pub fn find(
@@ -57,7 +65,7 @@ pub fn find(
     }
     match found {
         Some((pool, entry)) if entry.state == VolumeState::Ready => {
-            if !pool.volume_file(uid).exists() {
+            if !pool.area.has_volume(uid) {
                 return Err(RpcError::Lost { volume: id.to_owned(), pool: pool.name.clone() });
             }
             Ok(FoundVolume { id: id.to_owned(), uid: uid.clone(), pool, entry })
@@ -112,7 +120,7 @@ impl FoundVolume {
                 return Err(RpcError::InUse(self.id.clone()));
             }
         }
-        let file = self.pool.volume_file(&self.uid);
+        let file = self.pool.area.volume(&self.uid);
         let mut attachment =
             Attachment { loop_device: None, backing_file: file.clone(), staged_path: path.to_owned(), mode };
         self.pool.record.attach(&self.uid, &attachment)?;
@@ -122,9 +130,8 @@ impl FoundVolume {
             }
             _ => None,
         };
-        let options = LoopOptions { direct_io: true, extent, ..LoopOptions::default() };
-        let device = loop_device::attach(&file, options)?;
-        attachment.loop_device = Some(device.path.clone());
+        let device = self.pool.area.attach(&self.uid, extent, false)?;
+        attachment.loop_device = Some(device.clone());
         self.pool.record.attach(&self.uid, &attachment)?;
         match wanted {
             Use::Block => Ok(()),
@@ -132,30 +139,30 @@ impl FoundVolume {
         }
     }
 
-    fn mount(&self, device: &LoopDevice, path: &Path, asked: FsType) -> Result<(), RpcError> {
+    fn mount(&self, device: &Path, path: &Path, asked: FsType) -> Result<(), RpcError> {
         let fs_type = if self.entry.origin.is_none() {
             self.format_if_blank(device, asked)?
         } else {
-            self.mountable(filesystem::probe_signature(&device.path)?)?
+            self.mountable(filesystem::probe_signature(device)?)?
         };
         // Every clone of an image has the file system UUID of the image.
         let options = MountOptions { duplicate_uuid: true, ..MountOptions::default() };
-        Ok(mounts::mount_device(&device.path, path, fs_type, options)?)
+        Ok(mounts::mount_device(device, path, fs_type, options)?)
     }
 
     /// Makes a file system where there is nothing of any kind. That it begins is noted first, so that a formatting that
     /// was cut off is not taken for somebody's data.
-    fn format_if_blank(&self, device: &LoopDevice, asked: FsType) -> Result<FsType, RpcError> {
-        let mark = format_mark(&self.pool, &self.uid);
+    fn format_if_blank(&self, device: &Path, asked: FsType) -> Result<FsType, RpcError> {
+        let mark = self.pool.area.format_mark(&self.uid);
         let interrupted = mark.exists();
-        match filesystem::probe_signature(&device.path)? {
+        match filesystem::probe_signature(device)? {
             Some(found) if !interrupted => return self.mountable(Some(found)),
             _ => {}
         }
         let consent = if interrupted { Consent::ResumeInterrupted } else { Consent::OnlyIfBlank };
         files::write_durably(&mark, b"")?;
-        filesystem::mkfs(&device.path, asked, consent)?;
-        device.flush()?;
+        filesystem::mkfs(device, asked, consent)?;
+        flush(device)?;
         files::remove_if_there(&mark)?;
         files::sync_parent(&mark)?;
         Ok(asked)
@@ -177,30 +184,43 @@ impl FoundVolume {
         staged: &Path,
         target: &Path,
         wanted: Use,
-        read_only: bool,
+        how: Publication,
     ) -> Result<(), RpcError> {
         let attachment = self.attachment()?.filter(|found| found.staged_path == staged);
         let attachment = attachment.ok_or_else(|| self.not_staged(staged))?;
         let node = attachment.loop_device.clone().ok_or_else(|| self.not_staged(staged))?;
-        let file = self.pool.volume_file(&self.uid);
-        let device = loop_device::find(&file)?.into_iter().find(|device| device.path == node);
+        let devices = self.pool.area.attached(&self.uid)?;
+        let device = devices.iter().find(|device| **device == node);
         let device = device.ok_or_else(|| self.not_staged(staged))?; // recorded, but the kernel has it no more
+        if how.alone
+            && let Some(path) = shown::elsewhere(&devices, staged, target)?
+        {
+            return Err(RpcError::Elsewhere { volume: self.id.clone(), path: path.display().to_string() });
+        }
         match (wanted, attachment.mode) {
-            (Use::Block, AttachmentMode::Block) if read_only => {
+            (Use::Block, AttachmentMode::Block) if how.read_only => {
                 // A read-only mount of a device node would not keep anyone from writing to the device.
-                let options = LoopOptions { direct_io: true, read_only: true, ..LoopOptions::default() };
-                let device = loop_device::attach(&file, options)?;
-                Ok(mounts::bind_mount(&device.path, target, false)?)
+                let device = self.pool.area.attach(&self.uid, None, true)?;
+                Ok(mounts::bind_mount(&device, target, false)?)
             }
-            (Use::Block, AttachmentMode::Block) => Ok(mounts::bind_mount(&device.path, target, false)?),
+            (Use::Block, AttachmentMode::Block) => Ok(mounts::bind_mount(device, target, false)?),
             (Use::Filesystem(_), AttachmentMode::Filesystem) => {
-                let mounted = mounts::is_mounted(staged)?.filter(|mount| mount.source == device.path);
+                let mounted = mounts::is_mounted(staged)?.filter(|mount| mount.source == *device);
                 mounted.ok_or_else(|| self.not_staged(staged))?;
-                Ok(mounts::bind_mount(staged, target, read_only)?)
+                Ok(mounts::bind_mount(staged, target, how.read_only)?)
             }
             _ => Err(RpcError::Different { volume: self.id.clone(), what: "use" }),
         }
     }
+}
+
+/// Waits until what was written to a device is on stable storage.
+fn flush(device: &Path) -> Result<(), RpcError> {
+    File::open(device).and_then(|file| file.sync_all()).map_err(|source| RpcError::Io {
+        action: "flush",
+        path: device.display().to_string(),
+        source,
+    })
 }
 
 /// Takes away what is shown at `target`, and the place itself.
@@ -233,10 +253,7 @@ pub fn unstage(
     // Before the look at the open ones: one that is opened meanwhile may have been missed there.
     let unopened = pools.unopened(wanted);
     for pool in pools.all() {
-        let file = pool.volume_file(uid);
-        for device in loop_device::find(&file)? {
-            loop_device::detach(&device)?;
-        }
+        pool.area.detach(uid)?;
         if pool.record.detached(uid)? {
             tracing::info!(volume = %uid, "detached");
         }

@@ -13,8 +13,6 @@ use berth_api::staging_reservation::{Access, ImageReference, ReservationState, S
 use berth_core::ids::{
     ObjectName, PoolName, Uid, csi_reservation_name, node_lease_name, reservation_of_volume, volume_handle,
 };
-use berth_core::ledger::Class;
-use berth_core::node::behind;
 use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use berth_record::tables;
@@ -25,9 +23,10 @@ use tonic::{Request, Response, Status};
 
 use super::Services;
 use super::attach;
-use super::request::{ClassParameters, VOLUME_UNIT, VolumeRequest, is_here, uses, volume_id};
+use super::patience;
+use super::request::{VolumeRequest, uses, volume_id};
 use super::status::RpcError;
-use crate::agent::observe::{observe, wanted_pools};
+use crate::agent::observe::wanted_pools;
 use crate::agent::watches::LABEL_MADE_BY;
 use crate::csi::v1::controller_server::Controller;
 use crate::csi::v1::controller_service_capability::{Rpc, Type, rpc};
@@ -39,8 +38,9 @@ use crate::csi::v1::{
     Volume,
 };
 
-/// How long a call waits for what is usually quick, before it says that it is under way.
-const PATIENCE: Duration = Duration::from_secs(8);
+/// How long a call waits for a volume that starts from a template, whose image may have to be staged first, before it
+/// says that it is under way.
+const PATIENCE_FOR_IMAGES: Duration = Duration::from_secs(8);
 /// The longest value of a label.
 const MAX_LABEL: usize = 63;
 
@@ -55,7 +55,8 @@ impl Controller for Services {
         &self,
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
-        let outcome = self.create(&request.into_inner()).await;
+        let until = patience::until(request.metadata());
+        let outcome = self.create(&request.into_inner(), until).await;
         self.answer("CreateVolume", outcome)
     }
 
@@ -63,7 +64,8 @@ impl Controller for Services {
         &self,
         request: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
-        let outcome = self.delete(&request.into_inner()).await;
+        let until = patience::until(request.metadata());
+        let outcome = self.delete(&request.into_inner(), until).await;
         self.answer("DeleteVolume", outcome)
     }
 
@@ -116,7 +118,11 @@ impl Services {
         self.node.watches.made.find(|found| found.name_any() == name)
     }
 
-    async fn create(&self, request: &CreateVolumeRequest) -> Result<CreateVolumeResponse, RpcError> {
+    async fn create(
+        &self,
+        request: &CreateVolumeRequest,
+        until: Instant,
+    ) -> Result<CreateVolumeResponse, RpcError> {
         let asked = VolumeRequest::parse(request, &self.node.name)?;
         if !self.node.watches.synced() {
             return Err(RpcError::NotSynced);
@@ -125,12 +131,12 @@ impl Services {
         let name = csi_reservation_name(&asked.name, &self.node.name);
         let spec = spec(&asked, self.node.name.as_str());
         let uid = self.reserve(&asked, &name, &spec).await?;
-        let ready = self.wait_until_decided(&asked, &name, &uid).await?;
+        let ready = self.wait_until_decided(&asked, &name, &uid, until).await?;
         let template = ready.status.as_ref().and_then(|status| status.image.as_ref());
         let template = template.map(|image| Bytes::from_i64(image.virtual_size)).unwrap_or_default();
         let size = asked.size.max(template);
         if let Some(limit) = asked.limit.filter(|limit| size > *limit) {
-            self.withdraw(&name, &uid).await?;
+            self.withdraw(&name, &uid, until).await?;
             return Err(RpcError::Size { needed: size, limit });
         }
         Ok(CreateVolumeResponse { volume: Some(self.volume(&asked, &uid, size)) })
@@ -214,8 +220,10 @@ impl Services {
         asked: &VolumeRequest,
         name: &str,
         uid: &Uid,
+        until: Instant,
     ) -> Result<Arc<StagingReservation>, RpcError> {
-        let deadline = Instant::now() + PATIENCE;
+        let images = asked.template.as_ref().map(|_| Instant::now() + PATIENCE_FOR_IMAGES);
+        let deadline = images.map_or(until, |images| images.min(until));
         let mut changes = self.node.watches.changes();
         loop {
             let seen = self.made(name).filter(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
@@ -224,7 +232,7 @@ impl Services {
                     return Ok(Arc::clone(found));
                 }
                 if let Some(refusal) = refusal(found) {
-                    self.withdraw(name, uid).await?;
+                    self.withdraw(name, uid, until).await?;
                     return Err(refusal);
                 }
             }
@@ -237,7 +245,7 @@ impl Services {
     }
 
     /// Deletes a reservation, and returns only when it is known to be gone.
-    async fn withdraw(&self, name: &str, uid: &Uid) -> Result<(), RpcError> {
+    async fn withdraw(&self, name: &str, uid: &Uid, until: Instant) -> Result<(), RpcError> {
         let api = self.reservations();
         let only_this = Preconditions { uid: Some(uid.to_string()), resource_version: None };
         let parameters = DeleteParams { preconditions: Some(only_this), ..DeleteParams::default() };
@@ -246,7 +254,6 @@ impl Services {
             Err(error) => return Err(self.api_error("delete", name)(error)),
             Ok(_) => {}
         }
-        let deadline = Instant::now() + PATIENCE;
         let mut changes = self.node.watches.changes();
         loop {
             let found = api.get_opt(name).await.map_err(self.api_error("read", name))?;
@@ -254,18 +261,22 @@ impl Services {
             if gone {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= until {
                 let what = format!("reservation {}", self.full_name(name));
                 let why = found.map_or_else(String::new, |found| waits_for(&found));
                 return Err(RpcError::Waiting { what, why: format!("it is being released: {why}") });
             }
             // What is seen here decides nothing: it only says when to ask again.
-            let pause = deadline.min(Instant::now() + Duration::from_millis(500));
+            let pause = until.min(Instant::now() + Duration::from_millis(500));
             drop(tokio::time::timeout_at(pause, changes.changed()).await);
         }
     }
 
-    async fn delete(&self, request: &DeleteVolumeRequest) -> Result<DeleteVolumeResponse, RpcError> {
+    async fn delete(
+        &self,
+        request: &DeleteVolumeRequest,
+        until: Instant,
+    ) -> Result<DeleteVolumeResponse, RpcError> {
         let id = volume_id(&request.volume_id)?;
         let Ok(uid) = reservation_of_volume(id) else { return Ok(DeleteVolumeResponse {}) };
         if !self.node.watches.synced() {
@@ -280,7 +291,7 @@ impl Services {
             return Err(RpcError::InUse(id.to_owned()));
         }
         if let Some(found) = seen {
-            self.withdraw(&found.name_any(), &uid).await?;
+            self.withdraw(&found.name_any(), &uid, until).await?;
         }
         Ok(DeleteVolumeResponse {})
     }
@@ -328,42 +339,6 @@ impl Services {
             ..Confirmed::default()
         };
         Ok(ValidateVolumeCapabilitiesResponse { confirmed: Some(confirmed), message: String::new() })
-    }
-
-    /// What may still be promised to volumes of a pool on this node.
-    async fn capacity(&self, request: &GetCapacityRequest) -> Result<GetCapacityResponse, RpcError> {
-        if !self.node.watches.synced() {
-            return Err(RpcError::NotSynced);
-        }
-        let class = ClassParameters::parse(&request.parameters)?;
-        let here =
-            request.accessible_topology.as_ref().is_none_or(|topology| is_here(topology, &self.node.name));
-        let possible = request.volume_capabilities.is_empty() || uses(&request.volume_capabilities).is_ok();
-        let view = observe(&self.node).await?;
-        let pool = view.pools.get(&class.pool).filter(|pool| here && possible && pool.wanted.is_some());
-        let free = pool.and_then(|pool| {
-            let (ledger, area) = (pool.ledger.as_ref()?, pool.area.as_ref()?);
-            if behind(ledger, area).is_some() {
-                return None;
-            }
-            let sum = |of: fn(Class) -> bool| -> Bytes {
-                ledger
-                    .promises
-                    .values()
-                    .filter(|promise| of(promise.class))
-                    .map(|promise| promise.charge.data)
-                    .sum()
-            };
-            let volumes = ledger.capacity.volumes.data.saturating_sub(sum(|class| class == Class::Volumes));
-            Some(volumes.min(ledger.capacity.total.data.saturating_sub(sum(|_| true))))
-        });
-        let free = free.unwrap_or_default();
-        let whole = Bytes(free.0 / VOLUME_UNIT.0 * VOLUME_UNIT.0);
-        Ok(GetCapacityResponse {
-            available_capacity: whole.as_i64(),
-            maximum_volume_size: Some(whole.as_i64()),
-            minimum_volume_size: Some(VOLUME_UNIT.as_i64()),
-        })
     }
 }
 

@@ -8,10 +8,10 @@ use berth_core::ids::reservation_of_volume;
 use tonic::{Request, Response, Status};
 
 use super::Services;
-use super::attach::{self, FoundVolume, ImportedContent, Stats};
+use super::attach::{self, FoundVolume, ImportedContent, Publication, Stats};
 use super::controller::{CONTEXT_HOST_MOUNT, CONTEXT_PARTITION};
 use super::in_flight::Guard;
-use super::request::{path, use_of, volume_id};
+use super::request::{for_one_workload, path, use_of, volume_id};
 use super::status::RpcError;
 use crate::agent::observe::wanted_pools;
 use crate::csi::v1::node_server::Node as NodeService;
@@ -154,13 +154,16 @@ impl Services {
         let id = volume_id(&request.volume_id)?.to_owned();
         let target = path("target_path", &request.target_path)?;
         let wanted = use_of(request.volume_capability.as_ref())?;
-        let read_only = request.readonly;
+        let how = Publication {
+            read_only: request.readonly,
+            alone: for_one_workload(request.volume_capability.as_ref()),
+        };
         // The order of the checks: what names no volume of ours needs no staging path to be refused.
         reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let guard = self.in_flight.begin(&id, "NodePublishVolume")?;
         let publish =
-            move |services: &Self| services.find_volume(&id)?.publish(&staged, &target, wanted, read_only);
+            move |services: &Self| services.find_volume(&id)?.publish(&staged, &target, wanted, how);
         self.guarded(guard, publish).await?;
         Ok(NodePublishVolumeResponse {})
     }
@@ -181,7 +184,14 @@ impl Services {
         request: &NodeGetVolumeStatsRequest,
     ) -> Result<NodeGetVolumeStatsResponse, RpcError> {
         let id = volume_id(&request.volume_id)?.to_owned();
-        let shown: PathBuf = path("volume_path", &request.volume_path)?;
+        let shown = path("volume_path", &request.volume_path);
+        let shown: PathBuf = match shown {
+            // Volumes are shown at no such path: there is nothing, as at any other path where it is not.
+            Err(_) if !request.volume_path.is_empty() => {
+                return Err(RpcError::NoPath { volume: id, path: request.volume_path.clone() });
+            }
+            shown => shown?,
+        };
         let services = self.clone();
         let look = move || attach::stats(&services.find_volume(&id)?, &shown);
         Ok(usage(&tokio::task::spawn_blocking(look).await??))

@@ -185,6 +185,12 @@ pub fn use_of(capability: Option<&VolumeCapability>) -> Result<Use, RpcError> {
     }
 }
 
+/// True if a volume is for one workload only: it may be published at one place at a time.
+pub fn for_one_workload(capability: Option<&VolumeCapability>) -> bool {
+    let mode = capability.and_then(|capability| capability.access_mode).map(|mode| mode.mode());
+    mode == Some(Mode::SingleNodeSingleWriter)
+}
+
 /// This node must be among the nodes asked for, if any are.
 fn check_topology(asked: Option<&TopologyRequirement>, node: &NodeName) -> Result<(), RpcError> {
     let Some(asked) = asked else { return Ok(()) };

@@ -14,7 +14,6 @@ use berth_core::ids::{ObjectName, PoolName};
 use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use berth_device::filesystem::{FilesystemError, Signature};
-use berth_device::loop_device::LoopError;
 use berth_device::mounts::MountError;
 use berth_device::partition::PartitionError;
 use berth_record::{ChangeError, ReadError};
@@ -23,6 +22,7 @@ use tonic::{Code, Status};
 
 use crate::agent::observe::ObserveError;
 use crate::agent::pools::PoolError;
+use crate::area::AreaError;
 use crate::telemetry::chain;
 
 /// Why a call did not do what it was asked.
@@ -116,6 +116,14 @@ pub enum RpcError {
     /// It is in use.
     #[error("volume {0} is in use")]
     InUse(String),
+    /// It is for one workload only, and published for one.
+    #[error("volume {volume} is for one workload at a time, and is published at {path}")]
+    Elsewhere {
+        /// The volume.
+        volume: String,
+        /// Where.
+        path: String,
+    },
     /// It has not been staged, or what was staged is gone.
     #[error("volume {volume} is not staged at {path}")]
     NotStaged {
@@ -169,9 +177,9 @@ pub enum RpcError {
     /// A mount.
     #[error("a mount failed")]
     Mount(#[from] MountError),
-    /// A loop device.
-    #[error("a loop device failed")]
-    Loop(#[from] LoopError),
+    /// The area that holds the volume.
+    #[error("the pool's area fails")]
+    Area(#[from] AreaError),
     /// A partition.
     #[error("the partition cannot be used")]
     Partition(#[from] PartitionError),
@@ -217,6 +225,7 @@ impl RpcError {
             Self::OtherNode => Code::ResourceExhausted,
             Self::Refused { reason, .. } => refused(*reason),
             Self::InUse(_)
+            | Self::Elsewhere { .. }
             | Self::NotStaged { .. }
             | Self::NotMountable { .. }
             | Self::Partition(_)
@@ -228,7 +237,7 @@ impl RpcError {
             | Self::Change(_)
             | Self::Observe(_)
             | Self::Mount(_)
-            | Self::Loop(_)
+            | Self::Area(_)
             | Self::Filesystem(_)
             | Self::Io { .. }
             | Self::File(_)
@@ -268,6 +277,7 @@ mod tests {
             (refused(Reason::NamespaceNotAllowed), Code::PermissionDenied),
             (busy, Code::Aborted),
             (RpcError::InUse("v".into()), Code::FailedPrecondition),
+            (RpcError::Elsewhere { volume: "v".into(), path: "/p".into() }, Code::FailedPrecondition),
             (RpcError::OtherNode, Code::ResourceExhausted),
             (RpcError::Size { needed: Bytes(2), limit: Bytes(1) }, Code::OutOfRange),
         ] {

@@ -94,7 +94,7 @@ pub fn guard(path: &Path, driver: SourceDriver) -> Result<(), GuardError> {
 }
 
 /// The same for an open image; `path` is for messages.
-pub(super) fn guard_file(file: &File, path: &Path, driver: SourceDriver) -> Result<(), GuardError> {
+pub(crate) fn guard_file(file: &File, path: &Path, driver: SourceDriver) -> Result<(), GuardError> {
     let read = |source| GuardError::Read { path: path.to_owned(), source };
     let length = file.metadata().map_err(read)?.len();
     let mut header = [0; 512];

@@ -113,6 +113,7 @@ impl History {
         let spec = StagingPoolSpec {
             backend: Backend {
                 filesystem: Some(FilesystemBackend { path, size: Quantity(POOL_BYTES.to_string()) }),
+                ..Backend::default()
             },
             node_selector: [("race".to_owned(), self.pool.clone())].into(),
             capacity: CapacityPolicy::default(),

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod cluster;
+mod data_plane;
 mod kernel;
 mod manifests;
 mod memory;
@@ -13,6 +14,7 @@ mod operator;
 mod outage;
 mod process;
 mod safety;
+mod sanity;
 mod scenario;
 mod volume;
 
@@ -31,10 +33,12 @@ fn scenarios() -> Vec<Scenario> {
         minio::scenarios(),
         operator::scenarios(),
         volume::scenarios(),
+        sanity::scenarios(),
         bad_input::scenarios(),
         outage::scenarios(),
         memory::scenarios(),
         kernel::scenarios(),
+        data_plane::scenarios(),
         safety::scenarios(),
     ]
     .into_iter()

@@ -25,6 +25,8 @@ pub enum Need {
     Tool(Tool),
     /// A command on `PATH`.
     Command(&'static str),
+    /// `BERTH_E2E_LONG=1`, which `make e2e` sets.
+    Long,
     /// A program of ours, built if it is not up to date.
     Program(Ours),
     /// A machine that can run a whole site.
@@ -75,6 +77,9 @@ impl Need {
             }
             Self::Kernel => KernelHost::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
             Self::Site => Site::obstacle().map_or(Ok(()), |reason| Err(Obstacle::Missing(reason))),
+            Self::Long => crate::safety::long().then_some(()).ok_or_else(|| {
+                Obstacle::Missing("takes minutes and is not part of every run: `make e2e` runs it".to_owned())
+            }),
             Self::Command(name) => {
                 let path = std::env::var_os("PATH").unwrap_or_default();
                 let mut dirs = std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);

@@ -1,0 +1,85 @@
+//! What promises cost in a pool of thin devices: the blocks that they may come to occupy, and what maps these.
+
+use super::{BlockSize, device_metadata};
+use crate::ledger::Charge;
+use crate::units::Bytes;
+
+/// The least by which images are filled, and where each part begins: the smallest chunk of an image store.
+const FILL: Bytes = Bytes::kib(64);
+/// What the file system of a directory keeps for itself besides [`DIRECTORY_PERCENT`]: its journal of 16 MiB, and as much
+/// again.
+const DIRECTORY_FIXED: Bytes = Bytes::mib(32);
+/// Percent of a directory's bytes that its file system needs for bitmaps, inodes and extents. An extent of 12 bytes for
+/// each block of 4 KiB, which is the worst case, takes 0.3 %.
+const DIRECTORY_PERCENT: u64 = 1;
+
+/// A volume of `size`.
+pub fn volume_charge(size: Bytes, block: BlockSize) -> Charge {
+    device(size, block)
+}
+
+/// The device that a directory for `size` bytes of files lies on: ext4 with blocks of 4 KiB, a journal of 16 MiB, an inode
+/// for each MiB, no reserved share and no room to be resized (`-b 4096 -J size=16 -i 1048576 -m 0 -O ^resize_inode`).
+pub fn directory_device(size: Bytes) -> Bytes {
+    let share = Bytes((size.0 / 100).saturating_add(1).saturating_mul(DIRECTORY_PERCENT));
+    size.saturating_add(share).saturating_add(DIRECTORY_FIXED)
+}
+
+/// A directory for `size` bytes of files.
+pub fn directory_charge(size: Bytes, block: BlockSize) -> Charge {
+    device(directory_device(size), block)
+}
+
+/// A staged image with `real` bytes that are not holes. With blocks of more than 64 KiB each 64 KiB of it may lie in a block
+/// of their own, up to all of the disk.
+pub fn image_charge(real: Bytes, virtual_size: Bytes, block: BlockSize) -> Charge {
+    let parts = real.0.div_ceil(FILL.0);
+    let scattered = Bytes(parts.saturating_mul(block.bytes().0));
+    device(scattered.min(whole(virtual_size, block)), block)
+}
+
+fn device(size: Bytes, block: BlockSize) -> Charge {
+    Charge { data: whole(size, block), metadata: device_metadata(size, block) }
+}
+
+fn whole(size: Bytes, block: BlockSize) -> Bytes {
+    Bytes(block.blocks(size).saturating_mul(block.bytes().0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIB64: BlockSize = BlockSize::DEFAULT;
+    const MIB1: BlockSize = BlockSize(1 << 20);
+
+    #[test]
+    fn whole_blocks_and_what_maps_them_are_charged() {
+        let odd = volume_charge(Bytes(1), KIB64);
+        assert_eq!((odd.data, odd.metadata), (Bytes::kib(64), Bytes::kib(8)));
+        let large = volume_charge(Bytes::gib(10), KIB64);
+        assert_eq!((large.data, large.metadata), (Bytes::gib(10), device_metadata(Bytes::gib(10), KIB64)));
+        assert!(volume_charge(Bytes::gib(10), MIB1).metadata < large.metadata);
+        assert_eq!(volume_charge(Bytes(u64::MAX), MIB1).data, Bytes(u64::MAX), "saturates");
+    }
+
+    #[test]
+    fn an_image_costs_its_bytes_where_blocks_are_no_larger_than_its_parts() {
+        let charge = |real, block| image_charge(real, Bytes::gib(4), block).data;
+        assert_eq!(charge(Bytes::gib(1), KIB64), Bytes::gib(1));
+        assert_eq!(charge(Bytes(Bytes::gib(1).0 + 1), KIB64), Bytes(Bytes::gib(1).0 + KIB64.bytes().0));
+        assert_eq!(charge(Bytes::mib(64), MIB1), Bytes::gib(1), "each 64 KiB in a block of their own");
+        assert_eq!(charge(Bytes::gib(1), MIB1), Bytes::gib(4), "but never more than the disk has");
+        assert_eq!(charge(Bytes::ZERO, KIB64), Bytes::ZERO);
+    }
+
+    #[test]
+    fn a_directory_has_room_for_its_file_system_too() {
+        assert_eq!(
+            directory_device(Bytes::gib(1)),
+            Bytes(Bytes::gib(1).0 + (1 << 30) / 100 + 1 + (32 << 20))
+        );
+        assert!(directory_charge(Bytes::ZERO, KIB64).data >= Bytes::mib(32));
+        assert_eq!(directory_device(Bytes(u64::MAX)), Bytes(u64::MAX));
+    }
+}

@@ -1,0 +1,147 @@
+//! When nothing more is promised in a kernel pool, and how that is said.
+
+use std::fmt;
+
+use super::growth::ALARM_PERCENT;
+use super::{ADMISSION_PERCENT, PoolMode, PoolState, StopReason, ThinState, Usage};
+use crate::ledger::Class;
+use crate::reason::Reason;
+use crate::units::Bytes;
+
+/// A kernel pool in which nothing more is promised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// Which of the two.
+    pub class: Class,
+    /// Why.
+    pub why: StopReason,
+    /// Its metadata.
+    pub metadata: Usage,
+}
+
+impl Stopped {
+    /// The documented reason.
+    pub const fn reason(&self) -> Reason {
+        match self.why {
+            StopReason::Failed => Reason::PoolAreaFailed,
+            StopReason::NeedsCheck => Reason::NeedsCheck,
+            StopReason::ReadOnly => Reason::ReadOnly,
+            StopReason::Metadata => Reason::MetadataAlmostFull,
+            StopReason::Data => Reason::DataAlmostFull,
+        }
+    }
+
+    /// True if it passes when bytes are given back; otherwise somebody has to see to the pool.
+    pub const fn is_about_space(&self) -> bool {
+        matches!(self.why, StopReason::Metadata | StopReason::Data)
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { class, why, metadata } = self;
+        let class = match class {
+            Class::Images => "images",
+            Class::Volumes => "volumes",
+        };
+        write!(f, "promises nothing more for {class}: the kernel pool ")?;
+        match why {
+            StopReason::Failed => f.write_str("has failed"),
+            StopReason::NeedsCheck => f.write_str("has metadata that must be checked offline"),
+            StopReason::ReadOnly => f.write_str("is read-only"),
+            StopReason::Metadata => {
+                let (used, total, percent) = (metadata.used, metadata.total, metadata.percent());
+                write!(f, "uses {used} of {total} of metadata, {percent} %, more than {ADMISSION_PERCENT} %")
+            }
+            StopReason::Data => f.write_str("has no data space left and has not grown yet"),
+        }
+    }
+}
+
+impl PoolState {
+    /// Why nothing more may be promised in it, if that is so. Data that is used up is no reason by itself: a kernel pool
+    /// grows to what is promised in it, and what is promised may be written.
+    pub fn stopped(&self) -> Option<StopReason> {
+        match self.mode {
+            PoolMode::Failed => Some(StopReason::Failed),
+            _ if self.needs_check => Some(StopReason::NeedsCheck),
+            PoolMode::ReadOnly => Some(StopReason::ReadOnly),
+            _ if self.metadata.percent() > ADMISSION_PERCENT => Some(StopReason::Metadata),
+            PoolMode::OutOfDataSpace => Some(StopReason::Data),
+            PoolMode::ReadWrite => None,
+        }
+    }
+}
+
+impl ThinState {
+    /// The kernel pool of a class.
+    pub const fn of(&self, class: Class) -> &PoolState {
+        match class {
+            Class::Images => &self.images,
+            Class::Volumes => &self.volumes,
+        }
+    }
+
+    /// Why nothing more is promised to a class, if that is so.
+    pub fn stopped(&self, class: Class) -> Option<Stopped> {
+        let state = self.of(class);
+        state.stopped().map(|why| Stopped { class, why, metadata: state.metadata })
+    }
+
+    /// True if one of the kernel pools has less than a fifth left of what it can attain of `total`.
+    pub fn data_runs_low(&self, total: Bytes) -> bool {
+        let low = |own: &PoolState, other: &PoolState| {
+            let attainable = total.saturating_sub(other.data.total);
+            let usage = Usage { used: own.data.used, total: attainable };
+            usage.used > Bytes::ZERO && usage.percent() >= ALARM_PERCENT
+        };
+        low(&self.images, &self.volumes) || low(&self.volumes, &self.images)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn well() -> PoolState {
+        PoolState {
+            mode: PoolMode::ReadWrite,
+            needs_check: false,
+            data: Usage { used: Bytes::ZERO, total: Bytes::gib(1) },
+            metadata: Usage { used: Bytes::ZERO, total: Bytes(1000) },
+        }
+    }
+
+    #[test]
+    fn grants_stop_above_70_percent_of_metadata_and_in_damaged_pools() {
+        let well = well();
+        let used = |used| PoolState { metadata: Usage { used: Bytes(used), total: Bytes(1000) }, ..well };
+        assert_eq!((used(700).stopped(), used(701).stopped()), (None, Some(StopReason::Metadata)));
+        for (state, reason) in [
+            (PoolState { needs_check: true, ..well }, StopReason::NeedsCheck),
+            (PoolState { mode: PoolMode::ReadOnly, ..well }, StopReason::ReadOnly),
+            (PoolState { mode: PoolMode::ReadOnly, needs_check: true, ..well }, StopReason::NeedsCheck),
+            (PoolState { mode: PoolMode::Failed, needs_check: true, ..well }, StopReason::Failed),
+            (PoolState { mode: PoolMode::OutOfDataSpace, ..well }, StopReason::Data),
+        ] {
+            assert_eq!(state.stopped(), Some(reason));
+        }
+        let full = PoolState { data: Usage { used: Bytes::gib(1), total: Bytes::gib(1) }, ..well };
+        assert_eq!(full.stopped(), None, "what is promised may be written");
+        let thin = ThinState { images: full, volumes: well };
+        assert!(!thin.data_runs_low(Bytes::gib(10)) && thin.data_runs_low(Bytes::gib(2)));
+    }
+
+    #[test]
+    fn what_is_stopped_is_told_with_numbers() {
+        let metadata = Usage { used: Bytes::mib(71), total: Bytes::mib(100) };
+        let thin = ThinState { images: PoolState { metadata, ..well() }, volumes: well() };
+        let stopped = thin.stopped(Class::Images).expect("71 %");
+        assert_eq!(
+            stopped.to_string(),
+            "promises nothing more for images: the kernel pool uses 71 MiB of 100 MiB of metadata, 71 %, more than 70 %"
+        );
+        assert_eq!((stopped.reason(), stopped.is_about_space()), (Reason::MetadataAlmostFull, true));
+        assert_eq!(thin.stopped(Class::Volumes), None);
+    }
+}

@@ -1,0 +1,160 @@
+//! Everything that can go wrong in a pool's area.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use berth_core::ids::{Digest, Uid};
+use berth_core::reason::Reason;
+use berth_core::thin::GeometryError;
+use berth_core::units::Bytes;
+use berth_device::files::FileError;
+use berth_device::filesystem::FilesystemError;
+use berth_device::loop_device::LoopError;
+use berth_device::mounts::MountError;
+use berth_device::pool_area::ClaimError;
+use berth_device::thin::{DeviceName, KernelPoolError, NameError, ThinDeviceError, VolumeGroupError};
+use berth_record::ChangeError;
+use thiserror::Error;
+
+/// Why something in a pool's area was not opened, made, shown or removed.
+#[derive(Debug, Error)]
+pub enum AreaError {
+    /// The pool's own image and its claim.
+    #[error("failed to open or leave the pool's file system")]
+    Claim(#[from] ClaimError),
+    /// A file.
+    #[error("a file operation failed")]
+    File(#[from] FileError),
+    /// A loop device.
+    #[error("a loop device failed")]
+    Loop(#[from] LoopError),
+    /// A mount.
+    #[error("a mount failed")]
+    Mount(#[from] MountError),
+    /// A file system.
+    #[error("a file system failed")]
+    Filesystem(#[from] FilesystemError),
+    /// The pool's record.
+    #[error("the record refuses")]
+    Record(#[from] ChangeError),
+    /// Thin provisioning lacks something here.
+    #[error("no kernel pools can be used here: {0}")]
+    Missing(String),
+    /// Nothing can be named after the pool or a holder.
+    #[error("no device can be named")]
+    Name(#[from] NameError),
+    /// The volume group.
+    #[error("the pool's volume group fails")]
+    Group(#[from] VolumeGroupError),
+    /// A kernel pool.
+    #[error("a kernel pool fails")]
+    Kernel(#[from] KernelPoolError),
+    /// A thin device.
+    #[error("a thin device fails")]
+    Device(#[from] ThinDeviceError),
+    /// The pool cannot be divided.
+    #[error("the pool's space cannot be divided")]
+    Geometry(#[from] GeometryError),
+    /// There are volumes of data and none with the record: what lies in them is not known, so nothing is done with them.
+    #[error("the volume group holds data of the pool, but not the volume {volume} with its record")]
+    RecordVolumeGone {
+        /// Its name.
+        volume: String,
+    },
+    /// A kernel pool that is not as the record says: one of the two was restored, or exchanged.
+    #[error("{pool} is at transaction {found}, its record at {recorded}: one of them is not of this time")]
+    Transaction {
+        /// The kernel pool.
+        pool: DeviceName,
+        /// What the record says.
+        recorded: u64,
+        /// What the kernel pool says.
+        found: u64,
+    },
+    /// A kernel pool that the kernel has given up.
+    #[error("{pool} has failed")]
+    PoolFailed {
+        /// The kernel pool.
+        pool: DeviceName,
+    },
+    /// A kernel pool would become larger than everything that may be promised.
+    #[error("{pool} needs {needed}, which makes {both} with the other one, more than {most}")]
+    Bound {
+        /// The kernel pool.
+        pool: DeviceName,
+        /// What is promised in it.
+        needed: Bytes,
+        /// With what the other one has grown to.
+        both: Bytes,
+        /// What both may have.
+        most: Bytes,
+    },
+    /// A number that no thin device has.
+    #[error("{id} is not the number of a thin device")]
+    ThinId {
+        /// The number.
+        id: u32,
+    },
+    /// A device that should be there is not.
+    #[error("{} is not there", device.display())]
+    Vanished {
+        /// The device.
+        device: PathBuf,
+    },
+    /// A volume reads from an image that is to be removed.
+    #[error("volume {volume} still reads from image {digest}")]
+    ImageInUse {
+        /// The image.
+        digest: Digest,
+        /// The volume.
+        volume: Uid,
+    },
+    /// The area is open as far as its record only.
+    #[error("the area at {} is not open yet", root.display())]
+    NotStarted {
+        /// Its directory.
+        root: PathBuf,
+    },
+    /// An image does not fit into what was promised to the volume that is to start from it.
+    #[error("image {} has {found}, the volume is promised {promised}", path.display())]
+    ImageTooLarge {
+        /// The image.
+        path: PathBuf,
+        /// What it has.
+        found: Bytes,
+        /// What is promised.
+        promised: Bytes,
+    },
+    /// A file, directory or device.
+    #[error("failed to {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl AreaError {
+    /// The machine-readable reason why a pool is not usable.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Claim(
+                ClaimError::InUseByPool { .. }
+                | ClaimError::InUseByNode { .. }
+                | ClaimError::ForeignImage { .. },
+            )
+            | Self::Group(VolumeGroupError::NotOurs { .. }) => Reason::InUseByPool,
+            Self::Claim(ClaimError::TooSmall { .. }) | Self::Geometry(_) => Reason::InvalidSpec,
+            Self::Kernel(KernelPoolError::Damaged { .. }) => Reason::NeedsCheck,
+            _ => Reason::PoolAreaFailed,
+        }
+    }
+}
+
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> AreaError {
+    let path = path.to_owned();
+    move |source| AreaError::Io { action, path, source }
+}

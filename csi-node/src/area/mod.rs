@@ -1,0 +1,227 @@
+//! Where a pool's bytes lie on this node. Each backend is one implementation of [`Area`], chosen in [`open`]; nothing else
+//! asks which it is.
+//!
+//! An area only carries out. What is promised, begun or done is written to the pool's record by the caller, before and
+//! after; everything here may be repeated after a crash.
+
+mod error;
+mod filesystem;
+mod thin;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use berth_core::ids::{Digest, NodeName, PoolName, Uid};
+use berth_core::thin::ThinState;
+use berth_core::units::Bytes;
+use berth_device::partition::Extent;
+use berth_record::PoolRecord;
+use serde::{Deserialize, Serialize};
+
+pub use self::error::AreaError;
+use self::error::io_error;
+use self::filesystem::Filesystem;
+use self::thin::Thin;
+pub use self::thin::{ThinGroup, ThinSpec};
+use crate::telemetry::chain;
+
+/// What a pool is made of on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Backend {
+    /// A directory with one image in it.
+    Filesystem {
+        /// The directory on this node.
+        path: PathBuf,
+        /// The size of the image, if it has to be made.
+        size: Bytes,
+    },
+    /// Two kernel pools of the device mapper.
+    Thin(ThinSpec),
+}
+
+/// Whose area it is, and where its file system is mounted.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The UID of the `StagingPool`.
+    pub pool: Uid,
+    /// Its name.
+    pub name: PoolName,
+    /// This node.
+    pub node: NodeName,
+    /// Where the area's file system is mounted.
+    pub mount_point: PathBuf,
+    /// True if it was open on this node before: then nothing is wiped to make it.
+    pub known: bool,
+}
+
+/// An open area. Dropping it leaves it as it is.
+pub trait Area: Send + Sync {
+    /// The directory of the pool's own files, its record among them.
+    fn root(&self) -> &Path;
+
+    /// True if it was used before, so that a record must be there.
+    fn holds_data(&self) -> Result<bool, AreaError>;
+
+    /// Makes everything usable that the record says is there. Called once the record is open, before anything below.
+    fn start(&self, record: &PoolRecord) -> Result<(), AreaError>;
+
+    /// Why nothing bounds it, if so.
+    fn advisory(&self) -> Option<String>;
+
+    /// How many bytes may be promised in it.
+    fn total(&self) -> Bytes;
+
+    /// How many bytes are in use at this moment.
+    fn used(&self) -> Bytes;
+
+    /// The state of its kernel pools; `None` for a backend that has none.
+    fn kernel_pools(&self) -> Option<ThinState> {
+        None
+    }
+
+    /// The directory that a transfer may work in.
+    fn work_dir(&self, reservation: &Uid) -> PathBuf {
+        self.root().join(DIRECTORIES.staging).join(reservation.as_str())
+    }
+
+    /// True if it is there.
+    fn has_work_dir(&self, reservation: &Uid) -> bool;
+
+    /// Makes it, for `bytes` of files.
+    fn make_work_dir(&self, record: &PoolRecord, reservation: &Uid, bytes: Bytes) -> Result<(), AreaError>;
+
+    /// Removes it with all it holds.
+    fn remove_work_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError>;
+
+    /// What holds a staged image.
+    fn image(&self, digest: &Digest) -> PathBuf;
+
+    /// True if it is there.
+    fn has_image(&self, digest: &Digest) -> bool {
+        self.image(digest).exists()
+    }
+
+    /// Opens an image that is filled in part, for more; `None` if it is not there, or not of this size.
+    fn reopen_image(
+        &self,
+        record: &PoolRecord,
+        digest: &Digest,
+        size: Bytes,
+    ) -> Result<Option<File>, AreaError>;
+
+    /// Makes an image of zeros, to be filled, in place of what may be there.
+    fn new_image(&self, record: &PoolRecord, digest: &Digest, size: Bytes) -> Result<File, AreaError>;
+
+    /// Makes a filled image durable and read-only.
+    fn seal_image(&self, record: &PoolRecord, digest: &Digest, file: Arc<File>) -> Result<(), AreaError>;
+
+    /// Refuses if something still needs the image, so that it cannot be removed.
+    fn require_unused(&self, record: &PoolRecord, digest: &Digest) -> Result<(), AreaError>;
+
+    /// Removes an image.
+    fn remove_image(&self, record: &PoolRecord, digest: &Digest) -> Result<(), AreaError>;
+
+    /// What holds a volume: a file or a device.
+    fn volume(&self, reservation: &Uid) -> PathBuf;
+
+    /// The same as it is recorded, for people.
+    fn recorded_path(&self, reservation: &Uid) -> PathBuf;
+
+    /// True if it is there.
+    fn has_volume(&self, reservation: &Uid) -> bool {
+        self.volume(reservation).exists()
+    }
+
+    /// Makes a volume of zeros, or with the content of an image and zeros after it, in place of what may be there.
+    fn make_volume(
+        &self,
+        record: &PoolRecord,
+        reservation: &Uid,
+        size: Bytes,
+        origin: Option<&Digest>,
+    ) -> Result<(), AreaError>;
+
+    /// Removes a volume that is not attached.
+    fn remove_volume(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError>;
+
+    /// The block device that shows a volume, or a part of it; made if need be.
+    fn attach(
+        &self,
+        reservation: &Uid,
+        extent: Option<Extent>,
+        read_only: bool,
+    ) -> Result<PathBuf, AreaError>;
+
+    /// The block devices that show a volume at this moment.
+    fn attached(&self, reservation: &Uid) -> Result<Vec<PathBuf>, AreaError>;
+
+    /// Takes back what [`Self::attach`] has made.
+    fn detach(&self, reservation: &Uid) -> Result<(), AreaError>;
+
+    /// The file that says that formatting of a volume began and has not ended.
+    fn format_mark(&self, reservation: &Uid) -> PathBuf {
+        self.root().join(DIRECTORIES.volumes).join(format!("{reservation}.formatting"))
+    }
+
+    /// Lets everything go. What lies on the disk stays.
+    ///
+    /// # Errors
+    /// While anything in it is in use; it then stays as far as it is in use.
+    fn close(&self) -> Result<(), AreaError>;
+
+    /// Lets everything go, and deletes the area with all it holds.
+    fn destroy(self: Box<Self>) -> Result<(), AreaError>;
+}
+
+/// Makes or opens an area, as far as is needed to open its record. Blocks.
+pub fn open(place: &Place, backend: &Backend) -> Result<Box<dyn Area>, AreaError> {
+    match backend {
+        Backend::Filesystem { path, size } => Ok(Box::new(Filesystem::open(place, path, *size)?)),
+        Backend::Thin(spec) => Ok(Box::new(Thin::open(place, spec)?)),
+    }
+}
+
+/// Resumes every device of ours that an earlier process has left suspended: whatever uses one waits. Before anything else.
+pub fn resume_suspended() {
+    if !Path::new("/dev/mapper/control").exists() {
+        return;
+    }
+    let suspended = berth_device::thin::all_suspended_of_ours().unwrap_or_else(|error| {
+        tracing::warn!(error = chain(&error), "suspended devices are not looked for");
+        Vec::new()
+    });
+    for device in suspended {
+        match berth_device::thin::resume(&device) {
+            Ok(()) => tracing::warn!(device = device.name, "was suspended, and is resumed"),
+            Err(error) => tracing::error!(device = device.name, error = chain(&error), "stays suspended"),
+        }
+    }
+}
+
+/// Directories of an area's file system.
+struct Directories {
+    images: &'static str,
+    staging: &'static str,
+    volumes: &'static str,
+}
+
+const DIRECTORIES: Directories = Directories { images: "images", staging: "staging", volumes: "volumes" };
+
+impl Directories {
+    fn below(&self, root: &Path) -> [PathBuf; 3] {
+        [self.images, self.staging, self.volumes].map(|name| root.join(name))
+    }
+}
+
+fn has_directories(root: &Path) -> bool {
+    DIRECTORIES.below(root).iter().any(|path| path.exists())
+}
+
+fn make_directories(root: &Path) -> Result<(), AreaError> {
+    DIRECTORIES
+        .below(root)
+        .iter()
+        .try_for_each(|path| fs::create_dir_all(path).map_err(io_error("make", path)))
+}

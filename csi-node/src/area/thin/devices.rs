@@ -1,0 +1,130 @@
+//! Thin devices with their record: the intent, the message to the kernel pool, the transaction, the record again.
+
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use berth_core::ids::Uid;
+use berth_core::ledger::Class;
+use berth_core::units::Bytes;
+use berth_device::thin::{KernelPool, PoolStatus, ThinConfig, ThinDevice, ThinId};
+use berth_record::{ChangeError, PoolRecord, PromiseClass, ThinEntry, ThinState, tables};
+
+use super::super::error::AreaError;
+use super::Thin;
+
+pub(super) const fn recorded(class: Class) -> PromiseClass {
+    match class {
+        Class::Images => PromiseClass::Images,
+        Class::Volumes => PromiseClass::Volumes,
+    }
+}
+
+const fn class_of(class: PromiseClass) -> Class {
+    match class {
+        PromiseClass::Images => Class::Images,
+        PromiseClass::Volumes => Class::Volumes,
+    }
+}
+
+impl Thin {
+    /// Makes an empty thin device, for which there is room in its kernel pool then. What may be there is removed first.
+    /// It counts as half made until [`PoolRecord::thin_made`].
+    pub(super) fn make(
+        &self,
+        record: &PoolRecord,
+        uid: &Uid,
+        class: Class,
+        size: Bytes,
+    ) -> Result<ThinEntry, AreaError> {
+        self.remove(record, uid)?;
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = self.kernel()?.of(class);
+        self.group.grow(self.kernel()?, class, promised(record, class)?)?;
+        self.reconcile(record, class)?;
+        let size = size.round_up(self.group.block().bytes());
+        let entry = record.begin_thin(uid, recorded(class), size)?;
+        pool.create_thin(thin_id(&entry)?)?;
+        self.reconcile(record, class)?;
+        Ok(entry)
+    }
+
+    /// Removes a thin device and gives its blocks back; one that is not there is no error.
+    ///
+    /// # Errors
+    /// While anybody has it open; nothing has changed then.
+    pub(super) fn remove(&self, record: &PoolRecord, uid: &Uid) -> Result<(), AreaError> {
+        let Some(entry) = record.thin(uid).map_err(ChangeError::from)? else { return Ok(()) };
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let class = class_of(entry.class);
+        let pool = self.kernel()?.of(class);
+        if let Some(device) = ThinDevice::find(pool, uid)? {
+            device.deactivate()?;
+        }
+        self.reconcile(record, class)?;
+        record.begin_remove_thin(uid)?;
+        pool.delete(thin_id(&entry)?)?;
+        self.reconcile(record, class)?;
+        Ok(record.forget_thin(uid)?)
+    }
+
+    /// Makes the node of a thin device appear.
+    pub(super) fn show(
+        &self,
+        uid: &Uid,
+        entry: &ThinEntry,
+        origin: Option<&Path>,
+        read_only: bool,
+    ) -> Result<PathBuf, AreaError> {
+        let pool = self.kernel()?.of(class_of(entry.class));
+        let config = ThinConfig { holder: uid, id: thin_id(entry)?, size: entry.size, origin, read_only };
+        Ok(ThinDevice::activate(pool, &config)?.path())
+    }
+
+    /// Makes the node of a thin device go.
+    pub(super) fn hide(&self, class: Class, uid: &Uid) -> Result<(), AreaError> {
+        if let Some(device) = ThinDevice::find(self.kernel()?.of(class), uid)? {
+            device.deactivate()?;
+        }
+        Ok(())
+    }
+
+    /// The thin device of this name, if it is all there.
+    pub(super) fn made(record: &PoolRecord, uid: &Uid) -> Result<Option<ThinEntry>, AreaError> {
+        let entry = record.thin(uid).map_err(ChangeError::from)?;
+        Ok(entry.filter(|entry| entry.state == ThinState::Made))
+    }
+
+    /// Tells a kernel pool of the transaction that was begun last. Whether its message had arrived is not known where it
+    /// was cut off; every message may be repeated.
+    ///
+    /// # Errors
+    /// [`AreaError::Transaction`] if the kernel pool is not the one, or not as new or old, as the record says.
+    pub(super) fn reconcile(&self, record: &PoolRecord, class: Class) -> Result<(), AreaError> {
+        let pool = self.kernel()?.of(class);
+        let wanted = record.thin_counters(recorded(class)).map_err(ChangeError::from)?.transaction;
+        match at_transaction(pool)? {
+            found if found == wanted => Ok(()),
+            found if found.checked_add(1) == Some(wanted) => Ok(pool.set_transaction_id(found, wanted)?),
+            found => Err(AreaError::Transaction { pool: pool.name().clone(), recorded: wanted, found }),
+        }
+    }
+}
+
+fn at_transaction(pool: &KernelPool) -> Result<u64, AreaError> {
+    match pool.status()? {
+        PoolStatus::Working(working) => Ok(working.transaction_id),
+        PoolStatus::Failed => Err(AreaError::PoolFailed { pool: pool.name().clone() }),
+    }
+}
+
+fn thin_id(entry: &ThinEntry) -> Result<ThinId, AreaError> {
+    ThinId::new(entry.id).ok_or(AreaError::ThinId { id: entry.id })
+}
+
+/// What is promised to a class and not given back: its kernel pool must have as much.
+fn promised(record: &PoolRecord, class: Class) -> Result<Bytes, AreaError> {
+    let promises = record.record().entries(tables::PROMISES).map_err(ChangeError::from)?;
+    let held = promises.into_iter().map(|(_, promise)| promise);
+    let held = held.filter(|promise| promise.obeyed && !promise.released && promise.class == recorded(class));
+    Ok(held.map(|promise| promise.data).sum())
+}

@@ -1,0 +1,130 @@
+//! Everything that can go wrong with a volume group.
+
+use std::io;
+use std::path::PathBuf;
+
+use berth_core::units::Bytes;
+use thiserror::Error;
+
+use super::volume_group::TAG;
+use crate::filesystem::{FilesystemError, Signature};
+use crate::program::RunError;
+
+/// Why a volume group, or a volume in one, could not be made, found or changed.
+#[derive(Debug, Error)]
+pub enum VolumeGroupError {
+    /// An LVM command failed.
+    #[error("failed to run {command} on volume group {group}")]
+    Run {
+        /// The command.
+        command: &'static str,
+        /// The group.
+        group: String,
+        /// Why.
+        source: RunError,
+    },
+    /// An LVM command said something that is not understood.
+    #[error("failed to understand {command} about volume group {group}")]
+    Answer {
+        /// The command.
+        command: &'static str,
+        /// The group.
+        group: String,
+        /// How.
+        source: serde_json::Error,
+    },
+    /// There is no such group.
+    #[error("there is no volume group {group} on the devices that were looked at")]
+    NoGroup {
+        /// Its name.
+        group: String,
+    },
+    /// Some of its devices are away.
+    #[error("volume group {group} lacks {missing} of its devices")]
+    Incomplete {
+        /// Its name.
+        group: String,
+        /// How many.
+        missing: u64,
+    },
+    /// The group was not made by us, or for another pool; it has these tags.
+    #[error("volume group {group} is not this pool's own (tags: `{tags}`)")]
+    NotOurs {
+        /// Its name.
+        group: String,
+        /// Its tags.
+        tags: String,
+    },
+    /// These devices hold something, and nobody has consented to wiping them.
+    #[error("devices that are not blank: {}", list(found))]
+    NotBlank {
+        /// What was found on which.
+        found: Vec<(PathBuf, Signature)>,
+    },
+    /// A device cannot be examined.
+    #[error("failed to examine a device")]
+    Examine(#[from] FilesystemError),
+    /// A device is in use, missing, or not writable.
+    #[error("failed to {action} {device}", device = device.display())]
+    Device {
+        /// What was tried.
+        action: &'static str,
+        /// The device.
+        device: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A volume that is not there.
+    #[error("there is no logical volume {group}/{volume}")]
+    NoVolume {
+        /// The group.
+        group: String,
+        /// The volume.
+        volume: String,
+    },
+    /// A volume that is not ours and was left alone.
+    #[error("logical volume {group}/{volume} does not bear the tag `{TAG}` and was left alone")]
+    Foreign {
+        /// The group.
+        group: String,
+        /// The volume.
+        volume: String,
+    },
+    /// A volume that holds something, so that it cannot be made smaller.
+    #[error("logical volume {group}/{volume} is in use and is not made smaller")]
+    InUse {
+        /// The group.
+        group: String,
+        /// The volume.
+        volume: String,
+    },
+    /// More is asked for than is free.
+    #[error("volume group {group} has {free} free, and {needed} are needed")]
+    NoSpace {
+        /// The group.
+        group: String,
+        /// What is needed.
+        needed: Bytes,
+        /// What is free.
+        free: Bytes,
+    },
+    /// The group still holds volumes.
+    #[error("volume group {group} still holds {volumes}")]
+    NotEmpty {
+        /// The group.
+        group: String,
+        /// Their names.
+        volumes: String,
+    },
+    /// A name that LVM would not take, or that would mean something else to it.
+    #[error("`{name}` cannot name a device or a volume")]
+    BadName {
+        /// The name.
+        name: String,
+    },
+}
+
+fn list(found: &[(PathBuf, Signature)]) -> String {
+    let each = found.iter().map(|(device, signature)| format!("{} ({signature:?})", device.display()));
+    each.collect::<Vec<_>>().join(", ")
+}

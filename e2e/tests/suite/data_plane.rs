@@ -1,0 +1,116 @@
+//! The node's data plane on a kernel of its own: the device crate's tests of thin pools and kernel NBD, and the node's of a
+//! pool of the device mapper, none skipped.
+//!
+//! They are built outside and run as root in user-mode Linux on disks that may be wiped.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use berth_e2e::kernel::{GIB, KernelHost, KernelHostBuilder, MIB};
+use berth_e2e::ours::OurTest;
+
+use crate::safety::long;
+use crate::scenario::{Need, Scenario};
+
+/// How long the tests of one program may run in a guest on a busy machine: ten times what they take on an idle one.
+const TESTS_LIMIT: Duration = Duration::from_secs(600);
+
+/// The same with the time to build them, which may be nothing or minutes.
+const LIMIT: Duration = Duration::from_secs(1200);
+
+const DEVICE: &str = "berth-device";
+const NODE: &str = "berth-node";
+
+pub fn scenarios() -> Vec<Scenario> {
+    let thin = ["dmsetup", "lvm", "thin_check", "thin_dump", "thin_delta"].map(Need::Command);
+    let nbd = ["qemu-nbd", "qemu-img"].map(Need::Command);
+    vec![
+        // LVM takes half a second for each command in a guest.
+        scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
+            in_guest(DEVICE, "thin", None, 14, |host| host.disk("small", 64 * MIB).disk("large", GIB))
+        }),
+        scenario("data_plane::kernel_nbd", &[&thin[..], &nbd].concat(), || {
+            in_guest(DEVICE, "nbd", None, 14, |host| host.disk("large", GIB))
+        }),
+        scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
+            // One of them is the program that others kill, which does nothing by itself.
+            let (which, least) = if long() { (None, 5) } else { (Some("a_template_is_"), 1) };
+            in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
+        }),
+        scenario(
+            "data_plane::a_pool_goes_on_after_power_cuts",
+            &[&[Need::Long], &thin[..]].concat(),
+            a_pool_goes_on_after_power_cuts,
+        ),
+    ]
+}
+
+fn scenario(name: &'static str, more: &[Need], body: fn() -> anyhow::Result<()>) -> Scenario {
+    let needs = [&[Need::Kernel], more].concat();
+    let body = move || async move { tokio::task::spawn_blocking(body).await? };
+    Scenario::new(name, &needs, body).limited(LIMIT)
+}
+
+/// After how long the power is cut, each time from where the one before has left it. Making the area takes 5 s and all of
+/// it 20 s on an idle machine; at which moment it is does not matter.
+const POWER_CUTS: [Duration; 4] =
+    [Duration::from_secs(4), Duration::from_secs(9), Duration::from_secs(14), Duration::from_secs(19)];
+
+/// A program that makes a pool on a disk, a directory, an image and volumes in it, and removes all but the pool. After each
+/// power cut it is run again, and at last to its end.
+fn a_pool_goes_on_after_power_cuts() -> anyhow::Result<()> {
+    let program = OurTest { package: NODE, test: "thin_area" }.obtain()?;
+    let dir = tempfile::tempdir()?;
+    let share = dir.path().join("share");
+    let host = KernelHost::at(dir.path()).memory(768 * MIB).share(&share).disk("large", GIB).boot()?;
+    eprintln!("runs on {}", host.description());
+    let program = program.to_str().context("the path of the test program is text")?;
+    let play = || {
+        let command = host.command([program, "--exact", "killed::play", "--nocapture"]);
+        command.env("BERTH_TEST_PLAY_KILLED", &share).limit(TESTS_LIMIT)
+    };
+    let mut cuts = 0;
+    for moment in POWER_CUTS {
+        let playing = play().start()?;
+        if playing.ends_within(moment) {
+            playing.wait_success()?;
+            break;
+        }
+        host.cut();
+        cuts += 1;
+        host.boot_again()?;
+    }
+    play().run()?;
+    let left = host.run(["dmsetup", "ls"])?.text();
+    ensure!(left == "No devices found", "{left}");
+    ensure!(cuts > 0, "the power was never cut");
+    eprintln!("goes on after {cuts} power cuts");
+    Ok(())
+}
+
+/// Runs a test program in a guest, all of it or what a word selects; `least` of its tests must pass,
+/// and none may be skipped.
+fn in_guest(
+    package: &'static str,
+    test: &'static str,
+    which: Option<&str>,
+    least: u32,
+    disks: fn(KernelHostBuilder) -> KernelHostBuilder,
+) -> anyhow::Result<()> {
+    let program = OurTest { package, test }.obtain()?;
+    let dir = tempfile::tempdir()?;
+    let host = disks(KernelHost::at(dir.path())).memory(768 * MIB).boot()?;
+    eprintln!("runs on {}", host.description());
+    let program = program.to_str().context("the path of the test program is text")?;
+    let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which);
+    let output = host.command(words).limit(TESTS_LIMIT).run()?;
+    let text = output.text();
+    let passed = text
+        .lines()
+        .find_map(|line| line.strip_prefix("test result: ok. ")?.split(' ').next()?.parse::<u32>().ok())
+        .with_context(|| format!("no result in:\n{text}"))?;
+    ensure!(!text.contains("SKIPPED"), "the guest lacks something:\n{text}");
+    ensure!(passed >= least, "{passed} tests passed and not {least}:\n{text}");
+    eprintln!("{passed} tests of {package} passed in the guest");
+    Ok(())
+}

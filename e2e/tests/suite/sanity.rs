@@ -1,0 +1,173 @@
+//! csi-sanity against the node plugin: every test of what the plugin declares passes, nothing else is skipped, and
+//! nothing is left.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use berth_api::{StagingLedger, StagingReservation};
+use berth_e2e::csi::{Claim, View};
+use berth_e2e::sanity::{self, Ending, Needs};
+use berth_e2e::site::{Site, SiteNode, SiteOptions};
+use berth_e2e::tools::Tool;
+use berth_e2e::wait::{self, Look};
+use berth_e2e::{drive, leaks};
+use kube::Api;
+use kube::api::ListParams;
+use tonic::Code;
+
+use crate::scenario::{Need, Scenario};
+
+/// The pool that the volumes are in.
+const POOL: &str = "fast";
+
+/// The tests that csi-sanity skips, by the start of their names, and the capability that is not declared.
+const EXPLAINED: &[(&str, Needs)] = &[
+    ("Controller Service [Controller Server] ControllerPublishVolume ", PUBLISH),
+    ("Controller Service [Controller Server] ControllerUnpublishVolume ", PUBLISH),
+    ("Controller Service [Controller Server] volume lifecycle ", PUBLISH),
+    ("Controller Service [Controller Server] ListVolumes ", Needs::Controller("LIST_VOLUMES")),
+    (
+        "Controller Service [Controller Server] CreateVolume should create volume from an existing source snapshot",
+        SNAPSHOT,
+    ),
+    (
+        "Controller Service [Controller Server] CreateVolume should fail when the volume source snapshot is not found",
+        SNAPSHOT,
+    ),
+    (
+        "Controller Service [Controller Server] CreateVolume should create volume from an existing source volume",
+        CLONE,
+    ),
+    (
+        "Controller Service [Controller Server] CreateVolume should fail when the volume source volume is not found",
+        CLONE,
+    ),
+    (
+        "Controller Service [Controller Server] CreateVolume should create volume with a volume attribute class",
+        MODIFY,
+    ),
+    (
+        "Controller Service [Controller Server] CreateVolume should not create volume with an invalid volume attribute class",
+        MODIFY,
+    ),
+    ("CreateSnapshot [Controller Server] ", SNAPSHOT),
+    ("DeleteSnapshot [Controller Server] ", SNAPSHOT),
+    ("ListSnapshots [Controller Server] ", Needs::Controller("LIST_SNAPSHOTS")),
+    ("GetSnapshot [Controller Server] ", Needs::Controller("GET_SNAPSHOT")),
+    ("ExpandVolume [Controller Server] ", Needs::Controller("EXPAND_VOLUME")),
+    ("ModifyVolume [Controller Server] ", MODIFY),
+    ("ControllerGetVolumeHealth [Controller Server] ", Needs::Controller("GET_VOLUME_HEALTH")),
+    ("ControllerListVolumeHealth [Controller Server] ", Needs::Controller("LIST_VOLUME_HEALTH")),
+    ("GroupController Service ", Needs::Plugin("GROUP_CONTROLLER_SERVICE")),
+    ("Node Service NodeExpandVolume ", Needs::Node("EXPAND_VOLUME")),
+    ("Node Service NodeGetVolumeHealth ", Needs::Node("GET_VOLUME_HEALTH")),
+    ("Node Service NodeGetStorageHealth ", Needs::Node("GET_STORAGE_HEALTH")),
+];
+const PUBLISH: Needs = Needs::Controller("PUBLISH_UNPUBLISH_VOLUME");
+const SNAPSHOT: Needs = Needs::Controller("CREATE_DELETE_SNAPSHOT");
+const CLONE: Needs = Needs::Controller("CLONE_VOLUME");
+const MODIFY: Needs = Needs::Controller("MODIFY_VOLUME");
+
+pub fn scenarios() -> Vec<Scenario> {
+    let needs =
+        [Need::SITE, &[Need::Tool(Tool::CsiSanity)], &["mke2fs", "mkfs.xfs"].map(Need::Command)].concat();
+    vec![
+        Scenario::new("sanity::filesystem_backend", &needs, filesystem_backend)
+            .limited(Duration::from_secs(600)),
+    ]
+}
+
+async fn filesystem_backend() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let site = Site::start(SiteOptions::new(&dir.path().join("site"))).await?;
+    drive::make_pool(&site, POOL, "1Gi").await?;
+    conforms(&site, "filesystem").await?;
+    ensure!(site.stop().is_empty(), "a loop device stays");
+    Ok(())
+}
+
+/// Runs csi-sanity with volumes of the pool, once as file systems and once as block devices.
+async fn conforms(site: &Site, backend: &str) -> anyhow::Result<()> {
+    let node = &site.nodes()[0];
+    let declared = node.csi().capabilities().await?;
+    println!("capabilities of the plugin: {:?}", declared.plugin);
+    println!("capabilities of its controller: {:?}", declared.controller);
+    println!("capabilities of its node service: {:?}", declared.node);
+    let program = Tool::CsiSanity.obtain()?;
+    for view in [View::Filesystem, View::Block] {
+        let dir = site.dir().join(format!("sanity-{view:?}"));
+        let report = sanity::run(&program, node, &dir, view, &[("pool", POOL)]).await?;
+        let [passed, failed, skipped] =
+            [Ending::Passed, Ending::Failed, Ending::Skipped].map(|ending| report.count(ending));
+        println!("csi-sanity: {passed} passed, {failed} failed, {skipped} skipped ({backend}, {view:?})");
+        let problems = report.problems(EXPLAINED, &declared);
+        ensure!(problems.is_empty(), "{backend}, {view:?}:\n{}", problems.join("\n"));
+        one_workload_or_several(node, view).await?;
+        nothing_remains(site).await.with_context(|| format!("after {backend}, {view:?}"))?;
+    }
+    Ok(())
+}
+
+/// What csi-sanity does not look at: a volume for one workload is published at its place as often as it is asked for, and
+/// one for several at several places.
+async fn one_workload_or_several(node: &SiteNode, view: View) -> anyhow::Result<()> {
+    let csi = node.csi();
+    let claim = Claim {
+        volume: format!("pvc-places-{view:?}"),
+        namespace: "default".to_owned(),
+        name: "places".to_owned(),
+        bytes: 64 << 20,
+        view,
+        parameters: [("pool".to_owned(), POOL.to_owned())].into(),
+    };
+    let volume = csi.create(&claim).await?;
+    let (staged, first) = (node.staging_path(&volume.id), node.target_path(&volume.id));
+    let second = first.with_file_name("second");
+    csi.stage(&volume, &staged).await?;
+    for _ in 0..2 {
+        csi.publish_alone(&volume, &staged, &first).await?;
+    }
+    let Err(refused) = csi.publish_alone(&volume, &staged, &second).await else {
+        bail!("{view:?}: published at a second place, though it is for one workload");
+    };
+    ensure!(refused.code() == Some(Code::FailedPrecondition), "{view:?}: {refused}");
+    ensure!(refused.to_string().contains(&first.display().to_string()), "{view:?}: {refused}");
+    csi.publish(&volume, &staged, &second).await?;
+    csi.publish_alone(&volume, &staged, &first).await?;
+    for target in [&first, &second] {
+        csi.unpublish(&volume, target).await?;
+    }
+    csi.unstage(&volume, &staged).await?;
+    csi.delete(&volume.id).await?;
+    Ok(())
+}
+
+/// No reservation, promise, volume or mount.
+async fn nothing_remains(site: &Site) -> anyhow::Result<()> {
+    let reservations: Api<StagingReservation> = Api::all(site.client());
+    let ledgers: Api<StagingLedger> = Api::all(site.client());
+    wait::until("every reservation and promise to be gone", Duration::from_secs(60), || async {
+        let counted = async {
+            let ledgers = ledgers.list(&ListParams::default()).await?.items;
+            let promises: usize = ledgers.iter().map(|ledger| ledger.spec.promises.len()).sum();
+            Ok::<_, kube::Error>((promises, reservations.list(&ListParams::default()).await?.items.len()))
+        };
+        match counted.await {
+            Ok((0, 0)) => Look::Done(()),
+            Ok((promises, objects)) => Look::NotYet(format!("{promises} promises, {objects} reservations")),
+            Err(error) => Look::Failed(error),
+        }
+    })
+    .await?;
+    let node = &site.nodes()[0];
+    let pool = node.pool_root(POOL);
+    let volumes: Vec<_> =
+        fs::read_dir(node.inside(&pool.join("volumes")))?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(volumes.is_empty(), "volumes: {volumes:?}");
+    let mounts = node.mounts();
+    ensure!(mounts == [site.dir().join("disk"), pool], "mounts: {mounts:?}");
+    let loops = leaks::loops_below(site.dir());
+    ensure!(loops.len() == 1, "loop devices: {loops:?}");
+    Ok(())
+}
