@@ -221,6 +221,30 @@ fn a_pool_is_reopened_without_the_api_and_never_taken_from_another() {
 }
 
 #[test]
+fn a_pool_whose_disk_is_missing_is_not_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, pool) = open(dir.path());
+    make(&pool, &Uid::from("r1"), &Origin::Blank).unwrap();
+    close(pool, first);
+    let (there, elsewhere) = (dir.path().join("area"), dir.path().join("unplugged"));
+    fs::rename(&there, &elsewhere).unwrap();
+    let again = pools(dir.path());
+    let spec = spec(dir.path(), "pool-uid");
+    let error = again.prepare(&"fast".into(), &spec).unwrap_err();
+    assert!(
+        matches!(&error, PoolError::Area { source, .. } if matches!(**source, AreaError::Gone { .. })),
+        "{error}"
+    );
+    assert!(!there.join("berth-pool.json").exists());
+    fs::remove_dir_all(&there).ok();
+    fs::rename(&elsewhere, &there).unwrap();
+    again.prepare(&"fast".into(), &spec).unwrap();
+    let pool = again.get(&"fast".into()).unwrap();
+    assert!(pool.area.volume(&Uid::from("r1")).exists(), "it is as it was");
+    close(pool, again);
+}
+
+#[test]
 fn data_without_its_record_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let (first, pool) = open(dir.path());

@@ -7,7 +7,7 @@
 //! Steps are safe to repeat: planning again after a crash at any point leads to the same end.
 
 use crate::ids::{Digest, PoolName, Uid};
-use crate::ledger::{Promise, is_behind};
+use crate::ledger::{Holder, Promise, is_behind};
 use crate::units::{Generation, Timestamp};
 use crate::view::{Access, LedgerView};
 
@@ -67,8 +67,17 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
             steps.extend(serve(view, name, area, uid, reservation, promise.generation, may_make));
         } else if view.images.get(uid).is_some_and(|image| image.pool == *name) {
             steps.extend(serve_image(view, name, area, uid, promise.generation, may_make));
+        } else if obeyable.is_some_and(|ledger| is_revoked(ledger, uid)) {
+            steps.extend(give_back(view, name, area, uid, promise.generation));
         }
     }
+}
+
+/// True if the ledger says that this reservation is gone. That no watch shows it says nothing: a watch may lag.
+fn is_revoked(ledger: &LedgerView, uid: &Uid) -> bool {
+    let revoked =
+        |promise: &Promise| promise.revoked.is_some() && matches!(promise.holder, Holder::Reservation(_));
+    ledger.promises.get(uid).is_some_and(revoked)
 }
 
 fn names(ledger: &LedgerView, uid: &Uid, generation: Generation) -> bool {
@@ -160,10 +169,14 @@ fn give_back(
 }
 
 /// True while an import of whatever generation may still write in this reservation's directory. Where one works that is
-/// not shown any more is not known.
+/// not shown any more, or whose reservation is not, is not known.
 fn works_in(view: &NodeView, reservation: &Uid) -> bool {
-    let files = |reservation: &&NodeReservation| reservation.access == Access::File;
-    let Some(reservation) = view.reservations.get(reservation).filter(files) else { return false };
+    let Some(reservation) = view.reservations.get(reservation) else {
+        return view.jobs.iter().any(|job| job.kind == JobKind::Import);
+    };
+    if reservation.access != Access::File {
+        return false;
+    }
     view.jobs
         .iter()
         .filter(|job| job.kind == JobKind::Import)

@@ -328,6 +328,30 @@ fn deleted_while_it_is_made_leaves_nothing_after_any_cut() {
 }
 
 #[test]
+fn what_is_revoked_is_given_back_and_what_is_only_not_seen_stays() {
+    for cut in 0..20 {
+        let mut node = asked();
+        node.settle().unwrap();
+        let (whole, seen) = (node.disk.clone(), std::mem::take(&mut node.view.reservations));
+        node.settle().unwrap();
+        assert_eq!(node.disk, whole, "a watch that lags deletes nothing");
+        let ledger = ledger(&mut node);
+        ledger.revision += 1;
+        let revision = ledger.revision;
+        for uid in seen.keys() {
+            ledger.promises.get_mut(uid).unwrap().revoked = Some(revision);
+        }
+        node.left = cut;
+        let _ = node.settle();
+        node.left = 1000;
+        node.settle().unwrap();
+        let left: Vec<_> = node.disk.iter().filter(|bytes| !bytes.starts_with("image ")).collect();
+        assert!(left.is_empty(), "cut {cut}: {left:?}");
+        assert!(seen.keys().all(|uid| area(&node).promises[uid].released), "cut {cut}");
+    }
+}
+
+#[test]
 fn what_cannot_be_removed_is_not_released() {
     type Which = fn(&Step) -> bool;
     let removals: [(&str, &str, Which); 3] = [

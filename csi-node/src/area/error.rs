@@ -55,6 +55,12 @@ pub enum AreaError {
     /// The pool cannot be divided.
     #[error("the pool's space cannot be divided")]
     Geometry(#[from] GeometryError),
+    /// It was open on this node before. Made anew it would be empty, and promises that were obeyed would be obeyed again.
+    #[error("{what} was there before and is gone: is its disk attached and mounted?")]
+    Gone {
+        /// What of the pool.
+        what: String,
+    },
     /// There are volumes of data and none with the record: what lies in them is not known, so nothing is done with them.
     #[error("the volume group holds data of the pool, but not the volume {volume} with its record")]
     RecordVolumeGone {

@@ -11,7 +11,7 @@ use berth_core::units::Bytes;
 use berth_device::files::{self, FileError};
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::partition::Extent;
-use berth_device::pool_area::{PoolArea, PoolAreaConfig, PoolIdentity};
+use berth_device::pool_area::{PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
 use berth_record::PoolRecord;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
@@ -31,6 +31,9 @@ pub struct Filesystem {
 impl Filesystem {
     /// Makes or opens the area in `dir`. Blocks, for as long as making a file system takes.
     pub fn open(place: &Place, dir: &Path, size: Bytes) -> Result<Self, AreaError> {
+        if place.known && !is_claimed(dir) {
+            return Err(AreaError::Gone { what: format!("the area in {}", dir.display()) });
+        }
         let (pool, name, node) = (place.pool.clone(), place.name.clone(), place.node.clone());
         let config = PoolAreaConfig {
             dir: dir.to_owned(),

@@ -52,7 +52,7 @@ pub struct Place {
     pub node: NodeName,
     /// Where the area's file system is mounted.
     pub mount_point: PathBuf,
-    /// True if it was open on this node before: then nothing is wiped to make it.
+    /// True if it was open on this node before: then it is never made anew.
     pub known: bool,
 }
 

@@ -88,6 +88,11 @@ pub struct PoolArea {
     device: Option<LoopDevice>,
 }
 
+/// True if an area was made in this directory, or is being made.
+pub fn is_claimed(dir: &Path) -> bool {
+    Claim::path(dir).exists()
+}
+
 impl PoolArea {
     /// Opens the pool's area, making it first if there is none. Interrupted anywhere and called again, it goes on;
     /// what is mounted already is taken over.

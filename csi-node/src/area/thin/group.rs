@@ -26,6 +26,7 @@ const ROOM: &str = "room";
 /// The volume group of a pool, with the sizes that everything in it has.
 pub struct Group {
     pool: Uid,
+    known: bool,
     lvm: VolumeGroup,
     block: BlockSize,
     extent: Bytes,
@@ -78,6 +79,7 @@ impl Group {
         let shared = matches!(spec.group, ThinGroup::Shared { .. });
         Ok(Self {
             pool: pool.clone(),
+            known,
             layout: layout(space, block, extent)?,
             lvm: group,
             block,
@@ -105,6 +107,9 @@ impl Group {
                 if self.lvm.find(&data)?.is_some() {
                     return Err(AreaError::RecordVolumeGone { volume: name });
                 }
+            }
+            if self.known {
+                return Err(AreaError::Gone { what: format!("the volume {name} with the pool's record") });
             }
             self.lvm.create_volume(&name, self.layout.record)?;
         }
