@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_device::nbd::{self, AttachConfig, AttachError, Attachment, Nbd, ServedFormat, SlotUse};
 use berth_device::qemu::SourceDriver;
@@ -107,6 +107,11 @@ fn devices_of_others_are_left_alone() {
     let usage = |bench: &mut Bench, index: u32| {
         nbd::observe(&mut bench.nbd).unwrap().into_iter().find(|slot| slot.index == index).unwrap().usage()
     };
+    // It is done before the kernel names its process: until then the device is only open.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while usage(&mut bench, free) == SlotUse::Held && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     assert_eq!(usage(&mut bench, free), SlotUse::Foreign);
 
     let served = bench.served("server", 20);
