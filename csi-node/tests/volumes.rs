@@ -11,6 +11,7 @@ use berth_core::ids::{Digest, PoolName, Sha256Sum, Uid};
 use berth_core::node::Origin;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
+use berth_device::mounts::FsType;
 use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
 use berth_node::agent::volumes::{self, VolumeError};
 use berth_node::area::{AreaError, Backend};
@@ -254,4 +255,25 @@ fn data_without_its_record_is_left_alone() {
     let again = pools(dir.path());
     let error = again.prepare(&"fast".into(), &spec(dir.path(), "pool-uid")).unwrap_err();
     assert!(matches!(error, PoolError::RecordGone { .. }), "{error}");
+}
+
+#[test]
+fn a_staging_that_is_refused_leaves_nothing_attached() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r1");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    let mut sector = [0; 512];
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(pool.area.volume(&uid), [&sector[..], &[0; 4096]].concat()).unwrap();
+    let staged = dir.path().join("staged");
+    fs::create_dir(&staged).unwrap();
+    let content = attach::ImportedContent { host_mount: false, partition: None };
+    let found = attach::find(&pools, [], "v1-r1", &uid).unwrap();
+    found.stage(&staged, berth_node::rpc::request::Use::Filesystem(FsType::Ext4), content).unwrap_err();
+    let left: Option<Attachment> = pool.record.record().get(tables::ATTACHMENTS, &uid).unwrap();
+    assert_eq!(left, None);
+    drop(found);
+    volumes::remove(&pool, &uid).unwrap();
+    close(pool, pools);
 }

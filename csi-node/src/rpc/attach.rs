@@ -120,6 +120,28 @@ impl FoundVolume {
                 return Err(RpcError::InUse(self.id.clone()));
             }
         }
+        let shown = self.show(path, wanted, content, mode);
+        if shown.is_err() && mode == AttachmentMode::Filesystem && mounts::is_mounted(path)?.is_none() {
+            self.take_back();
+        }
+        shown
+    }
+
+    /// Nobody unstages what was refused: left recorded, it could never be deleted.
+    fn take_back(&self) {
+        let taken = self.pool.area.detach(&self.uid).map_err(RpcError::from);
+        if let Err(error) = taken.and_then(|()| Ok(self.pool.record.detached(&self.uid)?)) {
+            tracing::warn!(volume = %self.id, error = crate::telemetry::chain(&error), "could not take a failed staging back");
+        }
+    }
+
+    fn show(
+        &self,
+        path: &Path,
+        wanted: Use,
+        content: ImportedContent,
+        mode: AttachmentMode,
+    ) -> Result<(), RpcError> {
         let file = self.pool.area.volume(&self.uid);
         let mut attachment =
             Attachment { loop_device: None, backing_file: file.clone(), staged_path: path.to_owned(), mode };
