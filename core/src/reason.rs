@@ -181,6 +181,34 @@ reasons! {
     NeedsCheck => Terminal,
     /// A kernel pool is read-only, so nothing more is promised in it.
     ReadOnly => Terminal,
+    /// There is no pool of this name on the node.
+    PoolNotFound => Terminal,
+    /// There is no volume, snapshot or template with this UID in the pool.
+    VolumeNotFound => Terminal,
+    /// It is attached, mounted or open, or something else still reads from it.
+    InUse => Transient,
+    /// The operation is not allowed on a snapshot, which is never written.
+    IsSnapshot => Terminal,
+    /// The pool's ledger has promised no space for it.
+    NotPromised => Transient,
+    /// It is there already, in another way than asked for.
+    AlreadyDifferent => Terminal,
+    /// The device holds something, and nobody consented to losing it.
+    NotBlank => Terminal,
+    /// The device is mounted, or part of something else.
+    DeviceInUse => Terminal,
+    /// The volume group holds something of this name that is not ours.
+    ForeignVolume => Terminal,
+    /// What the pool was made of is gone from its devices, or they are not there.
+    PoolAreaGone => Transient,
+    /// Every NBD device of the node is taken.
+    SlotsExhausted => Transient,
+    /// What a device reads from does not answer.
+    OriginSilent => Transient,
+    /// The process that suspends and resumes devices does not answer.
+    SupervisorUnavailable => Transient,
+    /// Devices of guests are not kept from being scanned by the host.
+    HostScansGuestDisks => Transient,
 }
 
 impl fmt::Display for Reason {

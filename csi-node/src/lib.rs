@@ -9,6 +9,7 @@ pub mod csi;
 pub mod import;
 pub mod metrics;
 pub mod node;
+pub mod operation;
 pub mod rpc;
 pub mod run;
 pub mod sabotage;

@@ -159,6 +159,30 @@ pub struct ThinEntry {
     pub state: ThinState,
 }
 
+/// How far the attaching or detaching of a template has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TemplateState {
+    /// It may have a server or a device already: attach it again.
+    Attaching,
+    /// It has a device.
+    Attached,
+    /// Nothing may start from it any more; its device may be gone already.
+    Detaching,
+}
+
+/// An image file that volumes of a pool may start from, keyed by the UID that its device carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateEntry {
+    /// The image.
+    pub file: PathBuf,
+    /// Its format: `raw`, `qcow2`, `vmdk`, `vhd` or `vhdx`.
+    pub format: String,
+    /// The size a machine sees.
+    pub virtual_size: Bytes,
+    /// How far it is.
+    pub state: TemplateState,
+}
+
 /// What a kernel pool was last asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ThinCounters {

@@ -24,7 +24,7 @@ mod thin;
 pub use dump::dump;
 pub use entry::{
     Attachment, AttachmentMode, Holder, ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry,
-    StagingEntry, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeState,
+    StagingEntry, TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeState,
 };
 pub use error::{ChangeError, CreateError, OpenError, ReadError};
 pub use node::NodeRecord;

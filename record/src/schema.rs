@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::entry::PromiseClass;
 
 /// The version of the format that this program writes. Older ones are read, newer ones refused.
-pub const FORMAT_VERSION: u32 = 1;
+///
+/// 2: snapshots among the volumes, and templates.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Key of the format version in the header table: a JSON number, in every version.
 pub(crate) const KEY_VERSION: &str = "format_version";
@@ -152,8 +154,8 @@ impl<K: RecordKey, V: Serialize + DeserializeOwned> StructTable<K, V> {
 pub mod tables {
     use super::{Digest, StructTable, Uid};
     use crate::entry::{
-        Attachment, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, ThinCounters, ThinEntry,
-        VolumeEntry,
+        Attachment, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, TemplateEntry,
+        ThinCounters, ThinEntry, VolumeEntry,
     };
 
     /// Promises of the ledger, by holder.
@@ -168,6 +170,8 @@ pub mod tables {
     pub const STAGING: StructTable<Uid, StagingEntry> = StructTable::new("staging");
     /// Thin devices, by the UID that each is named after. Only pools of the device mapper have any.
     pub const THIN: StructTable<Uid, ThinEntry> = StructTable::new("thin");
+    /// Image files that are attached, by the UID that the device of each carries.
+    pub const TEMPLATES: StructTable<Uid, TemplateEntry> = StructTable::new("templates");
     /// What the two kernel pools were last asked for.
     pub const THIN_COUNTERS: StructTable<PromiseClass, ThinCounters> = StructTable::new("thin_counters");
     /// Work under way, by the object that asks for it.
