@@ -137,7 +137,8 @@ fn has_finalizer(meta: &ObjectMeta, finalizer: &str) -> bool {
     meta.finalizers.iter().flatten().any(|other| other == finalizer)
 }
 
-fn generation(value: i64) -> Generation {
+/// A generation as the API writes it; a negative one counts as 0.
+pub fn generation(value: i64) -> Generation {
     Generation(u64::try_from(value).unwrap_or_default())
 }
 

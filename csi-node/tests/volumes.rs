@@ -16,6 +16,7 @@ use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
 use berth_node::agent::volumes::{self, VolumeError};
 use berth_node::area::{AreaError, Backend};
 use berth_node::rpc::attach;
+use berth_node::rpc::request::Use;
 use berth_node::rpc::status::RpcError;
 use berth_record::{Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeState, tables};
 use tonic::{Code, Status};
@@ -270,10 +271,33 @@ fn a_staging_that_is_refused_leaves_nothing_attached() {
     fs::create_dir(&staged).unwrap();
     let content = attach::ImportedContent { host_mount: false, partition: None };
     let found = attach::find(&pools, [], "v1-r1", &uid).unwrap();
-    found.stage(&staged, berth_node::rpc::request::Use::Filesystem(FsType::Ext4), content).unwrap_err();
+    found.stage(&staged, Use::Filesystem(FsType::Ext4), content).unwrap_err();
     let left: Option<Attachment> = pool.record.record().get(tables::ATTACHMENTS, &uid).unwrap();
     assert_eq!(left, None);
     drop(found);
     volumes::remove(&pool, &uid).unwrap();
+    close(pool, pools);
+}
+
+#[test]
+fn a_formatting_that_was_cut_off_is_not_taken_up_again_over_what_a_workload_wrote_since() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r1");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    fs::write(pool.area.format_mark(&uid), b"").unwrap();
+    let staged = dir.path().join("staged");
+    fs::create_dir(&staged).unwrap();
+    let content = attach::ImportedContent::default();
+    let stage = |wanted| attach::find(&pools, [], "v1-r1", &uid).unwrap().stage(&staged, wanted, content);
+    if let Err(error) = stage(Use::Block) {
+        println!("SKIPPED: no loop device here: {error}");
+        return close(pool, pools);
+    }
+    fs::write(pool.area.volume(&uid), vec![7; 8 << 20]).unwrap();
+    attach::unstage(&pools, [], &uid, &staged).unwrap();
+    let refused = stage(Use::Filesystem(FsType::Ext4)).unwrap_err();
+    assert!(matches!(refused, RpcError::NotMountable { .. } | RpcError::Filesystem(_)), "{refused}");
+    assert!(fs::read(pool.area.volume(&uid)).unwrap().iter().all(|byte| *byte == 7), "it was not formatted");
     close(pool, pools);
 }

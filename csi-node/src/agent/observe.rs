@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use berth_api::parse::{self, PoolArea};
-use berth_api::staging_ledger::{HolderKind, LedgerBytes, PromiseClass, StagingLedgerSpec};
+use berth_api::parse::{self, PoolArea, generation};
 use berth_api::staging_reservation::Access as ApiAccess;
 use berth_api::{StagingPool, StagingReservation};
 use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name};
@@ -14,8 +13,8 @@ use berth_core::node::view::{
     AreaView, HeldImage, HeldVolume, HeldWorkDir, NodeImage, NodeImport, NodeReservation, NodeStore,
     ObeyedPromise, PoolOnNode,
 };
-use berth_core::units::{Bytes, Generation};
-use berth_core::view::{Access, LedgerCapacity, LedgerView, ObjectVersion};
+use berth_core::units::Bytes;
+use berth_core::view::Access;
 use berth_record::{ImageState, ReadError, VolumeState, tables};
 use kube::ResourceExt as _;
 use thiserror::Error;
@@ -58,7 +57,7 @@ fn look(node: &Node) -> Result<NodeView, ObserveError> {
         view.pools.entry(pool.name.clone()).or_default().area = Some(area);
     }
     for ledger in node.watches.ledgers.state() {
-        let parsed = ledger_view(&ledger.name_any(), ledger.resource_version(), &ledger.spec);
+        let parsed = parse::ledger_view(&ledger);
         let pool = view.pools.entry(parsed.pool.clone()).or_default();
         pool.ledger = Some(parsed);
     }
@@ -146,59 +145,6 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         area.work_dirs.insert(uid, HeldWorkDir { generation: staging.generation, made });
     }
     Ok(area)
-}
-
-fn ledger_view(name: &str, version: Option<String>, spec: &StagingLedgerSpec) -> LedgerView {
-    let charge = |bytes: &LedgerBytes| Charge {
-        data: Bytes::from_i64(bytes.data_bytes),
-        metadata: Bytes::from_i64(bytes.metadata_bytes),
-    };
-    let promises = spec.promises.iter().map(|(uid, promise)| {
-        let holder = match promise.holder.kind {
-            HolderKind::StagedImage => Holder::Image(promise.holder.name.clone()),
-            HolderKind::StagingReservation => Holder::Reservation(ObjectName::new(
-                promise.holder.namespace.clone().unwrap_or_default(),
-                promise.holder.name.clone(),
-            )),
-        };
-        let class = match promise.class {
-            PromiseClass::Images => Class::Images,
-            PromiseClass::Volumes => Class::Volumes,
-        };
-        let charge = Charge {
-            data: Bytes::from_i64(promise.data_bytes),
-            metadata: Bytes::from_i64(promise.metadata_bytes),
-        };
-        (
-            Uid::from(uid.as_str()),
-            Promise {
-                holder,
-                class,
-                charge,
-                generation: generation(promise.generation),
-                revoked: promise.revoked_revision.and_then(|revision| u64::try_from(revision).ok()),
-            },
-        )
-    });
-    LedgerView {
-        name: name.to_owned(),
-        version: ObjectVersion(version.unwrap_or_default()),
-        pool: spec.pool_name.as_str().into(),
-        node: spec.scope.node_name.as_str().into(),
-        lineage: spec.lineage.as_str().into(),
-        revision: u64::try_from(spec.revision).unwrap_or_default(),
-        capacity: LedgerCapacity {
-            images: charge(&spec.capacity.images),
-            volumes: charge(&spec.capacity.volumes),
-            total: charge(&spec.capacity.total),
-        },
-        promises: promises.collect(),
-    }
-}
-
-/// A generation as the API writes it.
-pub fn generation(value: i64) -> Generation {
-    Generation(u64::try_from(value).unwrap_or_default())
 }
 
 fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeReservation)> {

@@ -156,7 +156,8 @@ impl FoundVolume {
         attachment.loop_device = Some(device.clone());
         self.pool.record.attach(&self.uid, &attachment)?;
         match wanted {
-            Use::Block => Ok(()),
+            // From now on what is there is the workload's, half a file system as well.
+            Use::Block => self.formatting_is_over(),
             Use::Filesystem(asked) => self.mount(&device, path, asked),
         }
     }
@@ -185,9 +186,14 @@ impl FoundVolume {
         files::write_durably(&mark, b"")?;
         filesystem::mkfs(device, asked, consent)?;
         flush(device)?;
-        files::remove_if_there(&mark)?;
-        files::sync_parent(&mark)?;
+        self.formatting_is_over()?;
         Ok(asked)
+    }
+
+    fn formatting_is_over(&self) -> Result<(), RpcError> {
+        let mark = self.pool.area.format_mark(&self.uid);
+        files::remove_if_there(&mark)?;
+        Ok(files::sync_parent(&mark)?)
     }
 
     fn mountable(&self, found: Option<Signature>) -> Result<FsType, RpcError> {
