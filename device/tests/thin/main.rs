@@ -9,6 +9,7 @@
 
 mod failures;
 mod groups;
+mod growth;
 mod pools;
 
 use std::fs::{File, OpenOptions};

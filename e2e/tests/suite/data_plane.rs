@@ -27,8 +27,15 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         // LVM takes half a second for each command in a guest.
         scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
-            in_guest(DEVICE, "thin", None, 14, |host| host.disk("small", 64 * MIB).disk("large", GIB))
+            in_guest(DEVICE, "thin", None, 15, |host| host.disk("small", 64 * MIB).disk("large", GIB))
         }),
+        scenario("data_plane::pools_grow_under_writes", &[&[Need::Long], &thin[..]].concat(), || {
+            let growth = |host: KernelHostBuilder| {
+                host.env("BERTH_TEST_GROWTHS", "100").disk("small", 64 * MIB).disk("large", 2 * GIB)
+            };
+            in_guest(DEVICE, "thin", Some("both_pools_grow_"), 1, growth)
+        })
+        .limited(3 * LIMIT),
         scenario("data_plane::kernel_nbd", &[&thin[..], &nbd].concat(), || {
             in_guest(DEVICE, "nbd", None, 14, |host| host.disk("large", GIB))
         }),
