@@ -18,6 +18,7 @@ pub mod reservation;
 pub mod retry;
 pub mod stages;
 pub mod store;
+pub mod table;
 pub mod thin;
 pub mod units;
 pub mod view;
