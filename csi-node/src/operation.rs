@@ -5,6 +5,10 @@
 //!
 //! Every operation may be repeated: what it names is told by a UID or a name, never by what happened to be free.
 
+mod carry_out;
+pub mod lines;
+mod subjects;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -14,6 +18,7 @@ use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::carry_out::carry_out;
 use crate::area::Backend;
 
 /// One thing to do.
