@@ -321,7 +321,7 @@ async fn no_volume_is_said_to_be_absent_while_a_pool_that_may_hold_it_is_not_ope
     let node = node(dir.path(), &lists).await;
     let known = |names: &[&str]| {
         let backend = Backend::Filesystem { path: dir.path().join("area"), size: Bytes::mib(512) };
-        let spec = PoolSpec { uid: "u".into(), backend };
+        let spec = PoolSpec::new("u".into(), backend);
         let known: BTreeMap<PoolName, PoolSpec> =
             names.iter().map(|name| (PoolName::from(*name), spec.clone())).collect();
         std::fs::write(dir.path().join("pools.json"), serde_json::to_vec(&known).unwrap()).unwrap();
