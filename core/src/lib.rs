@@ -9,6 +9,7 @@ pub mod ids;
 pub mod image;
 pub mod import;
 pub mod ledger;
+pub mod local;
 pub mod metric;
 pub mod node;
 pub mod pool;

@@ -14,7 +14,7 @@ use berth_device::mounts::FsType;
 use berth_node::agent::asked::{self, Carrier as _};
 use berth_node::agent::jobs::Jobs;
 use berth_node::agent::news::News;
-use berth_node::agent::pools::{PoolSpec, Pools};
+use berth_node::agent::pools::{OpenPool, PoolSpec, Pools};
 use berth_node::agent::watches::Watches;
 use berth_node::area::Backend;
 use berth_node::csi::v1::controller_server::Controller as _;
@@ -325,7 +325,7 @@ async fn no_volume_is_said_to_be_absent_while_a_pool_that_may_hold_it_is_not_ope
     let node = node(dir.path(), &lists).await;
     let known = |names: &[&str]| {
         let backend = Backend::Filesystem { path: dir.path().join("area"), size: Bytes::mib(512) };
-        let spec = PoolSpec { uid: "u".into(), backend };
+        let spec = PoolSpec::new("u".into(), backend);
         let known: BTreeMap<PoolName, PoolSpec> =
             names.iter().map(|name| (PoolName::from(*name), spec.clone())).collect();
         std::fs::write(dir.path().join("pools.json"), serde_json::to_vec(&known).unwrap()).unwrap();
@@ -405,9 +405,10 @@ async fn capacity_is_told_without_parameters_and_not_for_a_class_that_makes_no_v
 }
 
 fn local_pool(node: &Node, dir: &Path) -> Arc<OpenPool> {
-    let (name, backend) = (PoolName::from("fast"), Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) });
+    let (name, backend) =
+        (PoolName::from("fast"), Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) });
     let uid = format!("uid-{}", dir.file_name().unwrap().display()).to_lowercase().replace('.', "");
-    node.pools.create_local(&name, &uid.as_str().into(), &backend).unwrap();
+    node.pools.create(&name, &PoolSpec::new(uid.into(), backend)).unwrap();
     node.pools.get(&name).unwrap()
 }
 
@@ -458,5 +459,6 @@ async fn an_operation_and_a_call_never_work_on_one_volume_at_once() {
     assert_eq!(refusal.reason, Reason::VolumeNotFound, "{refusal}");
     services.node_unstage_volume(Request::new(unstage)).await.unwrap();
     tokio::time::timeout(Duration::from_secs(10), node.wake.notified()).await.expect("the agent is woken");
+    node.pools.destroy(&"fast".into(), true).unwrap();
     node.stop.cancel();
 }
