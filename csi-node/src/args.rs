@@ -173,20 +173,20 @@ mod tests {
     fn commands_are_operations() {
         for (line, operation) in [
             (
-                "pool create fast --device /dev/sdc,/dev/sdb --device /dev/sdc --wipe --uid u",
-                r#"{"do":"poolCreate","pool":"fast","uid":"u","backend":{"group":{"exclusive":{"devices":["/dev/sdb","/dev/sdc"],"wipe":true}},"block":65536}}"#,
+                "pool create fast --device /dev/sdc,/dev/sdb --device /dev/sdc --wipe --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"exclusive":{"devices":["/dev/sdb","/dev/sdc"],"wipe":true}},"block":65536}}"#,
             ),
             (
-                "pool create fast --volume-group vg --size 1Gi --block-size 256Ki --uid u",
-                r#"{"do":"poolCreate","pool":"fast","uid":"u","backend":{"group":{"shared":{"name":"vg","size":1073741824}},"block":262144}}"#,
+                "pool create fast --volume-group vg --size 1Gi --block-size 256Ki --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"shared":{"name":"vg","size":1073741824}},"block":262144}}"#,
             ),
             (
-                "pool create fast --path /srv/pool --size 1Gi --uid u -o json",
-                r#"{"do":"poolCreate","pool":"fast","uid":"u","backend":{"path":"/srv/pool","size":1073741824}}"#,
+                "pool create fast --path /srv/pool --size 1Gi --uid 0f8fad5b-d9cb-469f-a165-70867728950e -o json",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"/srv/pool","size":1073741824}}"#,
             ),
             (
-                "pool introduce fast --area a --uid u --path /srv/pool --size 1Gi",
-                r#"{"do":"poolIntroduce","pool":"fast","area":"a","uid":"u","backend":{"path":"/srv/pool","size":1073741824}}"#,
+                "pool introduce fast --area a --uid 0f8fad5b-d9cb-469f-a165-70867728950e --path /srv/pool --size 1Gi",
+                r#"{"do":"poolIntroduce","pool":"fast","area":"a","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"/srv/pool","size":1073741824}}"#,
             ),
             ("pool forget fast", r#"{"do":"poolForget","pool":"fast"}"#),
             ("pool destroy fast", r#"{"do":"poolDestroy","pool":"fast","withContents":false}"#),
@@ -201,21 +201,21 @@ mod tests {
             ("pool check fast", r#"{"do":"poolCheck","pool":"fast"}"#),
             ("pool list --state-dir /s --mount-root /m --node-name n", r#"{"do":"poolList"}"#),
             (
-                "template attach fast /i.qcow2 --format qcow2 --uid t -o json",
-                r#"{"do":"templateAttach","pool":"fast","template":"t","file":"/i.qcow2","format":"qcow2"}"#,
+                "template attach fast /i.qcow2 --format qcow2 --uid 0f8fad5b-d9cb-469f-a165-70867728950e -o json",
+                r#"{"do":"templateAttach","pool":"fast","template":"0f8fad5b-d9cb-469f-a165-70867728950e","file":"/i.qcow2","format":"qcow2"}"#,
             ),
             ("template detach fast t", r#"{"do":"templateDetach","pool":"fast","template":"t"}"#),
             (
-                "volume create fast --size 1Ki --from-template t --label a=b --label c= --uid v",
-                r#"{"do":"volumeCreate","pool":"fast","volume":"v","size":1024,"origin":{"template":"t"},"labels":{"a":"b","c":""}}"#,
+                "volume create fast --size 1Ki --from-template t --label a=b --label c= --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeCreate","pool":"fast","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","size":1024,"origin":{"template":"t"},"labels":{"a":"b","c":""}}"#,
             ),
             (
-                "volume clone fast s --uid v",
-                r#"{"do":"volumeClone","pool":"fast","volume":"v","source":"s","size":null}"#,
+                "volume clone fast s --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeClone","pool":"fast","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","source":"s","size":null}"#,
             ),
             (
-                "volume snapshot fast s --uid v",
-                r#"{"do":"volumeSnapshot","pool":"fast","snapshot":"v","source":"s"}"#,
+                "volume snapshot fast s --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeSnapshot","pool":"fast","snapshot":"0f8fad5b-d9cb-469f-a165-70867728950e","source":"s"}"#,
             ),
             (
                 "volume attach fast v --read-only",
@@ -271,7 +271,8 @@ mod tests {
             ("pool create fast --path /p --size 1Gi --wipe", "--wipe"),
             ("pool create fast --path /p --size 1Gi --block-size 128Ki", "--block-size"),
             ("pool create fast --device /dev/sdb --block-size 96Ki", "--block-size"),
-            ("pool create fast --device /dev/sdb --uid UPPER", "--uid"),
+            ("pool create fast --device /dev/sdb --uid fast", "--uid"),
+            ("volume snapshot fast s --uid v", "--uid"),
             ("pool introduce fast --path /p --size 1Gi", "--area"),
             ("pool introduce fast --area a --device /dev/sdb --wipe", "--wipe"),
             ("pool grow fast --class data --size 1Gi", "--class"),

@@ -45,6 +45,14 @@ pub fn uid(text: &str) -> Result<Uid, String> {
     Ok(Uid::from(text))
 }
 
+/// A UID for something new: a UUID, because device names are made of it.
+pub fn new_uid(text: &str) -> Result<Uid, String> {
+    match uuid::Uuid::try_parse(text) {
+        Ok(uuid) if uuid.hyphenated().to_string() == text => Ok(Uid::from(text)),
+        _ => Err("it must be a UUID of lower-case hexadecimal digits".to_owned()),
+    }
+}
+
 /// A size above zero: a Kubernetes quantity of bytes.
 pub fn size(text: &str) -> Result<Bytes, String> {
     match berth_api::parse::bytes("", &Quantity(text.to_owned())) {
@@ -113,6 +121,10 @@ mod tests {
             assert!(pool_name(bad).is_err(), "{bad}");
         }
         assert!(uid("0f8fad5b-d9cb-469f-a165-70867728950e").is_ok());
+        assert!(new_uid("0f8fad5b-d9cb-469f-a165-70867728950e").is_ok());
+        for bad in ["u", "0f8fad5bd9cb469fa16570867728950e", "0F8FAD5B-d9cb-469f-a165-70867728950e"] {
+            assert!(new_uid(bad).is_err(), "{bad}");
+        }
         assert!(uid("").is_err() && uid("A").is_err() && uid("../x").is_err());
     }
 

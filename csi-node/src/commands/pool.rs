@@ -109,8 +109,8 @@ pub struct CreateArgs {
     /// Destroys whatever the devices hold.
     #[arg(long, conflicts_with_all = ["volume_group", "path"])]
     pub wipe: bool,
-    /// The pool's UID, which names its volume group and devices for ever. Default: a new one, which is printed.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    /// The pool's UID, which names its volume group and devices for ever: a UUID. Default: a new one, which is printed.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
 }
 
@@ -124,7 +124,7 @@ pub struct IntroduceArgs {
     #[arg(long, value_name = "UID", value_parser = values::uid)]
     pub area: Uid,
     /// The UID of the pool that it is from now on, such as that of a new `StagingPool`. Default: the one that it has.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
     /// Where it lies.
     #[command(flatten)]

@@ -49,8 +49,8 @@ pub struct AttachArgs {
     /// The image's format, as `qemu-img` names it. Default: what its head says.
     #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(["raw", "qcow2", "vmdk", "vpc", "vhdx"]))]
     pub format: Option<String>,
-    /// What the template is called. Default: a new UID, which is printed before the device.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    /// What the template is called. A UUID. Default: a new one, which is printed before the device.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
     /// Where.
     #[command(flatten)]

@@ -74,8 +74,8 @@ pub struct CreateArgs {
     /// What people know it by, as `KEY=VALUE`. May be repeated; the last value of a key counts.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = values::label)]
     pub labels: Vec<(String, String)>,
-    /// What the volume is called. Default: a new UID, which is printed.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    /// What the volume is called. A UUID. Default: a new one, which is printed.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
 }
 
@@ -91,8 +91,8 @@ pub struct CloneArgs {
     /// How large the new volume is. Default: as large as the source.
     #[arg(long, value_name = "SIZE", value_parser = values::size)]
     pub size: Option<Bytes>,
-    /// What the new volume is called. Default: a new UID, which is printed.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    /// What the new volume is called. A UUID. Default: a new one, which is printed.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
 }
 
@@ -105,8 +105,8 @@ pub struct SnapshotArgs {
     /// The volume.
     #[arg(value_parser = values::uid)]
     pub source: Uid,
-    /// What the snapshot is called. Default: a new UID, which is printed.
-    #[arg(long, value_name = "UID", value_parser = values::uid)]
+    /// What the snapshot is called. A UUID. Default: a new one, which is printed.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
     pub uid: Option<Uid>,
 }
 

@@ -83,6 +83,19 @@ impl Operation {
         }
     }
 
+    /// What it gives a name to that is new here.
+    const fn makes(&self) -> Option<&Uid> {
+        match self {
+            Self::PoolCreate { uid: new, .. }
+            | Self::PoolIntroduce { uid: Some(new), .. }
+            | Self::TemplateAttach { template: new, .. }
+            | Self::VolumeCreate { volume: new, .. }
+            | Self::VolumeClone { volume: new, .. }
+            | Self::VolumeSnapshot { snapshot: new, .. } => Some(new),
+            _ => None,
+        }
+    }
+
     /// Refuses names, sizes and paths that cannot be used, whatever there is: names become parts of paths.
     ///
     /// # Errors
@@ -100,14 +113,13 @@ impl Operation {
         for volume in self.volumes() {
             values::uid(volume.as_str()).map_err(invalid("a UID"))?;
         }
+        if let Some(new) = self.makes() {
+            values::new_uid(new.as_str()).map_err(invalid("the new UID"))?;
+        }
         match self {
-            Self::PoolCreate { uid, backend, .. } => {
-                values::uid(uid.as_str()).map_err(invalid("uid"))?;
-                check_backend(backend).map_err(invalid("backend"))
-            }
-            Self::PoolIntroduce { area, uid, backend, .. } => {
+            Self::PoolCreate { backend, .. } => check_backend(backend).map_err(invalid("backend")),
+            Self::PoolIntroduce { area, backend, .. } => {
                 values::uid(area.as_str()).map_err(invalid("area"))?;
-                uid.iter().try_for_each(|uid| values::uid(uid.as_str()).map(drop)).map_err(invalid("uid"))?;
                 check_backend(backend).map_err(invalid("backend"))
             }
             Self::TemplateAttach { file, .. } => values::check_path(file).map_err(invalid("file")),
@@ -161,15 +173,24 @@ mod tests {
     fn what_could_leave_its_directory_is_refused_with_its_field() {
         for (text, field) in [
             (r#"{"do":"poolForget","pool":"../etc"}"#, "pool: "),
-            (r#"{"do":"poolCreate","pool":"p","uid":"../x","backend":{"path":"/p","size":1}}"#, "uid: "),
-            (r#"{"do":"poolCreate","pool":"p","uid":"u","backend":{"path":"p","size":1}}"#, "backend: "),
-            (r#"{"do":"poolCreate","pool":"p","uid":"u","backend":{"path":"/p","size":0}}"#, "backend: "),
             (
-                r#"{"do":"poolCreate","pool":"p","uid":"u","backend":{"group":{"shared":{"name":"-v","size":1}},"block":65536}}"#,
+                r#"{"do":"poolCreate","pool":"p","uid":"../x","backend":{"path":"/p","size":1}}"#,
+                "the new UID: ",
+            ),
+            (
+                r#"{"do":"poolCreate","pool":"p","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"p","size":1}}"#,
                 "backend: ",
             ),
             (
-                r#"{"do":"poolCreate","pool":"p","uid":"u","backend":{"group":{"exclusive":{"devices":[],"wipe":false}},"block":65536}}"#,
+                r#"{"do":"poolCreate","pool":"p","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"/p","size":0}}"#,
+                "backend: ",
+            ),
+            (
+                r#"{"do":"poolCreate","pool":"p","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"shared":{"name":"-v","size":1}},"block":65536}}"#,
+                "backend: ",
+            ),
+            (
+                r#"{"do":"poolCreate","pool":"p","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"exclusive":{"devices":[],"wipe":false}},"block":65536}}"#,
                 "backend: at least one device",
             ),
             (
@@ -179,10 +200,13 @@ mod tests {
             (r#"{"do":"volumeClone","pool":"p","volume":"v","source":"a/b","size":null}"#, "a UID: "),
             (r#"{"do":"volumeResize","pool":"p","volume":"v","size":0}"#, "size: "),
             (
-                r#"{"do":"volumeCreate","pool":"p","volume":"v","size":18446744073709551615,"origin":null}"#,
+                r#"{"do":"volumeCreate","pool":"p","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","size":18446744073709551615,"origin":null}"#,
                 "size: ",
             ),
-            (r#"{"do":"templateAttach","pool":"p","template":"t","file":"../disk","format":null}"#, "file: "),
+            (
+                r#"{"do":"templateAttach","pool":"p","template":"0f8fad5b-d9cb-469f-a165-70867728950e","file":"../disk","format":null}"#,
+                "file: ",
+            ),
         ] {
             let refusal = read(text).validate().expect_err(text);
             assert_eq!(refusal.reason, Reason::InvalidSpec);
