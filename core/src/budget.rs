@@ -74,14 +74,19 @@ pub struct Sums {
 impl Sums {
     /// Adds up.
     pub fn of<'p>(promises: impl IntoIterator<Item = &'p Promise>) -> Self {
+        Self::of_charges(promises.into_iter().map(|promise| (promise.class, promise.charge)))
+    }
+
+    /// Adds up what promises cost.
+    pub fn of_charges(charges: impl IntoIterator<Item = (Class, Charge)>) -> Self {
         let mut sums = Self::default();
-        for promise in promises {
-            let class = match promise.class {
+        for (class, charge) in charges {
+            let sum = match class {
                 Class::Images => &mut sums.images,
                 Class::Volumes => &mut sums.volumes,
             };
-            class.0 += u128::from(promise.charge.data.0);
-            class.1 += u128::from(promise.charge.metadata.0);
+            sum.0 += u128::from(charge.data.0);
+            sum.1 += u128::from(charge.metadata.0);
         }
         sums
     }

@@ -1,5 +1,6 @@
 //! The node's agent: observe → plan → execute → report, again whenever something changes.
 
+pub mod asked;
 pub mod execute;
 pub mod heartbeat;
 pub mod imports;

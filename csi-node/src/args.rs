@@ -7,10 +7,18 @@ use berth_api::defaults::SYSTEM_NAMESPACE;
 use berth_core::ids::NodeName;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::commands::batch::BatchArgs;
+use crate::commands::pages::{CompletionsArgs, ManArgs};
+use crate::commands::pool::PoolArgs;
 use crate::commands::template::TemplateArgs;
+use crate::commands::volume::VolumeArgs;
 use crate::telemetry::LogFormat;
+use crate::values::node_name;
 
 /// Stages disk images on this node, and gives volumes made of them to kubelet.
+///
+/// The commands beside `agent` work on the node that they run on, as root. While the agent runs, they ask it through its
+/// socket; without it, they open the node's pools themselves, one command at a time.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "berth-node", version)]
 pub struct Cli {
@@ -27,10 +35,62 @@ pub struct Cli {
 pub enum Command {
     /// Runs the node's agent and its CSI services.
     Agent(Box<AgentArgs>),
+    /// Makes, lists and removes pools of this node, with or without Kubernetes.
+    Pool(PoolArgs),
+    /// Works with volumes and snapshots, with or without Kubernetes.
+    Volume(VolumeArgs),
     /// Works with templates, without Kubernetes.
     Template(TemplateArgs),
+    /// Carries out operations from a file or from standard input.
+    ///
+    /// Each line is one operation as JSON, and has one answer as a line of JSON, written at once; empty lines are ignored. The
+    /// pools are opened once. Ends at the end of the file, with 1 if anything was refused.
+    Batch(BatchArgs),
     /// Says what this node has and lacks.
     Preflight(PreflightArgs),
+    /// Writes a man page for each command.
+    Man(ManArgs),
+    /// Prints the completions for a shell.
+    Completions(CompletionsArgs),
+}
+
+/// The directories of this node.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct Directories {
+    /// The node's own directory: its record, the list of its pools, its lock and the agent's socket.
+    #[arg(
+        long,
+        env = "BERTH_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/berth",
+        global = true,
+        help_heading = "Node"
+    )]
+    pub state_dir: PathBuf,
+    /// Where pools are mounted.
+    #[arg(
+        long,
+        env = "BERTH_MOUNT_ROOT",
+        value_name = "DIR",
+        default_value = "/var/lib/berth/pools",
+        global = true,
+        help_heading = "Node"
+    )]
+    pub mount_root: PathBuf,
+}
+
+/// Flags of every command that works with pools.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct NodeArgs {
+    /// The node's directories.
+    #[command(flatten)]
+    pub directories: Directories,
+    /// The name of this node, which its pools remember. Default: the host name.
+    #[arg(long, env = "BERTH_NODE_NAME", value_name = "NAME", value_parser = node_name, global = true, help_heading = "Node")]
+    pub node_name: Option<NodeName>,
+    /// How the result is printed.
+    #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Output::Text, global = true, help_heading = "Node")]
+    pub output: Output,
 }
 
 /// Flags of `berth-node agent`.
@@ -39,9 +99,9 @@ pub struct AgentArgs {
     /// The name of the Kubernetes node.
     #[arg(long, env = "BERTH_NODE_NAME", value_parser = node_name)]
     pub node_name: NodeName,
-    /// Where the agent keeps its own record.
-    #[arg(long, env = "BERTH_STATE_DIR", default_value = "/var/lib/berth")]
-    pub state_dir: PathBuf,
+    /// The node's directories.
+    #[command(flatten)]
+    pub directories: Directories,
     /// The socket that the CSI services listen on.
     #[arg(long, env = "BERTH_CSI_SOCKET", default_value = "/csi/csi.sock")]
     pub csi_socket: PathBuf,
@@ -51,9 +111,6 @@ pub struct AgentArgs {
     /// Kubelet's directory of plugin sockets. Without it, something else registers the plugin.
     #[arg(long, env = "BERTH_REGISTRATION_DIR")]
     pub registration_dir: Option<PathBuf>,
-    /// Where pools are mounted.
-    #[arg(long, env = "BERTH_MOUNT_ROOT", default_value = "/var/lib/berth/pools")]
-    pub mount_root: PathBuf,
     /// Where `/metrics`, `/healthz` and `/readyz` are served. Port 0 takes a free one.
     #[arg(long, env = "BERTH_METRICS_ADDR", default_value = "0.0.0.0:8081")]
     pub metrics_addr: SocketAddr,
@@ -85,27 +142,153 @@ pub enum Output {
     Json,
 }
 
-fn node_name(text: &str) -> Result<NodeName, String> {
-    let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
-    if text.is_empty() || text.len() > 253 || !text.chars().all(valid) {
-        return Err("1 to 253 lower-case letters, digits, dashes and dots".to_owned());
-    }
-    Ok(NodeName::from(text))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::asking::Asking;
+    use crate::commands::template::TemplateCommand;
+    use crate::operation::Operation;
     use clap::CommandFactory as _;
 
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+    fn asked(line: &str) -> Result<Asking, String> {
+        let words = ["berth-node"].into_iter().chain(line.split_whitespace());
+        match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
+            Command::Pool(args) => Ok(args.command.asking()),
+            Command::Volume(args) => Ok(args.command.asking()),
+            Command::Template(TemplateArgs { command }) => match command {
+                TemplateCommand::Attach(args) => Ok(args.asking()),
+                TemplateCommand::Detach(args) => Ok(args.asking()),
+                TemplateCommand::Import(_) => Err("import".to_owned()),
+            },
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    /// Each command beside the operation that it is, in the form that `batch` takes.
+    #[test]
+    fn commands_are_operations() {
+        for (line, operation) in [
+            (
+                "pool create fast --device /dev/sdc,/dev/sdb --device /dev/sdc --wipe --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"exclusive":{"devices":["/dev/sdb","/dev/sdc"],"wipe":true}},"block":65536}}"#,
+            ),
+            (
+                "pool create fast --volume-group vg --size 1Gi --block-size 256Ki --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"group":{"shared":{"name":"vg","size":1073741824}},"block":262144}}"#,
+            ),
+            (
+                "pool create fast --path /srv/pool --size 1Gi --uid 0f8fad5b-d9cb-469f-a165-70867728950e -o json",
+                r#"{"do":"poolCreate","pool":"fast","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"/srv/pool","size":1073741824}}"#,
+            ),
+            (
+                "pool introduce fast --area a --uid 0f8fad5b-d9cb-469f-a165-70867728950e --path /srv/pool --size 1Gi",
+                r#"{"do":"poolIntroduce","pool":"fast","area":"a","uid":"0f8fad5b-d9cb-469f-a165-70867728950e","backend":{"path":"/srv/pool","size":1073741824}}"#,
+            ),
+            ("pool forget fast", r#"{"do":"poolForget","pool":"fast"}"#),
+            ("pool destroy fast", r#"{"do":"poolDestroy","pool":"fast","withContents":false}"#),
+            (
+                "pool destroy fast --with-contents",
+                r#"{"do":"poolDestroy","pool":"fast","withContents":true}"#,
+            ),
+            (
+                "pool grow fast --class volumes --size 2Ki",
+                r#"{"do":"poolGrow","pool":"fast","class":"Volumes","size":2048}"#,
+            ),
+            ("pool check fast", r#"{"do":"poolCheck","pool":"fast"}"#),
+            ("pool list --state-dir /s --mount-root /m --node-name n", r#"{"do":"poolList"}"#),
+            (
+                "template attach fast /i.qcow2 --format qcow2 --uid 0f8fad5b-d9cb-469f-a165-70867728950e -o json",
+                r#"{"do":"templateAttach","pool":"fast","template":"0f8fad5b-d9cb-469f-a165-70867728950e","file":"/i.qcow2","format":"qcow2"}"#,
+            ),
+            ("template detach fast t", r#"{"do":"templateDetach","pool":"fast","template":"t"}"#),
+            (
+                "volume create fast --size 1Ki --from-template t --label a=b --label c= --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeCreate","pool":"fast","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","size":1024,"origin":{"template":"t"},"labels":{"a":"b","c":""}}"#,
+            ),
+            (
+                "volume clone fast s --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeClone","pool":"fast","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","source":"s","size":null}"#,
+            ),
+            (
+                "volume snapshot fast s --uid 0f8fad5b-d9cb-469f-a165-70867728950e",
+                r#"{"do":"volumeSnapshot","pool":"fast","snapshot":"0f8fad5b-d9cb-469f-a165-70867728950e","source":"s"}"#,
+            ),
+            (
+                "volume attach fast v --read-only",
+                r#"{"do":"volumeAttach","pool":"fast","volume":"v","readOnly":true}"#,
+            ),
+            ("volume detach fast v", r#"{"do":"volumeDetach","pool":"fast","volume":"v"}"#),
+            (
+                "volume resize fast v --size 3Ki",
+                r#"{"do":"volumeResize","pool":"fast","volume":"v","size":3072}"#,
+            ),
+            ("volume destroy fast v", r#"{"do":"volumeDestroy","pool":"fast","volume":"v"}"#),
+            ("volume map fast v", r#"{"do":"volumeMap","pool":"fast","volume":"v"}"#),
+            ("volume list fast", r#"{"do":"volumeList","pool":"fast"}"#),
+        ] {
+            let asking = asked(line).unwrap();
+            let wanted: Operation = serde_json::from_str(operation).unwrap();
+            assert_eq!(asking, Asking { operation: wanted, made: None }, "{line}");
+            assert_eq!(asking.operation.validate(), Ok(()), "{line}");
+        }
+    }
 
     #[test]
-    fn names_that_no_node_has_are_refused() {
-        assert!(node_name("").is_err() && node_name("a b").is_err() && node_name("N1").is_err());
-        assert_eq!(node_name("n-1.example"), Ok(NodeName::from("n-1.example")));
+    fn a_uid_that_is_not_given_is_made_and_told() {
+        for line in [
+            "pool create fast --path /p --size 1Gi",
+            "template attach fast /i",
+            "volume create fast --size 1Gi",
+            "volume clone fast s",
+            "volume snapshot fast s",
+        ] {
+            let Asking { operation, made } = asked(line).unwrap();
+            let made = made.expect(line);
+            let text = serde_json::to_string(&operation).unwrap();
+            assert!(text.contains(made.as_str()), "{text} names {made}");
+        }
+    }
+
+    /// A bad value fails before anything starts, and the message names its flag.
+    #[test]
+    fn bad_values_name_their_flag() {
+        for (line, named) in [
+            ("pool create FAST --path /p --size 1Gi", "<NAME>"),
+            ("pool create fast --path /p --size much", "--size"),
+            ("pool create fast --path /p --size 0", "--size"),
+            ("pool create fast --path /p", "--size"),
+            ("pool create fast --volume-group vg", "--size"),
+            ("pool create fast --volume-group -x --size 1Gi", "-x"),
+            ("pool create fast --volume-group a/b --size 1Gi", "--volume-group"),
+            ("pool create fast --path /a/../b --size 1Gi", "--path"),
+            ("pool create fast", "--device"),
+            ("pool create fast --device /dev/sdb --path /p --size 1Gi", "--path"),
+            ("pool create fast --device /dev/sdb --size 1Gi", "--size"),
+            ("pool create fast --path /p --size 1Gi --wipe", "--wipe"),
+            ("pool create fast --path /p --size 1Gi --block-size 128Ki", "--block-size"),
+            ("pool create fast --device /dev/sdb --block-size 96Ki", "--block-size"),
+            ("pool create fast --device /dev/sdb --uid fast", "--uid"),
+            ("volume snapshot fast s --uid v", "--uid"),
+            ("pool introduce fast --path /p --size 1Gi", "--area"),
+            ("pool introduce fast --area a --device /dev/sdb --wipe", "--wipe"),
+            ("pool grow fast --class data --size 1Gi", "--class"),
+            ("pool check ../fast", "<NAME>"),
+            ("pool list --node-name A", "--node-name"),
+            ("pool list -o yaml", "--output"),
+            ("template attach fast /i --format vdi", "--format"),
+            ("volume create fast", "--size"),
+            ("volume create fast --size 1Gi --from-image md5:0", "--from-image"),
+            ("volume create fast --size 1Gi --from-template t --from-image sha256:0", "--from-image"),
+            ("volume create fast --size 1Gi --label x", "--label"),
+            ("volume resize fast v", "--size"),
+            ("volume attach fast V", "<UID>"),
+        ] {
+            let error = asked(line).expect_err(line);
+            assert!(error.contains(named), "{line}: {error}");
+        }
     }
 }

@@ -1,4 +1,11 @@
 //! The commands that work without Kubernetes, on the same library as the agent.
 
+pub mod asking;
+pub mod batch;
+pub mod pages;
+pub mod pool;
 pub mod preflight;
+pub mod session;
 pub mod template;
+pub mod text;
+pub mod volume;

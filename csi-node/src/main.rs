@@ -3,23 +3,41 @@
 use std::process::ExitCode;
 
 use berth_node::args::{Cli, Command};
-use berth_node::{commands, run, telemetry};
+use berth_node::commands::template::{TemplateArgs, TemplateCommand};
+use berth_node::commands::{asking, batch, pages, preflight, template};
+use berth_node::{run, telemetry};
 use clap::Parser as _;
 
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    telemetry::init(cli.log_format);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let outcome = match cli.command {
-        Command::Agent(args) => runtime.block_on(run::agent(*args)).map(|()| ExitCode::SUCCESS),
-        Command::Template(args) => runtime.block_on(run::until_interrupted(|stop| async move {
-            commands::template::run(args, &stop).await.map(|()| ExitCode::SUCCESS).map_err(Into::into)
-        })),
+    let agent = matches!(cli.command, Command::Agent(_));
+    telemetry::init(cli.log_format, if agent { "info,kube=warn" } else { "warn" });
+    let done = |()| ExitCode::SUCCESS;
+    match cli.command {
+        Command::Agent(args) => on_runtime(run::agent(*args)).map(done),
+        Command::Pool(args) => Ok(asking::run(&args.node, &args.command.asking())?),
+        Command::Volume(args) => Ok(asking::run(&args.node, &args.command.asking())?),
+        Command::Template(TemplateArgs { command }) => match command {
+            TemplateCommand::Import(args) => on_runtime(run::until_interrupted(|stop| async move {
+                Ok(template::import::run(&args, &stop).await.map(done)?)
+            })),
+            TemplateCommand::Attach(args) => Ok(asking::run(&args.node.clone(), &args.asking())?),
+            TemplateCommand::Detach(args) => Ok(asking::run(&args.node.clone(), &args.asking())?),
+        },
+        Command::Batch(args) => Ok(batch::run(&args)?),
         Command::Preflight(args) => {
-            let passed = commands::preflight::run(args.output)?;
+            let passed = preflight::run(args.output)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-    };
+        Command::Man(args) => Ok(pages::man(&args.dir).map(done)?),
+        Command::Completions(args) => Ok(pages::completions(args.shell).map(done)?),
+    }
+}
+
+/// Runs to the end; what still runs beside it then has two seconds.
+fn on_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(work);
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
     outcome
 }

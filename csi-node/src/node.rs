@@ -18,6 +18,7 @@ use crate::agent::news::News;
 use crate::agent::pools::Pools;
 use crate::agent::watches::Watches;
 use crate::metrics::Metrics;
+use crate::rpc::in_flight::InFlight;
 
 /// Settings that do not change while the program runs.
 #[derive(Clone, Debug)]
@@ -52,6 +53,8 @@ pub struct Node {
     pub record: Arc<NodeRecord>,
     /// Held from looking until the node's own object is written, so that an older report never follows a newer one.
     pub reporting: tokio::sync::Mutex<()>,
+    /// The volumes on which a CSI call or an operation works.
+    pub in_flight: InFlight,
     /// What the machine has and lacks.
     pub preflight: LastPreflight,
     /// Counters.

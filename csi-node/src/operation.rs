@@ -5,6 +5,18 @@
 //!
 //! Every operation may be repeated: what it names is told by a UID or a name, never by what happened to be free.
 
+mod attachments;
+mod carry_out;
+mod check;
+mod error;
+pub mod lines;
+mod listing;
+mod map;
+mod pool_life;
+mod space;
+mod subjects;
+mod volumes;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -14,6 +26,8 @@ use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::carry_out::carry_out;
+pub use self::error::OperationError;
 use crate::area::Backend;
 
 /// One thing to do.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use berth_core::ids::NodeName;
@@ -18,25 +18,35 @@ use crate::agent::jobs::Jobs;
 use crate::agent::news::News;
 use crate::agent::pools::Pools;
 use crate::agent::watches::Watches;
-use crate::agent::{self, heartbeat, sources};
+use crate::agent::{self, asked, heartbeat, sources};
 use crate::args::AgentArgs;
-use crate::commands::{self, template::TemplateArgs};
 use crate::metrics::{self, Metrics};
 use crate::node::{Config, LastPreflight, Node};
+use crate::node_lock::{LockError, NodeLock};
+use crate::rpc::in_flight::InFlight;
 use crate::rpc::{self, Services};
 
 /// How long jobs may take to reach their next checkpoint when the program ends.
 const DRAIN: Duration = Duration::from_secs(8);
 
+/// How long the agent waits at its start for a command that has the pools open.
+const COMMANDS: Duration = Duration::from_secs(10);
+
 /// Runs until SIGTERM or SIGINT, or until a part fails. Mounts and loop devices stay: volumes outlive the plugin.
 pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     sources::address_policy(&args.allow_source_cidrs).context("--allow-source-cidr")?;
     let stop = CancellationToken::new();
+    let _alone = alone(&args.directories.state_dir).await?;
     let node = node(&args, stop.clone()).await?;
     let mut parts = JoinSet::new();
     parts.spawn({
         let (node, stop) = (Arc::clone(&node), stop.clone());
         async move { metrics::serve(node, args.metrics_addr, stop).await.context("metrics") }
+    });
+    parts.spawn({
+        let (carrier, stop) = (Arc::new(asked::Agent(Arc::clone(&node))), stop.clone());
+        let socket = asked::socket(&args.directories.state_dir);
+        async move { asked::serve(carrier, socket, stop).await.context("operations") }
     });
     let endpoint = args.kubelet_socket.clone().unwrap_or_else(|| args.csi_socket.clone());
     parts.spawn({
@@ -59,19 +69,17 @@ pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     failed
 }
 
-/// `berth-node template`: until it is done, or a signal stops it at its next checkpoint.
-pub async fn template(args: TemplateArgs) -> anyhow::Result<()> {
-    let cancel = CancellationToken::new();
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let told = cancel.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+/// The node's lock, for the agent's life. A command that runs may end first.
+async fn alone(state_dir: &Path) -> Result<NodeLock, LockError> {
+    let until = Instant::now() + COMMANDS;
+    loop {
+        match NodeLock::take(state_dir, "berth-node agent") {
+            Err(LockError::Held { .. }) if Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            taken => return taken,
         }
-        told.cancel();
-    });
-    Ok(commands::template::run(args, &cancel).await?)
+    }
 }
 
 /// Returns on a signal, or when a part has ended, with its failure.
@@ -90,11 +98,12 @@ async fn wait_for_the_end(
 }
 
 async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<Node>> {
-    for directory in [&args.state_dir, &args.mount_root] {
+    for directory in [&args.directories.state_dir, &args.directories.mount_root] {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    let record = open_record(&args.state_dir, &args.node_name)?;
-    let pools = Pools::new(args.node_name.clone(), args.mount_root.clone(), &args.state_dir);
+    let record = open_record(&args.directories.state_dir, &args.node_name)?;
+    let pools =
+        Pools::new(args.node_name.clone(), args.directories.mount_root.clone(), &args.directories.state_dir);
     let (pools, preflight) = tokio::task::spawn_blocking(move || {
         let reopened = pools.reopen_known();
         reopened.map(|()| (pools, LastPreflight::take()))
@@ -108,8 +117,8 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
         name: args.node_name.clone(),
         client,
         config: Config {
-            state_dir: args.state_dir.clone(),
-            mount_root: args.mount_root.clone(),
+            state_dir: args.directories.state_dir.clone(),
+            mount_root: args.directories.mount_root.clone(),
             system_namespace: args.system_namespace.clone(),
             allow_source_cidrs: args.allow_source_cidrs.clone(),
         },
@@ -119,6 +128,7 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
         news: News::default(),
         record: Arc::new(record),
         reporting: tokio::sync::Mutex::default(),
+        in_flight: InFlight::default(),
         preflight,
         metrics: Arc::new(Metrics::default()),
         wake,

@@ -13,9 +13,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging for this process. A second call changes nothing.
-pub fn init(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,kube=warn"));
+/// Starts logging for this process, filtered by `RUST_LOG` or, without it, as given. A second call changes nothing.
+pub fn init(format: LogFormat, unless_set: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(unless_set));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
         LogFormat::Text => builder.with_ansi(false).try_init(),

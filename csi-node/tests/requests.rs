@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use axum::http::{StatusCode, Uri};
 use berth_core::ids::{NodeName, ObjectName, PoolName};
+use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use berth_device::mounts::FsType;
+use berth_node::agent::asked::{self, Carrier as _};
 use berth_node::agent::jobs::Jobs;
 use berth_node::agent::news::News;
-use berth_node::agent::pools::{PoolSpec, Pools};
+use berth_node::agent::pools::{OpenPool, PoolSpec, Pools};
 use berth_node::agent::watches::Watches;
 use berth_node::area::Backend;
 use berth_node::csi::v1::controller_server::Controller as _;
@@ -21,11 +23,12 @@ use berth_node::csi::v1::volume_capability::access_mode::Mode;
 use berth_node::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use berth_node::csi::v1::{
     CapacityRange, CreateVolumeRequest, GetCapacityRequest, NodeGetVolumeStatsRequest,
-    NodePublishVolumeRequest, NodeStageVolumeRequest, Topology, TopologyRequirement, VolumeCapability,
-    VolumeContentSource,
+    NodePublishVolumeRequest, NodeStageVolumeRequest, NodeUnstageVolumeRequest, Topology,
+    TopologyRequirement, VolumeCapability, VolumeContentSource,
 };
 use berth_node::metrics::Metrics;
 use berth_node::node::{Config, LastPreflight, Node};
+use berth_node::operation::Operation;
 use berth_node::rpc::Services;
 use berth_node::rpc::in_flight::InFlight;
 use berth_node::rpc::request::{Use, VolumeRequest, for_one_workload, path, use_of};
@@ -262,6 +265,7 @@ async fn node(dir: &Path, lists: &Lists) -> Arc<Node> {
         news: News::default(),
         record: Arc::new(NodeRecord::create(&dir.join("node.redb"), &name).unwrap()),
         reporting: tokio::sync::Mutex::default(),
+        in_flight: InFlight::default(),
         preflight: LastPreflight::take(),
         metrics: Arc::new(Metrics::default()),
         name,
@@ -321,7 +325,7 @@ async fn no_volume_is_said_to_be_absent_while_a_pool_that_may_hold_it_is_not_ope
     let node = node(dir.path(), &lists).await;
     let known = |names: &[&str]| {
         let backend = Backend::Filesystem { path: dir.path().join("area"), size: Bytes::mib(512) };
-        let spec = PoolSpec { uid: "u".into(), backend };
+        let spec = PoolSpec::new("u".into(), backend);
         let known: BTreeMap<PoolName, PoolSpec> =
             names.iter().map(|name| (PoolName::from(*name), spec.clone())).collect();
         std::fs::write(dir.path().join("pools.json"), serde_json::to_vec(&known).unwrap()).unwrap();
@@ -397,5 +401,64 @@ async fn capacity_is_told_without_parameters_and_not_for_a_class_that_makes_no_v
         let status = services.get_capacity(ask(&pairs)).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{pairs:?}: {status}");
     }
+    node.stop.cancel();
+}
+
+fn local_pool(node: &Node, dir: &Path) -> Arc<OpenPool> {
+    let (name, backend) =
+        (PoolName::from("fast"), Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) });
+    let uid = format!("uid-{}", dir.file_name().unwrap().display()).to_lowercase().replace('.', "");
+    node.pools.create(&name, &PoolSpec::new(uid.into(), backend)).unwrap();
+    node.pools.get(&name).unwrap()
+}
+
+/// Calls and operations share one guard for each volume, and an operation waits while the agent changes a pool.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_and_a_call_never_work_on_one_volume_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path(), &Arc::new(RwLock::new(Some(BTreeMap::new())))).await;
+    until_synced(&node).await;
+    let detach = Operation::VolumeDetach { pool: "fast".into(), volume: "0f2c".into() };
+
+    let call = node.in_flight.begin("v1-0f2c", "NodeStageVolume").unwrap();
+    let refusal = asked::Agent(Arc::clone(&node)).carry(detach.clone()).await.unwrap_err();
+    assert_eq!(refusal.reason, Reason::InUse);
+    assert!(refusal.message.contains("NodeStageVolume for v1-0f2c"), "{refusal}");
+    drop(call);
+
+    let pool = local_pool(&node, dir.path());
+    let (take, taken) = std::sync::mpsc::channel();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let step = std::thread::spawn(move || {
+        let _turn = pool.turn();
+        take.send(()).unwrap();
+        ended.recv().unwrap();
+    });
+    taken.recv().unwrap();
+    let agent = asked::Agent(Arc::clone(&node));
+    let mut operation = tokio::spawn(async move { agent.carry(detach).await });
+    let begun = async {
+        while node.in_flight.begin("v1-0f2c", "test").is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), begun).await.expect("the operation has begun");
+    let services = Services::new(Arc::clone(&node));
+    let unstage = NodeUnstageVolumeRequest {
+        volume_id: "v1-0f2c".to_owned(),
+        staging_target_path: "/somewhere".to_owned(),
+    };
+    let status = services.node_unstage_volume(Request::new(unstage.clone())).await.unwrap_err();
+    assert_eq!(status.code(), Code::Aborted, "{status}");
+    assert!(status.message().contains("VolumeDetach for v1-0f2c"), "{status}");
+    let waits = tokio::time::timeout(Duration::from_millis(100), &mut operation).await;
+    assert!(waits.is_err(), "a step of the agent is under way");
+    end.send(()).unwrap();
+    step.join().unwrap();
+    let refusal = operation.await.unwrap().unwrap_err();
+    assert_eq!(refusal.reason, Reason::VolumeNotFound, "{refusal}");
+    services.node_unstage_volume(Request::new(unstage)).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), node.wake.notified()).await.expect("the agent is woken");
+    node.pools.destroy(&"fast".into(), true).unwrap();
     node.stop.cancel();
 }

@@ -18,7 +18,9 @@ use berth_node::area::{AreaError, Backend};
 use berth_node::rpc::attach;
 use berth_node::rpc::request::Use;
 use berth_node::rpc::status::RpcError;
-use berth_record::{Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeState, tables};
+use berth_record::{
+    Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState, tables,
+};
 use tonic::{Code, Status};
 
 const FIRST: Generation = Generation(1);
@@ -27,7 +29,7 @@ const FIRST: Generation = Generation(1);
 fn spec(dir: &Path, prefix: &str) -> PoolSpec {
     let uid = format!("{prefix}-{}", dir.file_name().unwrap().display());
     let backend = Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) };
-    PoolSpec { uid: uid.into(), backend }
+    PoolSpec::new(uid.into(), backend)
 }
 
 fn pools(dir: &Path) -> Pools {
@@ -163,7 +165,9 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
         generation: FIRST,
         path: pool.area.recorded_path(&uid),
         size: Bytes::mib(8),
-        origin: Some(digest),
+        origin: Some(VolumeOrigin::Image(digest)),
+        kind: VolumeKind::Volume,
+        source: None,
         state: VolumeState::Creating,
         labels: BTreeMap::new(),
     };

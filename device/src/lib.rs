@@ -19,5 +19,6 @@ mod program;
 pub mod qemu;
 mod sys;
 pub mod thin;
+pub mod users;
 
 pub use program::{RunError, find_program};

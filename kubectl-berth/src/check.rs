@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::args::{CheckArgs, Output};
 use crate::observe::{LookError, Scope, Seen, Unreadable, look};
-use crate::table::Table;
+use berth_core::table::Table;
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_secs(1);

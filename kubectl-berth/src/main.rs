@@ -7,7 +7,6 @@ mod connect;
 mod fixture;
 mod observe;
 mod status;
-mod table;
 
 use std::process::ExitCode;
 

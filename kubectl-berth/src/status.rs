@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::args::{Output, StatusArgs};
 use crate::observe::{Scope, Seen, look};
-use crate::table::Table;
+use berth_core::table::Table;
 
 /// One row. Sizes in bytes; what does not apply is left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

@@ -20,12 +20,28 @@ pub enum PromiseClass {
 /// The object that a promise was made to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holder {
-    /// `StagingReservation` or `StagedImage`.
+    /// `StagingReservation` or `StagedImage`, or [`Holder::LOCAL`].
     pub kind: String,
     /// Empty for a cluster-scoped kind.
     pub namespace: String,
     /// The object's name.
     pub name: String,
+}
+
+impl Holder {
+    /// The kind of a holder that is no object of a cluster: the node made the promise itself, and takes it back with what it
+    /// was made for.
+    pub const LOCAL: &'static str = "Local";
+
+    /// A holder of that kind.
+    pub fn local(uid: &Uid) -> Self {
+        Self { kind: Self::LOCAL.to_owned(), namespace: String::new(), name: uid.to_string() }
+    }
+
+    /// True if the node made the promise itself.
+    pub fn is_local(&self) -> bool {
+        self.kind == Self::LOCAL
+    }
 }
 
 /// A promise of the ledger that this node has seen, keyed by its holder's UID.
@@ -85,7 +101,32 @@ pub enum VolumeState {
     Deleting,
 }
 
-/// A writable volume, keyed by the UID of its reservation.
+/// What a volume reads where it has nothing of its own.
+///
+/// Saved as the digest alone, as format 1 had it, or as `{"template": UID}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum VolumeOrigin {
+    /// A staged image.
+    Image(Digest),
+    /// The device of a template.
+    Template {
+        /// The template.
+        template: Uid,
+    },
+}
+
+/// What a volume is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeKind {
+    /// To be written.
+    #[default]
+    Volume,
+    /// To keep what another volume was at one moment. Never written.
+    Snapshot,
+}
+
+/// A volume or snapshot, keyed by the UID of its reservation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeEntry {
     /// The generation of the placement it was made for.
@@ -94,8 +135,14 @@ pub struct VolumeEntry {
     pub path: PathBuf,
     /// The size a machine sees.
     pub size: Bytes,
-    /// The staged image it was cloned from.
-    pub origin: Option<Digest>,
+    /// What it started from, or what the volume that it is a copy of did.
+    pub origin: Option<VolumeOrigin>,
+    /// What it is for.
+    #[serde(default)]
+    pub kind: VolumeKind,
+    /// The volume or snapshot that it was made from. It may be gone.
+    #[serde(default)]
+    pub source: Option<Uid>,
     /// How far it is.
     pub state: VolumeState,
     /// What people know it by: namespace and name of its claim and the like. Never decides anything.
@@ -109,6 +156,8 @@ pub enum AttachmentMode {
     Block,
     /// A mounted file system.
     Filesystem,
+    /// A device for whoever asked, without a workload of the cluster's.
+    Device,
 }
 
 /// A volume made available on this node, keyed by the UID of its reservation.
@@ -118,7 +167,7 @@ pub struct Attachment {
     pub loop_device: Option<PathBuf>,
     /// The file behind it.
     pub backing_file: PathBuf,
-    /// Where it was staged for its workloads.
+    /// Where it was staged for its workloads; empty for a device alone.
     pub staged_path: PathBuf,
     /// As what.
     pub mode: AttachmentMode,
@@ -157,6 +206,9 @@ pub struct ThinEntry {
     pub size: Bytes,
     /// How far it is.
     pub state: ThinState,
+    /// The thin device that it is a snapshot of, which stays while this one is being made. It may be gone later.
+    #[serde(default)]
+    pub source: Option<Uid>,
 }
 
 /// How far the attaching or detaching of a template has got.

@@ -92,6 +92,17 @@ pub enum CreateError {
     },
 }
 
+/// Why a record was not taken over. It is still its old owner's, except after [`ChangeError::Commit`].
+#[derive(Debug, Error)]
+pub enum AdoptError {
+    /// It could not be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The new owner could not be written.
+    #[error("failed to write the new owner of a record")]
+    Change(#[from] ChangeError),
+}
+
 /// Why something could not be read from an open record.
 #[derive(Debug, Error)]
 pub enum ReadError {

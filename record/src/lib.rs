@@ -24,9 +24,10 @@ mod thin;
 pub use dump::dump;
 pub use entry::{
     Attachment, AttachmentMode, Holder, ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry,
-    StagingEntry, TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeState,
+    StagingEntry, TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeKind,
+    VolumeOrigin, VolumeState,
 };
-pub use error::{ChangeError, CreateError, OpenError, ReadError};
+pub use error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 pub use node::NodeRecord;
 pub use pool::{LedgerPosition, PoolRecord};
 pub use schema::{FORMAT_VERSION, Owner, PoolIdentity, RecordKey, StructTable, tables};

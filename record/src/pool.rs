@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use berth_core::ids::{Digest, Lineage, Uid};
+use berth_core::ids::{Digest, Lineage, NodeName, PoolName, Uid};
 use berth_core::units::{Bytes, Generation, Timestamp};
 
 use crate::entry::{
-    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, VolumeEntry, VolumeState,
+    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, VolumeEntry, VolumeKind, VolumeState,
 };
-use crate::error::{ChangeError, CreateError, OpenError, ReadError};
+use crate::error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 use crate::schema::{KEY_LEDGER, KEY_POOL, Owner, PoolIdentity, SavedPosition, tables};
 use crate::store::{Change, Record};
 
@@ -43,6 +43,58 @@ impl PoolRecord {
             Ok(None) => Err(damaged("it has no pool identity".into())),
             Err(e) => Err(damaged(e.to_string())),
         }
+    }
+
+    /// Opens the record of an area for another owner than it has: `new` is whose it is from now on. What it holds, and what
+    /// the area is named after, stay as they are. May be repeated.
+    pub fn adopt(
+        path: &Path,
+        pool_uid: &Uid,
+        pool_name: &PoolName,
+        node: &NodeName,
+    ) -> Result<Self, AdoptError> {
+        let mut found = Self::open(path, None)?;
+        found.give_to(pool_uid, pool_name, node)?;
+        Ok(found)
+    }
+
+    /// Makes it another owner's. On another node nothing is attached any more.
+    pub fn give_to(
+        &mut self,
+        pool_uid: &Uid,
+        pool_name: &PoolName,
+        node: &NodeName,
+    ) -> Result<(), ChangeError> {
+        let area = self.identity.area().clone();
+        let identity = PoolIdentity {
+            pool_uid: pool_uid.clone(),
+            pool_name: pool_name.clone(),
+            node: node.clone(),
+            pool_id: self.identity.pool_id.clone(),
+            area: (area != *pool_uid).then_some(area),
+        };
+        if identity == self.identity {
+            return Ok(());
+        }
+        let moved = identity.node != self.identity.node;
+        self.record.give_to(&identity.owner(), |change| {
+            change.put_header(KEY_POOL, &identity)?;
+            let attached = if moved { change.entries(tables::ATTACHMENTS)? } else { Vec::new() };
+            attached.iter().try_for_each(|(uid, _)| change.remove(tables::ATTACHMENTS, uid).map(drop))
+        })?;
+        self.identity = identity;
+        Ok(())
+    }
+
+    /// Whose the area at `path` is, without opening its record for use: a copy of it is read, which lies in `scratch` for
+    /// that long.
+    pub fn identity_at(path: &Path, scratch: &Path) -> Result<PoolIdentity, OpenError> {
+        let copy = scratch.join(format!("berth-identity-{}", std::process::id()));
+        let io = |source| OpenError::Io { path: path.to_owned(), source };
+        std::fs::copy(path, &copy).map_err(io)?;
+        let opened = Self::open(&copy, None).map(|record| record.identity);
+        std::fs::remove_file(&copy).map_err(io)?;
+        opened
     }
 
     /// Which area it is.
@@ -185,20 +237,22 @@ impl PoolRecord {
     /// there already is returned as it is, so that a repeated request can be answered from it; a later generation takes
     /// over what an earlier one had begun. Refused once the volume's promise is released.
     pub fn begin_volume(&self, uid: &Uid, volume: &VolumeEntry) -> Result<VolumeEntry, ChangeError> {
+        self.record.commit(|change| begin_volume(change, uid, volume))
+    }
+
+    /// The same, with the promise that it is made under where `rule` gives one, which sees all promises of that moment: both
+    /// are recorded, or neither is.
+    pub fn begin_volume_under<E: From<ChangeError>>(
+        &self,
+        uid: &Uid,
+        volume: &VolumeEntry,
+        rule: impl FnOnce(Vec<(Uid, PromiseEntry)>) -> Result<Option<PromiseEntry>, E>,
+    ) -> Result<VolumeEntry, E> {
         self.record.commit(|change| {
-            not_released(change, uid)?;
-            if let Some(mut old) = change.get(tables::VOLUMES, uid)? {
-                not_older(tables::VOLUMES.name(), uid, old.generation, volume.generation)?;
-                if old.state == VolumeState::Deleting {
-                    return Err(wrong_state(tables::VOLUMES.name(), uid, "being deleted", "created"));
-                }
-                old.generation = volume.generation;
-                change.put(tables::VOLUMES, uid, &old)?;
-                return Ok(old);
+            if let Some(promise) = rule(change.entries(tables::PROMISES)?)? {
+                change.put(tables::PROMISES, uid, &promise)?;
             }
-            let entry = VolumeEntry { state: VolumeState::Creating, ..volume.clone() };
-            change.put(tables::VOLUMES, uid, &entry)?;
-            Ok(entry)
+            Ok(begin_volume(change, uid, volume)?)
         })
     }
 
@@ -217,24 +271,49 @@ impl PoolRecord {
 
     /// Records the new size of a volume: before it grows.
     pub fn volume_resized(&self, uid: &Uid, size: Bytes) -> Result<(), ChangeError> {
+        self.volume_resized_under(uid, size, |_| Ok(None))
+    }
+
+    /// The same, with the promise that it needs then where `rule` gives one, as [`Self::begin_volume_under`] does. Refused for
+    /// a snapshot.
+    pub fn volume_resized_under<E: From<ChangeError>>(
+        &self,
+        uid: &Uid,
+        size: Bytes,
+        rule: impl FnOnce(Vec<(Uid, PromiseEntry)>) -> Result<Option<PromiseEntry>, E>,
+    ) -> Result<(), E> {
         self.record.commit(|change| {
             let mut volume = change.require(tables::VOLUMES, uid)?;
-            if volume.state != VolumeState::Ready || size < volume.size {
-                let state = if size < volume.size { "larger" } else { "not ready" };
-                return Err(wrong_state(tables::VOLUMES.name(), uid, state, "resized"));
+            let refused = match (volume.state, volume.kind) {
+                (VolumeState::Ready, VolumeKind::Volume) if size >= volume.size => None,
+                (VolumeState::Ready, VolumeKind::Volume) => Some("larger"),
+                (VolumeState::Ready, VolumeKind::Snapshot) => Some("a snapshot"),
+                _ => Some("not ready"),
+            };
+            if let Some(state) = refused {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, state, "resized").into());
+            }
+            if let Some(promise) = rule(change.entries(tables::PROMISES)?)? {
+                change.put(tables::PROMISES, uid, &promise)?;
             }
             volume.size = size;
-            change.put(tables::VOLUMES, uid, &volume)
+            Ok(change.put(tables::VOLUMES, uid, &volume)?)
         })
     }
 
     /// Records the intent to remove a volume: nothing can use it from now on. False if there is none. Refused while it
-    /// is attached.
+    /// is attached, and while another one is being made from it.
     pub fn begin_delete_volume(&self, uid: &Uid) -> Result<bool, ChangeError> {
         self.record.commit(|change| {
             let Some(mut volume) = change.get(tables::VOLUMES, uid)? else { return Ok(false) };
             if change.get(tables::ATTACHMENTS, uid)?.is_some() {
                 return Err(wrong_state(tables::VOLUMES.name(), uid, "attached", "deleted"));
+            }
+            let of_this = |other: &VolumeEntry| {
+                other.state == VolumeState::Creating && other.source.as_ref() == Some(uid)
+            };
+            if change.any(tables::VOLUMES, of_this)? {
+                return Err(wrong_state(tables::VOLUMES.name(), uid, "being copied", "deleted"));
             }
             volume.state = VolumeState::Deleting;
             change.put(tables::VOLUMES, uid, &volume)?;
@@ -242,13 +321,17 @@ impl PoolRecord {
         })
     }
 
-    /// Forgets a volume, after its file or device is gone. Only one that is being deleted can be.
+    /// Forgets a volume, after its file or device is gone, with a promise that the node made for it itself. Only one that is
+    /// being deleted can be.
     pub fn forget_volume(&self, uid: &Uid) -> Result<(), ChangeError> {
         self.record.commit(|change| {
             if let Some(volume) = change.get(tables::VOLUMES, uid)?
                 && volume.state != VolumeState::Deleting
             {
                 return Err(wrong_state(tables::VOLUMES.name(), uid, "not being deleted", "forgotten"));
+            }
+            if change.get(tables::PROMISES, uid)?.is_some_and(|promise| promise.holder.is_local()) {
+                change.remove(tables::PROMISES, uid)?;
             }
             change.remove(tables::VOLUMES, uid).map(|_| ())
         })
@@ -299,6 +382,27 @@ impl PoolRecord {
             change.put(tables::IMAGES, digest, &image)
         })
     }
+}
+
+fn begin_volume(change: &Change<'_>, uid: &Uid, volume: &VolumeEntry) -> Result<VolumeEntry, ChangeError> {
+    not_released(change, uid)?;
+    if let Some(mut old) = change.get(tables::VOLUMES, uid)? {
+        not_older(tables::VOLUMES.name(), uid, old.generation, volume.generation)?;
+        if old.state == VolumeState::Deleting {
+            return Err(wrong_state(tables::VOLUMES.name(), uid, "being deleted", "created"));
+        }
+        old.generation = volume.generation;
+        change.put(tables::VOLUMES, uid, &old)?;
+        return Ok(old);
+    }
+    if let Some(source) = &volume.source
+        && change.require(tables::VOLUMES, source)?.state != VolumeState::Ready
+    {
+        return Err(wrong_state(tables::VOLUMES.name(), source, "not ready", "copied"));
+    }
+    let entry = VolumeEntry { state: VolumeState::Creating, ..volume.clone() };
+    change.put(tables::VOLUMES, uid, &entry)?;
+    Ok(entry)
 }
 
 fn not_older(

@@ -55,7 +55,7 @@ impl fmt::Display for Owner {
     }
 }
 
-/// Which pool area this is. Written once, when the area is made.
+/// Which pool area this is. Written when the area is made, and when another pool takes it over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolIdentity {
     /// The UID of the `StagingPool`.
@@ -66,12 +66,20 @@ pub struct PoolIdentity {
     pub node: NodeName,
     /// A UUID of the area itself, new each time one is made.
     pub pool_id: String,
+    /// The UID of the pool that the area was made for, where that is another one: everything on the disk is named after it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub area: Option<Uid>,
 }
 
 impl PoolIdentity {
     /// The owner that a record with this identity has.
     pub fn owner(&self) -> Owner {
         Owner::Pool { uid: self.pool_uid.clone(), node: self.node.clone() }
+    }
+
+    /// The UID that everything on the area's disk is named after.
+    pub fn area(&self) -> &Uid {
+        self.area.as_ref().unwrap_or(&self.pool_uid)
     }
 }
 

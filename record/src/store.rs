@@ -67,7 +67,8 @@ impl Record {
         }
     }
 
-    /// Opens the record at `path`. With `expected`, only if it belongs to that owner.
+    /// Opens the record at `path`. With `expected`, only if it belongs to that owner. One of an older format has the present
+    /// one from then on.
     ///
     /// Reads the whole file once to check every page; records are a few MiB.
     pub(crate) fn open(path: &Path, expected: Option<&Owner>) -> Result<Self, OpenError> {
@@ -92,12 +93,17 @@ impl Record {
         }
         let owner = header(KEY_OWNER)?.ok_or_else(|| damaged("it has no owner".into()))?;
         let owner: Owner = serde_json::from_slice(&owner).map_err(|e| damaged(format!("owner: {e}")))?;
-        match expected {
-            Some(expected) if *expected != owner => {
-                Err(OpenError::WrongOwner { path: path.to_owned(), found: owner, expected: expected.clone() })
-            }
-            _ => Ok(Self { db, path: path.to_owned(), owner }),
+        if let Some(expected) = expected
+            && *expected != owner
+        {
+            let (path, expected) = (path.to_owned(), expected.clone());
+            return Err(OpenError::WrongOwner { path, found: owner, expected });
         }
+        if found < FORMAT_VERSION {
+            // What is written from now on may mean nothing to a program of that version.
+            raise_version(&db).map_err(|e| damaged(format!("its format version cannot be raised: {e}")))?;
+        }
+        Ok(Self { db, path: path.to_owned(), owner })
     }
 
     /// Whose record it is.
@@ -158,6 +164,20 @@ impl Record {
         Ok(answer)
     }
 
+    /// Makes it another owner's, with what else changes then, in one transaction.
+    pub(crate) fn give_to(
+        &mut self,
+        owner: &Owner,
+        with: impl FnOnce(&Change<'_>) -> Result<(), ChangeError>,
+    ) -> Result<(), ChangeError> {
+        self.commit(|change| {
+            change.put_header(KEY_OWNER, owner)?;
+            with(change)
+        })?;
+        self.owner = owner.clone();
+        Ok(())
+    }
+
     pub(crate) fn header<T: DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, ReadError> {
         let decode = |reason| ReadError::Decode { table: "header", key: key.to_owned(), reason };
         let Some(bytes) = read_header(&self.db, key).map_err(decode)? else { return Ok(None) };
@@ -206,6 +226,21 @@ impl Change<'_> {
             }
         }
         Ok(false)
+    }
+
+    /// Every entry of `table`, with what this transaction has changed already.
+    pub fn entries<K: RecordKey, V: Serialize + DeserializeOwned>(
+        &self,
+        table: StructTable<K, V>,
+    ) -> Result<Vec<(K, V)>, ChangeError> {
+        let failed = |source| read_failed(table.name(), source);
+        let open = self.txn.open_table(table.definition()).map_err(|e| failed(e.into()))?;
+        let mut entries = Vec::new();
+        for row in open.iter().map_err(|e| failed(e.into()))? {
+            let (key, value) = row.map_err(|e| failed(e.into()))?;
+            entries.push(decode_row(table, key.value(), value.value())?);
+        }
+        Ok(entries)
     }
 
     /// Writes the entry, whether or not there was one.
@@ -316,6 +351,12 @@ fn write_header(db: &Database, owner: &Owner, header: &[(&str, Vec<u8>)]) -> Res
     }
     txn.commit()?;
     Ok(())
+}
+
+fn raise_version(db: &Database) -> Result<(), redb::Error> {
+    let txn = begin(db)?;
+    txn.open_table(HEADER)?.insert(KEY_VERSION, to_json(&FORMAT_VERSION).as_slice())?;
+    Ok(txn.commit()?)
 }
 
 /// The integrity check puts an older state in place of a damaged one; it must never pass for the record.

@@ -29,22 +29,40 @@ impl PoolRecord {
     /// Records the intent to make a thin device: a number that none has, and a new transaction. Refused if there is one
     /// of this name already.
     pub fn begin_thin(&self, uid: &Uid, class: PromiseClass, size: Bytes) -> Result<ThinEntry, ChangeError> {
+        self.record().commit(|change| begin(change, uid, class, size, None))
+    }
+
+    /// Records the intent to make a snapshot of a thin device, in the same way. Returns the snapshot's entry and its source's,
+    /// which cannot be removed until the snapshot is made or removed. Refused unless the source is there and no larger.
+    pub fn begin_thin_snapshot(
+        &self,
+        uid: &Uid,
+        source: &Uid,
+        size: Bytes,
+    ) -> Result<(ThinEntry, ThinEntry), ChangeError> {
         self.record().commit(|change| {
-            if change.get(tables::THIN, uid)?.is_some() {
-                return Err(wrong_state(tables::THIN.name(), uid, "there already", "made"));
+            let found = change.require(tables::THIN, source)?;
+            if found.state != ThinState::Made {
+                return Err(wrong_state(tables::THIN.name(), source, "not made", "kept"));
             }
-            let mut counters = next(change, class)?;
-            loop {
-                counters.last_id = (counters.last_id + 1) % IDS;
-                let (id, same) = (counters.last_id, class);
-                if !change.any(tables::THIN, |thin| thin.class == same && thin.id == id)? {
-                    break;
-                }
+            if found.size > size {
+                return Err(wrong_state(tables::THIN.name(), source, "larger than its snapshot", "kept"));
             }
-            change.put(tables::THIN_COUNTERS, &class, &counters)?;
-            let entry = ThinEntry { class, id: counters.last_id, size, state: ThinState::Making };
-            change.put(tables::THIN, uid, &entry)?;
-            Ok(entry)
+            Ok((begin(change, uid, found.class, size, Some(source.clone()))?, found))
+        })
+    }
+
+    /// Records the new size of a thin device: before it grows.
+    pub fn thin_resized(&self, uid: &Uid, size: Bytes) -> Result<ThinEntry, ChangeError> {
+        self.record().commit(|change| {
+            let mut thin = change.require(tables::THIN, uid)?;
+            if thin.state != ThinState::Made || size < thin.size {
+                let state = if size < thin.size { "larger" } else { "not made" };
+                return Err(wrong_state(tables::THIN.name(), uid, state, "resized"));
+            }
+            thin.size = size;
+            change.put(tables::THIN, uid, &thin)?;
+            Ok(thin)
         })
     }
 
@@ -61,10 +79,15 @@ impl PoolRecord {
     }
 
     /// Records the intent to remove a thin device, with a new transaction: nothing can use it from now on. `None` if
-    /// there is none.
+    /// there is none. Refused while a snapshot of it is being made.
     pub fn begin_remove_thin(&self, uid: &Uid) -> Result<Option<ThinEntry>, ChangeError> {
         self.record().commit(|change| {
             let Some(mut thin) = change.get(tables::THIN, uid)? else { return Ok(None) };
+            let of_this =
+                |other: &ThinEntry| other.state == ThinState::Making && other.source.as_ref() == Some(uid);
+            if change.any(tables::THIN, of_this)? {
+                return Err(wrong_state(tables::THIN.name(), uid, "being kept as a snapshot", "removed"));
+            }
             thin.state = ThinState::Removing;
             change.put(tables::THIN, uid, &thin)?;
             change.put(tables::THIN_COUNTERS, &thin.class, &next(change, thin.class)?)?;
@@ -83,6 +106,31 @@ impl PoolRecord {
             change.remove(tables::THIN, uid).map(|_| ())
         })
     }
+}
+
+/// An entry with a number that no other has, under a new transaction.
+fn begin(
+    change: &Change<'_>,
+    uid: &Uid,
+    class: PromiseClass,
+    size: Bytes,
+    source: Option<Uid>,
+) -> Result<ThinEntry, ChangeError> {
+    if change.get(tables::THIN, uid)?.is_some() {
+        return Err(wrong_state(tables::THIN.name(), uid, "there already", "made"));
+    }
+    let mut counters = next(change, class)?;
+    loop {
+        counters.last_id = (counters.last_id + 1) % IDS;
+        let id = counters.last_id;
+        if !change.any(tables::THIN, |thin| thin.class == class && thin.id == id)? {
+            break;
+        }
+    }
+    change.put(tables::THIN_COUNTERS, &class, &counters)?;
+    let entry = ThinEntry { class, id: counters.last_id, size, state: ThinState::Making, source };
+    change.put(tables::THIN, uid, &entry)?;
+    Ok(entry)
 }
 
 /// The counters with a new transaction.

@@ -21,6 +21,7 @@ fn identity() -> PoolIdentity {
         pool_name: PoolName::from("fast"),
         node: NodeName::from("n1"),
         pool_id: "6f1e2d3c-0000-4000-8000-000000000001".into(),
+        area: None,
     }
 }
 

@@ -7,8 +7,8 @@ use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_record::{
     Attachment, AttachmentMode, ChangeError, Holder, ImageState, JobEntry, LedgerPosition, NodeRecord,
-    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, ThinState, VolumeEntry, VolumeState,
-    tables,
+    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, ThinState, VolumeEntry, VolumeKind,
+    VolumeState, tables,
 };
 use tempfile::TempDir;
 
@@ -19,6 +19,7 @@ fn record() -> (TempDir, PoolRecord) {
         pool_name: PoolName::from("fast"),
         node: NodeName::from("n1"),
         pool_id: "area-1".into(),
+        area: None,
     };
     let record = PoolRecord::create(&dir.path().join("record"), identity).unwrap();
     (dir, record)
@@ -30,6 +31,8 @@ fn volume(generation: u64) -> VolumeEntry {
         path: "volumes/v".into(),
         size: Bytes::gib(1),
         origin: None,
+        kind: VolumeKind::Volume,
+        source: None,
         state: VolumeState::Ready,
         labels: BTreeMap::new(),
     }

@@ -153,7 +153,11 @@ async fn on_pool(
     act: impl FnOnce(&OpenPool) -> Result<(), StepError> + Send + 'static,
 ) -> Result<(), StepError> {
     let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
-    tokio::task::spawn_blocking(move || act(&pool)).await?
+    tokio::task::spawn_blocking(move || {
+        let _turn = pool.turn();
+        act(&pool)
+    })
+    .await?
 }
 
 async fn prepare(node: &Arc<Node>, name: &PoolName) -> Result<(), StepError> {

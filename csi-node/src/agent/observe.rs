@@ -19,7 +19,7 @@ use berth_record::{ImageState, ReadError, VolumeState, tables};
 use kube::ResourceExt as _;
 use thiserror::Error;
 
-use super::pools::{OpenPool, PoolSpec};
+use super::pools::{OpenPool, PoolError, PoolSpec};
 use crate::area::{Backend, ThinGroup, ThinSpec};
 use crate::node::Node;
 use crate::sabotage;
@@ -35,6 +35,9 @@ pub enum ObserveError {
         /// Why.
         source: ReadError,
     },
+    /// The list of pools.
+    #[error("the list of pools cannot be read")]
+    Known(#[from] PoolError),
     /// A worker is gone.
     #[error("the observing worker is gone")]
     Worker(#[from] tokio::task::JoinError),
@@ -52,6 +55,9 @@ fn look(node: &Node) -> Result<NodeView, ObserveError> {
         view.pools.entry(name).or_default().wanted = Some(spec.uid);
     }
     for pool in node.pools.all() {
+        if !view.pools.contains_key(&pool.name) && node.pools.is_local(&pool.name)? {
+            continue; // nobody but a person decides about it
+        }
         let area = area_view(node, &pool)
             .map_err(|source| ObserveError::Record { pool: pool.name.clone(), source })?;
         view.pools.entry(pool.name.clone()).or_default().area = Some(area);
@@ -101,7 +107,7 @@ fn spec_of(pool: &StagingPool) -> Option<PoolSpec> {
             Backend::Thin(ThinSpec { group, block: area.block.bytes() })
         }
     };
-    Some(PoolSpec { uid: pool.uid()?.into(), backend })
+    Some(PoolSpec::new(pool.uid()?.into(), backend))
 }
 
 fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {

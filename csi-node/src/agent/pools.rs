@@ -1,196 +1,74 @@
 //! The areas that are open on this node, each with its record.
 
+mod error;
+mod known;
+mod life;
+mod open_pool;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use berth_core::ids::{NodeName, PoolName, Uid};
+use berth_core::ids::{NodeName, PoolName};
 use berth_core::reason::Reason;
-use berth_core::units::Generation;
-use berth_device::files::{self, FileError};
-use berth_record::{
-    ChangeError, CreateError, LedgerPosition, OpenError, PoolRecord, PromiseEntry, ReadError, tables,
-};
-use serde::{Deserialize, Serialize};
-use thiserror::Error;
+use berth_record::{OpenError, PoolRecord, ReadError, tables};
 
-use crate::area::{self, Area, AreaError, Backend, Place};
-use crate::sabotage;
-
-/// Why a pool's area cannot be used.
-#[derive(Debug, Error)]
-pub enum PoolError {
-    /// The area itself.
-    #[error("the area of pool {pool} cannot be opened")]
-    Area {
-        /// The pool.
-        pool: PoolName,
-        /// Why.
-        source: Box<AreaError>,
-    },
-    /// Its record.
-    #[error("the record of pool {pool} cannot be opened")]
-    Record {
-        /// The pool.
-        pool: PoolName,
-        /// Why.
-        source: OpenError,
-    },
-    /// Its record could not be made.
-    #[error("the record of pool {pool} cannot be made")]
-    NewRecord {
-        /// The pool.
-        pool: PoolName,
-        /// Why.
-        source: CreateError,
-    },
-    /// The area holds data and no record: what lies there is not known, so nothing is done with it.
-    #[error("the area of pool {pool} holds data but its record {path} is gone")]
-    RecordGone {
-        /// The pool.
-        pool: PoolName,
-        /// The record.
-        path: PathBuf,
-    },
-    /// A call or a job still works in it.
-    #[error("pool {pool} is in use")]
-    InUse {
-        /// The pool.
-        pool: PoolName,
-    },
-    /// The list of known pools.
-    #[error("the list of pools cannot be written")]
-    Known(#[from] FileError),
-    /// The list of known pools.
-    #[error("the list of pools {path} cannot be read: {reason}")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-}
-
-impl PoolError {
-    /// The machine-readable reason.
-    pub fn reason(&self) -> Reason {
-        match self {
-            Self::Area { source, .. } => source.reason(),
-            Self::Record { source: OpenError::WrongOwner { .. }, .. } => Reason::InUseByPool,
-            _ => Reason::PoolAreaFailed,
-        }
-    }
-}
-
-/// What is needed to open a pool again without the API server.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PoolSpec {
-    /// The UID of the `StagingPool`.
-    pub uid: Uid,
-    /// What it is made of.
-    #[serde(flatten)]
-    pub backend: Backend,
-}
-
-/// An open area.
-pub struct OpenPool {
-    /// The pool.
-    pub name: PoolName,
-    /// What it was opened by.
-    pub spec: PoolSpec,
-    /// The area.
-    pub area: Box<dyn Area>,
-    /// Its record.
-    pub record: PoolRecord,
-    /// What the defect `no-record` keeps from the record.
-    unrecorded: Mutex<Unrecorded>,
-}
-
-/// Promises that are obeyed without being recorded: a defect, chosen in test builds only.
-#[derive(Default)]
-struct Unrecorded {
-    position: LedgerPosition,
-    promises: BTreeMap<Uid, PromiseEntry>,
-}
-
-impl OpenPool {
-    /// Records that the ledger at this position is obeyed, with these promises.
-    pub fn obey(
-        &self,
-        position: &LedgerPosition,
-        promises: &[(Uid, PromiseEntry)],
-    ) -> Result<(), ChangeError> {
-        if !sabotage::active(sabotage::NO_RECORD) {
-            return self.record.obey(position, promises);
-        }
-        let mut kept = self.unrecorded();
-        kept.position = position.clone();
-        kept.promises.extend(promises.iter().cloned());
-        Ok(())
-    }
-
-    /// Records that the bytes of a promise are gone.
-    pub fn released(&self, holder: &Uid, generation: Generation) -> Result<(), ChangeError> {
-        match self.unrecorded().promises.get_mut(holder) {
-            Some(promise) => promise.released = true,
-            None => self.record.promise_released(holder, generation)?,
-        }
-        Ok(())
-    }
-
-    /// Forgets a released promise.
-    pub fn forget(&self, holder: &Uid) -> Result<(), ChangeError> {
-        if self.unrecorded().promises.remove(holder).is_some() {
-            return Ok(());
-        }
-        self.record.forget_promise(holder)
-    }
-
-    /// Where in its ledger's history the node is, and the promises that it knows.
-    pub fn promises(&self) -> Result<(LedgerPosition, BTreeMap<Uid, PromiseEntry>), ReadError> {
-        let mut position = self.record.ledger_position()?;
-        let mut promises: BTreeMap<Uid, PromiseEntry> =
-            self.record.record().entries(tables::PROMISES)?.into_iter().collect();
-        let kept = self.unrecorded();
-        if kept.position.lineage.is_some() {
-            position = kept.position.clone();
-            promises.extend(kept.promises.iter().map(|(uid, promise)| (uid.clone(), promise.clone())));
-        }
-        Ok((position, promises))
-    }
-
-    fn unrecorded(&self) -> MutexGuard<'_, Unrecorded> {
-        self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+pub use self::error::PoolError;
+pub use self::known::PoolSpec;
+use self::known::{Known, KnownPools};
+pub use self::open_pool::OpenPool;
+use crate::area::{self, Area, Place};
+use crate::telemetry::chain;
 
 /// The open pools, and why others are not.
 pub struct Pools {
     node: NodeName,
     mount_root: PathBuf,
-    known_file: PathBuf,
+    state_dir: PathBuf,
+    known: KnownPools,
     open: Mutex<BTreeMap<PoolName, Arc<OpenPool>>>,
     failed: Mutex<BTreeMap<PoolName, (Reason, String)>>,
+    /// Held while a pool is opened, let go or deleted.
+    life: Mutex<()>,
+}
+
+/// A pool that is not open though it was before.
+#[derive(Clone, Debug)]
+pub struct UnopenedPool {
+    /// Its name.
+    pub name: PoolName,
+    /// What it was opened by.
+    pub spec: PoolSpec,
+    /// Why it is not open, if that was tried.
+    pub failure: Option<(Reason, String)>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Pools {
     /// None open yet.
     pub fn new(node: NodeName, mount_root: PathBuf, state_dir: &Path) -> Self {
-        let known_file = state_dir.join("pools.json");
-        Self { node, mount_root, known_file, open: Mutex::default(), failed: Mutex::default() }
+        Self {
+            node,
+            mount_root,
+            state_dir: state_dir.to_owned(),
+            known: KnownPools::in_dir(state_dir),
+            open: Mutex::default(),
+            failed: Mutex::default(),
+            life: Mutex::default(),
+        }
     }
 
     /// The pool of this name, if its area is open.
     pub fn get(&self, name: &PoolName) -> Option<Arc<OpenPool>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        locked(&self.open).get(name).cloned()
     }
 
     /// All open ones.
     pub fn all(&self) -> Vec<Arc<OpenPool>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        locked(&self.open).values().cloned().collect()
     }
 
     /// Those that are not open though they were before, or are `wanted`: what lies in them is not known.
@@ -198,23 +76,49 @@ impl Pools {
         &self,
         wanted: impl IntoIterator<Item = PoolName>,
     ) -> Result<BTreeSet<PoolName>, PoolError> {
-        let mut names: BTreeSet<PoolName> = self.known()?.into_keys().chain(wanted).collect();
+        let mut names: BTreeSet<PoolName> = self.known.read()?.into_keys().chain(wanted).collect();
         names.retain(|name| self.get(name).is_none());
         Ok(names)
     }
 
+    /// Those that are not open though they were before, with what they were opened by.
+    pub fn closed(&self) -> Result<Vec<UnopenedPool>, PoolError> {
+        let known = self.known.read()?.into_iter().filter(|(name, _)| self.get(name).is_none());
+        let closed =
+            known.map(|(name, known)| UnopenedPool { failure: self.failure(&name), spec: known.spec, name });
+        Ok(closed.collect())
+    }
+
+    /// True if no cluster asked for the pool, so that nobody but a person decides about it.
+    pub fn is_local(&self, name: &PoolName) -> Result<bool, PoolError> {
+        Ok(self.known.get(name)?.is_some_and(|known| known.local))
+    }
+
     /// Why the pool's area could not be opened when that was last tried.
     pub fn failure(&self, name: &PoolName) -> Option<(Reason, String)> {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        locked(&self.failed).get(name).cloned()
+    }
+
+    /// The directories that ever held an area of this node.
+    pub fn directories(&self) -> Result<Vec<PathBuf>, PoolError> {
+        self.known.directories()
+    }
+
+    /// The node's own directory.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
     }
 
     /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
     /// fails is tried again once the API server shows it. Blocks.
     pub fn reopen_known(&self) -> Result<(), PoolError> {
         area::resume_suspended();
-        for (name, spec) in self.known()? {
-            if let Err(error) = self.prepare(&name, &spec) {
-                tracing::warn!(pool = %name, error = crate::telemetry::chain(&error), "pool not reopened");
+        for (name, known) in self.known.read()? {
+            if known.destroying {
+                continue; // what is left of it is not to be opened
+            }
+            if let Err(error) = self.prepare(&name, &known.spec) {
+                tracing::warn!(pool = %name, error = chain(&error), "pool not reopened");
             }
         }
         Ok(())
@@ -222,136 +126,121 @@ impl Pools {
 
     /// Makes or opens a pool's area and its record. Blocks, for as long as making a file system takes.
     pub fn prepare(&self, name: &PoolName, spec: &PoolSpec) -> Result<(), PoolError> {
+        let _life = locked(&self.life);
+        self.prepare_as(name, spec, false)
+    }
+
+    /// `local`: it is not asked for by a cluster.
+    fn prepare_as(&self, name: &PoolName, spec: &PoolSpec, local: bool) -> Result<(), PoolError> {
         if self.get(name).is_some() {
             return Ok(());
         }
-        let result = self.try_prepare(name, spec);
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        match &result {
-            Ok(()) => drop(failed.remove(name)),
-            Err(error) => drop(failed.insert(name.clone(), (error.reason(), crate::telemetry::chain(error)))),
-        }
+        let result = self.try_prepare(name, spec, local);
+        self.note(name, &result);
         result
     }
 
-    fn try_prepare(&self, name: &PoolName, spec: &PoolSpec) -> Result<(), PoolError> {
-        let failed = |source| PoolError::Area { pool: name.clone(), source: Box::new(source) };
-        let place = Place {
-            pool: spec.uid.clone(),
-            name: name.clone(),
-            node: self.node.clone(),
-            mount_point: self.mount_root.join(name.as_str()),
-            known: self.known()?.get(name).is_some_and(|known| known.uid == spec.uid),
-        };
-        let area = area::open(&place, &spec.backend).map_err(failed)?;
-        let opened = self.open_record(name, &spec.uid, &*area).and_then(|record| {
-            area.start(&record).map_err(failed)?;
-            Ok(record)
-        });
-        let record = match opened {
-            Ok(record) => record,
-            Err(error) => {
-                // What is in use keeps it mounted, and is served from there again once it can be opened.
-                if let Err(busy) = area.close() {
-                    tracing::warn!(pool = %name, error = crate::telemetry::chain(&busy), "area stays mounted");
-                }
-                return Err(error);
+    /// Remembers why a pool is not open.
+    fn note(&self, name: &PoolName, result: &Result<(), PoolError>) {
+        let mut failed = locked(&self.failed);
+        match result {
+            Ok(()) => drop(failed.remove(name)),
+            Err(error) => drop(failed.insert(name.clone(), (error.reason(), chain(error)))),
+        }
+    }
+
+    fn try_prepare(&self, name: &PoolName, spec: &PoolSpec, local: bool) -> Result<(), PoolError> {
+        // A pool that has taken over an area is served from there: the API knows nothing of it.
+        let known = self.known.get(name)?.filter(|known| known.spec.uid == spec.uid);
+        if known.as_ref().is_some_and(|known| known.destroying) {
+            return Err(PoolError::BeingDestroyed { pool: name.clone() });
+        }
+        let area_uid = spec.area.clone().or_else(|| known.as_ref()?.spec.area.clone());
+        let spec = PoolSpec { area: area_uid.filter(|area| *area != spec.uid), ..spec.clone() };
+        self.require_free(name, spec.area())?;
+        let local = known.as_ref().map_or(local, |known| known.local);
+        let area = area::open(&self.place(name, &spec, known.is_some()), &spec.backend)
+            .map_err(|source| in_area(name, source))?;
+        let record = self.open_record(name, &spec, &*area);
+        self.serve(name, &spec, area, record, local)
+    }
+
+    /// Starts an area under its record, and has it served from then on. Whatever fails, what is in use stays in use.
+    fn serve(
+        &self,
+        name: &PoolName,
+        spec: &PoolSpec,
+        area: Box<dyn Area>,
+        record: Result<PoolRecord, PoolError>,
+        local: bool,
+    ) -> Result<(), PoolError> {
+        let leave = |area: &dyn Area, attached: Option<&BTreeSet<_>>| {
+            // What is in use keeps it mounted, and is served from there again once it can be opened.
+            if let Err(busy) = area.leave(attached) {
+                tracing::warn!(pool = %name, error = chain(&busy), "area stays mounted");
             }
         };
-        let mut known = self.known()?;
-        if known.insert(name.clone(), spec.clone()).as_ref() != Some(spec) {
-            self.write_known(&known)?;
+        let record = record.inspect_err(|_| leave(&*area, None))?;
+        if let Err(source) = area.start(&record) {
+            let attached = record.record().entries(tables::ATTACHMENTS);
+            let attached: Option<BTreeSet<_>> =
+                attached.ok().map(|all| all.into_iter().map(|(uid, _)| uid).collect());
+            drop(record);
+            leave(&*area, attached.as_ref());
+            return Err(in_area(name, source));
         }
-        let pool =
-            OpenPool { name: name.clone(), spec: spec.clone(), area, record, unrecorded: Mutex::default() };
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), Arc::new(pool));
+        self.known.put(name, Known { spec: spec.clone(), local, destroying: false })?;
+        let pool = OpenPool::new(name.clone(), spec.clone(), area, record);
+        locked(&self.open).insert(name.clone(), Arc::new(pool));
         tracing::info!(pool = %name, "pool open");
         Ok(())
     }
 
+    fn place(&self, name: &PoolName, spec: &PoolSpec, known: bool) -> Place {
+        Place {
+            area: spec.area().clone(),
+            name: name.clone(),
+            node: self.node.clone(),
+            mount_point: self.mount_root.join(name.as_str()),
+            known,
+        }
+    }
+
     /// The record is made before anything else in an area, so one that is missing beside data is lost.
-    fn open_record(&self, name: &PoolName, uid: &Uid, area: &dyn Area) -> Result<PoolRecord, PoolError> {
-        let path = area.root().join("record.redb");
+    fn open_record(
+        &self,
+        name: &PoolName,
+        spec: &PoolSpec,
+        area: &dyn Area,
+    ) -> Result<PoolRecord, PoolError> {
+        let path = record_path(area);
         let identity = berth_record::PoolIdentity {
-            pool_uid: uid.clone(),
+            pool_uid: spec.uid.clone(),
             pool_name: name.clone(),
             node: self.node.clone(),
             pool_id: uuid::Uuid::new_v4().to_string(),
+            area: spec.area.clone(),
         };
         match PoolRecord::open(&path, Some(&identity.owner())) {
             Err(OpenError::NotFound { .. }) => {}
             other => return other.map_err(|source| PoolError::Record { pool: name.clone(), source }),
         }
-        let failed = |source| PoolError::Area { pool: name.clone(), source: Box::new(source) };
-        if area.holds_data().map_err(failed)? {
+        if area.holds_data().map_err(|source| in_area(name, source))? {
             return Err(PoolError::RecordGone { pool: name.clone(), path });
         }
         PoolRecord::create(&path, identity)
             .map_err(|source| PoolError::NewRecord { pool: name.clone(), source })
     }
-
-    /// Unmounts the area of a pool in which nothing is left, and forgets the pool. What lies on its disk stays. Blocks.
-    pub fn close(&self, name: &PoolName) -> Result<(), PoolError> {
-        let Some(pool) = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(name) else {
-            return Ok(());
-        };
-        let pool = match Arc::try_unwrap(pool) {
-            Ok(pool) => pool,
-            Err(pool) => {
-                self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), pool);
-                return Err(PoolError::InUse { pool: name.clone() });
-            }
-        };
-        let OpenPool { area, record, .. } = pool;
-        drop(record);
-        let mut known = self.known()?;
-        known.remove(name);
-        self.write_known(&known)?;
-        area.close().map_err(|source| PoolError::Area { pool: name.clone(), source: Box::new(source) })?;
-        tracing::info!(pool = %name, "pool closed");
-        Ok(())
-    }
-
-    fn write_known(&self, known: &BTreeMap<PoolName, PoolSpec>) -> Result<(), PoolError> {
-        let text = serde_json::to_vec_pretty(known)
-            .map_err(|e| PoolError::Unreadable { path: self.known_file.clone(), reason: e.to_string() })?;
-        Ok(files::write_durably(&self.known_file, &text)?)
-    }
-
-    fn known(&self) -> Result<BTreeMap<PoolName, PoolSpec>, PoolError> {
-        let path = self.known_file.clone();
-        match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|e| PoolError::Unreadable { path, reason: e.to_string() }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-            Err(error) => Err(PoolError::Unreadable { path, reason: error.to_string() }),
-        }
-    }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
+fn record_path(area: &dyn Area) -> PathBuf {
+    area.root().join("record.redb")
+}
 
-    use berth_core::units::Bytes;
+fn in_area(pool: &PoolName, source: area::AreaError) -> PoolError {
+    PoolError::Area { pool: pool.clone(), source: Box::new(source) }
+}
 
-    use super::*;
-    use crate::area::{ThinGroup, ThinSpec};
-
-    #[test]
-    fn what_was_written_of_a_pool_is_read_again() {
-        let filesystem = Backend::Filesystem { path: "/srv/pool".into(), size: Bytes(512) };
-        let thin = |group| Backend::Thin(ThinSpec { group, block: Bytes::kib(64) });
-        let devices = vec![PathBuf::from("/dev/sdb")];
-        let own = thin(ThinGroup::Exclusive { devices, wipe: true });
-        let shared = thin(ThinGroup::Shared { name: "vg".to_owned(), size: Bytes::gib(1) });
-        let mut texts = BTreeSet::new();
-        for backend in [filesystem, own, shared] {
-            let spec = PoolSpec { uid: "u".into(), backend };
-            let text = serde_json::to_string(&spec).unwrap();
-            assert_eq!(serde_json::from_str::<PoolSpec>(&text).unwrap(), spec, "{text}");
-            texts.insert(text);
-        }
-        assert!(texts.contains(r#"{"uid":"u","path":"/srv/pool","size":512}"#), "{texts:?}");
-    }
+fn unread(pool: &PoolName) -> impl Fn(ReadError) -> PoolError {
+    |source| PoolError::Read { pool: pool.clone(), source }
 }

@@ -350,6 +350,7 @@ pub async fn remove(
 ) -> Result<(), FillError> {
     let pool = Arc::clone(pool);
     tokio::task::spawn_blocking(move || {
+        let _turn = pool.turn();
         pool.area.require_unused(&pool.record, &digest)?;
         pool.record.begin_evict(&digest)?;
         if !sabotage::active(sabotage::RELEASE_WITHOUT_DELETE) {

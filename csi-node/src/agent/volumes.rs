@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use berth_core::ids::Uid;
 use berth_core::node::Origin;
 use berth_core::units::{Bytes, Generation};
-use berth_record::{ChangeError, StagingEntry, VolumeEntry, VolumeState};
+use berth_record::{ChangeError, StagingEntry, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState};
 use thiserror::Error;
 
 use super::pools::OpenPool;
-use crate::area::AreaError;
+use crate::area::{AreaError, Copy};
 use crate::node::now;
 use crate::sabotage;
 
@@ -42,26 +42,42 @@ pub fn make(
     origin: &Origin,
     labels: &BTreeMap<String, String>,
 ) -> Result<(), VolumeError> {
-    let digest = match origin {
-        Origin::Blank => None,
-        Origin::Image(digest) => Some(*digest),
-    };
     let wanted = VolumeEntry {
         generation,
         path: pool.area.recorded_path(uid),
         size,
-        origin: digest,
+        origin: match origin {
+            Origin::Blank => None,
+            Origin::Image(digest) => Some(VolumeOrigin::Image(*digest)),
+        },
+        kind: VolumeKind::Volume,
+        source: None,
         state: VolumeState::Creating,
         labels: labels.clone(),
     };
     let entry = pool.record.begin_volume(uid, &wanted)?;
-    if entry.state != VolumeState::Ready {
+    finish(pool, uid, &entry)
+}
+
+/// Makes what was begun of a volume, a copy or a snapshot, from the start if it is half made.
+pub fn finish(pool: &OpenPool, uid: &Uid, entry: &VolumeEntry) -> Result<(), VolumeError> {
+    if entry.state == VolumeState::Ready {
+        if !pool.area.has_volume(uid) {
+            return Err(VolumeError::Lost { uid: uid.clone(), path: pool.area.volume(uid) });
+        }
+    } else if let Some(source) = &entry.source {
+        let copy = Copy {
+            uid,
+            size: entry.size,
+            origin: entry.origin.as_ref(),
+            read_only: entry.kind == VolumeKind::Snapshot,
+        };
+        pool.area.copy_volume(&pool.record, source, &copy)?;
+    } else {
         pool.area.make_volume(&pool.record, uid, entry.size, entry.origin.as_ref())?;
-    } else if !pool.area.has_volume(uid) {
-        return Err(VolumeError::Lost { uid: uid.clone(), path: pool.area.volume(uid) });
     }
-    pool.record.volume_ready(uid, generation)?;
-    if let Some(digest) = &entry.origin {
+    pool.record.volume_ready(uid, entry.generation)?;
+    if let (Some(VolumeOrigin::Image(digest)), None) = (&entry.origin, &entry.source) {
         pool.record.image_used(digest, now())?;
     }
     Ok(())

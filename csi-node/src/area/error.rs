@@ -11,8 +11,12 @@ use berth_device::files::FileError;
 use berth_device::filesystem::FilesystemError;
 use berth_device::loop_device::LoopError;
 use berth_device::mounts::MountError;
+use berth_device::nbd::AttachError;
 use berth_device::pool_area::ClaimError;
-use berth_device::thin::{DeviceName, KernelPoolError, NameError, ThinDeviceError, VolumeGroupError};
+use berth_device::thin::{
+    DeviceName, KernelPoolError, MappingError, NameError, ThinDeviceError, VolumeGroupError,
+};
+use berth_device::users::UsersError;
 use berth_record::ChangeError;
 use thiserror::Error;
 
@@ -115,6 +119,41 @@ pub enum AreaError {
         /// The volume.
         volume: Uid,
     },
+    /// A volume of it is in use.
+    #[error("{device} is in use: {users}")]
+    InUse {
+        /// What is in use.
+        device: String,
+        /// By whom.
+        users: String,
+    },
+    /// The template that a volume starts from has no device.
+    #[error("template {template} is not attached")]
+    NoTemplate {
+        /// Which.
+        template: Uid,
+    },
+    /// The devices of templates.
+    #[error("failed to look for a template's device")]
+    Nbd(#[from] AttachError),
+    /// What a volume has blocks for.
+    #[error("failed to read what a volume has blocks for")]
+    Mapping(#[from] MappingError),
+    /// It is not known who uses a device.
+    #[error("failed to find out who uses a device")]
+    Users(#[from] UsersError),
+    /// Files share blocks here or are copied, and a copy of one that is written meanwhile would be of no moment.
+    #[error("{} is in use, and its file system cannot copy it at one moment", path.display())]
+    NoInstantCopy {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A pool of files has no kernel pools.
+    #[error("the pool at {} is made of files and has no kernel pools", root.display())]
+    NoKernelPools {
+        /// Its directory.
+        root: PathBuf,
+    },
     /// The area is open as far as its record only.
     #[error("the area at {} is not open yet", root.display())]
     NotStarted {
@@ -153,10 +192,47 @@ impl AreaError {
                 | ClaimError::ForeignImage { .. },
             )
             | Self::Group(VolumeGroupError::NotOurs { .. }) => Reason::InUseByPool,
-            Self::Claim(ClaimError::TooSmall { .. }) | Self::Geometry(_) => Reason::InvalidSpec,
-            Self::Kernel(KernelPoolError::Damaged { .. }) => Reason::NeedsCheck,
+            Self::Claim(ClaimError::TooSmall { .. })
+            | Self::Geometry(_)
+            | Self::Name(_)
+            | Self::NoKernelPools { .. }
+            | Self::ImageTooLarge { .. }
+            | Self::Group(VolumeGroupError::BadName { .. }) => Reason::InvalidSpec,
+            Self::Claim(ClaimError::ImageLost { .. })
+            | Self::Gone { .. }
+            | Self::RecordVolumeGone { .. }
+            | Self::Group(VolumeGroupError::NoGroup { .. } | VolumeGroupError::Incomplete { .. }) => {
+                Reason::PoolAreaGone
+            }
+            Self::Group(VolumeGroupError::NotBlank { .. }) => Reason::NotBlank,
+            Self::Group(VolumeGroupError::Device { action: "take", .. }) => Reason::DeviceInUse,
+            Self::Group(VolumeGroupError::Foreign { .. }) => Reason::ForeignVolume,
+            Self::Missing(_) => Reason::PreflightFailed,
+            Self::Bound { .. } | Self::Group(VolumeGroupError::NoSpace { .. }) => Reason::CapacityRefused,
+            Self::Kernel(error) => kernel_reason(error),
+            Self::Device(ThinDeviceError::Below { source, .. }) => kernel_reason(source),
+            Self::InUse { .. }
+            | Self::ImageInUse { .. }
+            | Self::NoInstantCopy { .. }
+            | Self::Loop(LoopError::InUse { .. })
+            | Self::Mount(MountError::Busy { .. })
+            | Self::Claim(ClaimError::Mount(MountError::Busy { .. }) | ClaimError::Locked { .. })
+            | Self::Device(ThinDeviceError::InUse { .. }) => Reason::InUse,
+            Self::Nbd(AttachError::Silent { .. }) => Reason::OriginSilent,
+            Self::NoTemplate { .. } => Reason::VolumeNotFound,
             _ => Reason::PoolAreaFailed,
         }
+    }
+}
+
+fn kernel_reason(error: &KernelPoolError) -> Reason {
+    match error {
+        KernelPoolError::Damaged { .. } => Reason::NeedsCheck,
+        KernelPoolError::OriginSilent { .. } => Reason::OriginSilent,
+        KernelPoolError::InUse { .. } => Reason::InUse,
+        KernelPoolError::NotWritable { .. } => Reason::ReadOnly,
+        KernelPoolError::Geometry(_) | KernelPoolError::BlockSize { .. } => Reason::InvalidSpec,
+        _ => Reason::PoolAreaFailed,
     }
 }
 

@@ -1,22 +1,30 @@
 //! The area of a `filesystem` pool: files and directories in one XFS image, which shares blocks between them.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_api::defaults;
 use berth_core::ids::{Digest, Uid};
+use berth_core::ledger::{Charge, Class};
 use berth_core::units::Bytes;
 use berth_device::files::{self, FileError};
 use berth_device::loop_device::{self, LoopOptions};
+use berth_device::mounts;
 use berth_device::partition::Extent;
-use berth_device::pool_area::{PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
-use berth_record::PoolRecord;
+use berth_device::pool_area::{self, PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
+use berth_device::users::users;
+use berth_record::{ChangeError, ImageState, PoolRecord, VolumeOrigin, VolumeState, tables};
+use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::unistd::{Whence, lseek};
 
 use super::error::{AreaError, io_error};
-use super::{Area, DIRECTORIES, Place, has_directories, make_directories};
+use super::{Area, Copy, DIRECTORIES, Place, has_directories, make_directories, template_device};
+use crate::operation::{Finding, FindingKind};
 
 /// What is read at once where blocks cannot be shared.
 const PIECE: usize = 1 << 20;
@@ -34,27 +42,40 @@ impl Filesystem {
         if place.known && !is_claimed(dir) {
             return Err(AreaError::Gone { what: format!("the area in {}", dir.display()) });
         }
-        let (pool, name, node) = (place.pool.clone(), place.name.clone(), place.node.clone());
         let config = PoolAreaConfig {
             dir: dir.to_owned(),
             size,
             mount_point: place.mount_point.clone(),
-            identity: PoolIdentity { pool, name, node },
+            identity: identity(place),
             headroom_percent: defaults::HEADROOM_PERCENT,
         };
         Ok(Self { area: PoolArea::open_or_create(&config)? })
     }
 
-    /// A file with the image's content, zeros after it, never larger than `size`. Shares the image's blocks where the
-    /// file system can.
-    fn clone_image(&self, digest: &Digest, path: &Path, size: Bytes) -> Result<File, AreaError> {
-        let image = self.image(digest);
-        let found = Bytes(fs::metadata(&image).map_err(io_error("examine", &image))?.len());
+    /// Makes the area in `dir` this node's.
+    pub fn take_over(place: &Place, dir: &Path) -> Result<(), AreaError> {
+        Ok(pool_area::take_over(dir, &identity(place), &place.mount_point)?)
+    }
+
+    /// Ends the deletion of the area in `dir`.
+    pub fn destroy_rest(place: &Place, dir: &Path) -> Result<(), AreaError> {
+        Ok(pool_area::destroy_rest(dir, &identity(place), &place.mount_point)?)
+    }
+
+    /// A file with what `source` has, zeros after it, never larger than `size`. Shares the source's blocks where the file
+    /// system can; where it cannot, a source that somebody writes to is refused.
+    fn copy(source: &Path, path: &Path, size: Bytes) -> Result<File, AreaError> {
+        let found = length_of(source)?;
         if found > size {
-            return Err(AreaError::ImageTooLarge { path: image, found, promised: size });
+            return Err(AreaError::ImageTooLarge { path: source.to_owned(), found, promised: size });
         }
-        let file = match files::reflink(&image, path) {
-            Err(FileError::ReflinkUnsupported { .. }) => copy_sparse(&image, path)?,
+        let file = match files::reflink(source, path) {
+            Err(FileError::ReflinkUnsupported { .. }) => {
+                if loop_device::find(source)?.iter().any(|device| !device.read_only) {
+                    return Err(AreaError::NoInstantCopy { path: source.to_owned() });
+                }
+                copy_sparse(source, found, path)?
+            }
             other => other?,
         };
         let length = file.metadata().map_err(io_error("examine", path))?.len();
@@ -63,16 +84,96 @@ impl Filesystem {
         }
         Ok(file)
     }
+
+    /// Brings what is written to the devices of a volume into its file.
+    fn settle(path: &Path) -> Result<(), AreaError> {
+        let mounts = mounts::list()?;
+        for device in loop_device::find(path)? {
+            for mount in mounts.iter().filter(|mount| mount.source == device.path) {
+                let settled = File::open(&mount.mount_point).and_then(|file| Ok(nix::unistd::syncfs(file)?));
+                settled.map_err(io_error("write out", &mount.mount_point))?;
+            }
+            device.flush()?;
+        }
+        Ok(())
+    }
+
+    /// What is recorded against the files that are there.
+    fn findings(&self, record: &PoolRecord) -> Result<Vec<Finding>, AreaError> {
+        let mut findings = Vec::new();
+        let read = record.record();
+        let mut known = BTreeSet::new();
+        for (digest, image) in read.entries(tables::IMAGES).map_err(ChangeError::from)? {
+            let path = self.image(&digest);
+            let size = (image.state == ImageState::Complete).then_some(image.virtual_size);
+            findings.extend(compared(&path, &format!("image {digest}"), size)?);
+            known.insert(path);
+        }
+        for (uid, volume) in read.entries(tables::VOLUMES).map_err(ChangeError::from)? {
+            let path = self.volume(&uid);
+            let size = (volume.state == VolumeState::Ready).then_some(volume.size);
+            findings.extend(compared(&path, &format!("volume {uid}"), size)?);
+            known.extend([path, self.format_mark(&uid)]);
+        }
+        for (uid, _) in read.entries(tables::STAGING).map_err(ChangeError::from)? {
+            known.insert(self.work_dir(&uid));
+        }
+        for dir in DIRECTORIES.below(&self.area.root) {
+            for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))? {
+                let path = entry.map_err(io_error("list", &dir))?.path();
+                if !known.contains(&path) {
+                    let message = "nothing recorded needs it, and it takes space".to_owned();
+                    let about = path.display().to_string();
+                    findings.push(Finding { kind: FindingKind::Leaked, about, message });
+                }
+            }
+        }
+        Ok(findings)
+    }
+
+    /// Makes a volume as large as it is recorded.
+    fn fit(path: &Path, size: Bytes) -> Result<(), AreaError> {
+        if length_of(path)? >= size {
+            return Ok(());
+        }
+        let file = OpenOptions::new().write(true).open(path).map_err(io_error("open", path))?;
+        file.set_len(size.0).and_then(|()| file.sync_all()).map_err(io_error("extend", path))?;
+        for device in loop_device::find(path)? {
+            device.refresh_size()?;
+        }
+        Ok(())
+    }
 }
 
-fn copy_sparse(image: &Path, path: &Path) -> Result<File, AreaError> {
-    let source = File::open(image).map_err(io_error("open", image))?;
-    let length = source.metadata().map_err(io_error("examine", image))?.len();
-    let target = files::create_sparse(path, Bytes(length))?;
+/// How the file of something that is recorded differs, where it has to be there with this size.
+fn compared(path: &Path, about: &str, size: Option<Bytes>) -> Result<Option<Finding>, AreaError> {
+    let Some(size) = size else { return Ok(None) };
+    let finding = |kind, message| Some(Finding { kind, about: about.to_owned(), message });
+    if !path.exists() {
+        return Ok(finding(FindingKind::Missing, format!("{} is gone", path.display())));
+    }
+    let found = length_of(path)?;
+    let message = format!("{} has {found}, recorded are {size}", path.display());
+    Ok(if found == size { None } else { finding(FindingKind::Different, message) })
+}
+
+fn identity(place: &Place) -> PoolIdentity {
+    PoolIdentity { pool: place.area.clone(), name: place.name.clone(), node: place.node.clone() }
+}
+
+/// The length of a file, or of a block device.
+fn length_of(path: &Path) -> Result<Bytes, AreaError> {
+    let length = File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0)));
+    length.map(Bytes).map_err(io_error("measure", path))
+}
+
+fn copy_sparse(source_path: &Path, length: Bytes, path: &Path) -> Result<File, AreaError> {
+    let source = File::open(source_path).map_err(io_error("open", source_path))?;
+    let target = files::create_sparse(path, length)?;
     let mut buffer = vec![0; PIECE];
     let mut offset = 0;
-    while offset < length {
-        let count = source.read_at(&mut buffer, offset).map_err(io_error("read", image))?;
+    while offset < length.0 {
+        let count = source.read_at(&mut buffer, offset).map_err(io_error("read", source_path))?;
         if count == 0 {
             break;
         }
@@ -84,6 +185,24 @@ fn copy_sparse(image: &Path, path: &Path) -> Result<File, AreaError> {
     Ok(target)
 }
 
+/// The parts of a file that are no holes.
+fn data_of(path: &Path) -> Result<Vec<Extent>, AreaError> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    let mut parts = Vec::new();
+    let mut at = 0;
+    let seek = |at: i64, whence| match lseek(&file, at, whence) {
+        Err(Errno::ENXIO) => Ok(None), // behind the last data
+        sought => sought.map(Some).map_err(|errno| io_error("map", path)(errno.into())),
+    };
+    while let Some(start) = seek(at, Whence::SeekData)? {
+        let end = seek(start, Whence::SeekHole)?.unwrap_or(start);
+        let bytes = |offset: i64| Bytes(offset.unsigned_abs());
+        parts.push(Extent { offset: bytes(start), length: bytes(end).saturating_sub(bytes(start)) });
+        at = end;
+    }
+    Ok(parts)
+}
+
 impl Area for Filesystem {
     fn root(&self) -> &Path {
         &self.area.root
@@ -93,8 +212,16 @@ impl Area for Filesystem {
         Ok(has_directories(&self.area.root))
     }
 
-    fn start(&self, _: &PoolRecord) -> Result<(), AreaError> {
-        make_directories(&self.area.root)
+    /// Ends what was cut off: a volume that was to become larger.
+    fn start(&self, record: &PoolRecord) -> Result<(), AreaError> {
+        make_directories(&self.area.root)?;
+        let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
+        for (uid, volume) in volumes.into_iter().filter(|(_, volume)| volume.state == VolumeState::Ready) {
+            if self.has_volume(&uid) {
+                Self::fit(&self.volume(&uid), volume.size)?;
+            }
+        }
+        Ok(())
     }
 
     fn advisory(&self) -> Option<String> {
@@ -181,15 +308,68 @@ impl Area for Filesystem {
         _: &PoolRecord,
         reservation: &Uid,
         size: Bytes,
-        origin: Option<&Digest>,
+        origin: Option<&VolumeOrigin>,
     ) -> Result<(), AreaError> {
         let path = self.volume(reservation);
         files::remove_if_there(&path)?;
         let file = match origin {
             None => files::create_sparse(&path, size)?,
-            Some(digest) => self.clone_image(digest, &path, size)?,
+            Some(VolumeOrigin::Image(digest)) => Self::copy(&self.image(digest), &path, size)?,
+            Some(VolumeOrigin::Template { template }) => {
+                Self::copy(&template_device(template)?, &path, size)?
+            }
         };
         Ok(files::sync_file_and_parent(&file, &path)?)
+    }
+
+    fn volume_charge(&self, size: Bytes) -> Charge {
+        Charge { data: size, metadata: Bytes::ZERO }
+    }
+
+    fn copy_volume(&self, _: &PoolRecord, source: &Uid, copy: &Copy<'_>) -> Result<(), AreaError> {
+        let (from, path) = (self.volume(source), self.volume(copy.uid));
+        files::remove_if_there(&path)?;
+        Self::settle(&from)?;
+        let file = Self::copy(&from, &path, copy.size)?;
+        if copy.read_only {
+            fs::set_permissions(&path, Permissions::from_mode(0o400)).map_err(io_error("protect", &path))?;
+        }
+        Ok(files::sync_file_and_parent(&file, &path)?)
+    }
+
+    fn resize_volume(&self, _: &PoolRecord, reservation: &Uid, size: Bytes) -> Result<(), AreaError> {
+        Self::fit(&self.volume(reservation), size)
+    }
+
+    fn own_parts(&self, _: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError> {
+        let path = self.volume(reservation);
+        Self::settle(&path)?;
+        data_of(&path)
+    }
+
+    /// What a file shares with what it was made from counts as its own.
+    fn reads_origin(&self) -> bool {
+        false
+    }
+
+    fn occupied(&self, reservation: &Uid) -> Option<Bytes> {
+        files::allocated_bytes(&self.volume(reservation)).ok()
+    }
+
+    fn users(&self, reservation: &Uid) -> Result<Vec<String>, AreaError> {
+        let mut found = Vec::new();
+        for device in loop_device::find(&self.volume(reservation))? {
+            found.extend(users(&device.path)?);
+        }
+        Ok(found)
+    }
+
+    fn grow(&self, _: Class, _: Bytes) -> Result<(), AreaError> {
+        Err(AreaError::NoKernelPools { root: self.area.root.clone() })
+    }
+
+    fn leave(&self, _: Option<&BTreeSet<Uid>>) -> Result<(), AreaError> {
+        self.close()
     }
 
     fn remove_volume(&self, _: &PoolRecord, reservation: &Uid) -> Result<(), AreaError> {
@@ -218,6 +398,10 @@ impl Area for Filesystem {
             loop_device::detach(&device)?;
         }
         Ok(())
+    }
+
+    fn check(&self, record: &PoolRecord) -> Result<Vec<Finding>, AreaError> {
+        self.findings(record)
     }
 
     fn close(&self) -> Result<(), AreaError> {

@@ -8,15 +8,18 @@ mod error;
 mod filesystem;
 mod thin;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_core::ids::{Digest, NodeName, PoolName, Uid};
+use berth_core::ledger::{Charge, Class};
 use berth_core::thin::ThinState;
 use berth_core::units::Bytes;
+use berth_device::nbd::{AttachError, Attachment, BackendId, Nbd};
 use berth_device::partition::Extent;
-use berth_record::PoolRecord;
+use berth_record::{PoolRecord, VolumeOrigin};
 use serde::{Deserialize, Serialize};
 
 pub use self::error::AreaError;
@@ -24,6 +27,7 @@ use self::error::io_error;
 use self::filesystem::Filesystem;
 use self::thin::Thin;
 pub use self::thin::{ThinGroup, ThinSpec};
+use crate::operation::Finding;
 use crate::telemetry::chain;
 
 /// What a pool is made of on this node.
@@ -41,12 +45,28 @@ pub enum Backend {
     Thin(ThinSpec),
 }
 
+impl Backend {
+    /// Where it lies, for people.
+    pub fn told(&self) -> String {
+        match self {
+            Self::Filesystem { path, .. } => format!("the directory {}", path.display()),
+            Self::Thin(ThinSpec { group: ThinGroup::Shared { name, size }, .. }) => {
+                format!("{size} of volume group {name}")
+            }
+            Self::Thin(ThinSpec { group: ThinGroup::Exclusive { devices, .. }, .. }) => {
+                let devices: Vec<_> = devices.iter().map(|device| device.display().to_string()).collect();
+                format!("the devices {}", devices.join(", "))
+            }
+        }
+    }
+}
+
 /// Whose area it is, and where its file system is mounted.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// The UID of the `StagingPool`.
-    pub pool: Uid,
-    /// Its name.
+    /// The UID of the pool that it was made for: what lies on the disk is named after it, whoever's it is by now.
+    pub area: Uid,
+    /// The pool's name.
     pub name: PoolName,
     /// This node.
     pub node: NodeName,
@@ -134,14 +154,42 @@ pub trait Area: Send + Sync {
         self.volume(reservation).exists()
     }
 
-    /// Makes a volume of zeros, or with the content of an image and zeros after it, in place of what may be there.
+    /// What a volume of this size may come to occupy.
+    fn volume_charge(&self, size: Bytes) -> Charge;
+
+    /// Makes a volume of zeros, or with the content of its origin and zeros after it, in place of what may be there.
     fn make_volume(
         &self,
         record: &PoolRecord,
         reservation: &Uid,
         size: Bytes,
-        origin: Option<&Digest>,
+        origin: Option<&VolumeOrigin>,
     ) -> Result<(), AreaError>;
+
+    /// Makes a volume or a snapshot of what another one is at this moment, and zeros after it, in place of what may be there.
+    /// The other one may be in use.
+    fn copy_volume(&self, record: &PoolRecord, source: &Uid, copy: &Copy<'_>) -> Result<(), AreaError>;
+
+    /// Makes a volume, attached or not, as large as it is recorded. One that is that large already stays.
+    fn resize_volume(&self, record: &PoolRecord, reservation: &Uid, size: Bytes) -> Result<(), AreaError>;
+
+    /// The parts of a volume for which it has blocks itself, ascending and disjoint.
+    fn own_parts(&self, record: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError>;
+
+    /// True if what is not among [`Self::own_parts`] reads the volume's origin; it is zeros otherwise.
+    fn reads_origin(&self) -> bool;
+
+    /// How many bytes a volume has blocks for; `None` if that is not known.
+    fn occupied(&self, reservation: &Uid) -> Option<Bytes>;
+
+    /// Who uses the devices of a volume, as one phrase each.
+    fn users(&self, reservation: &Uid) -> Result<Vec<String>, AreaError>;
+
+    /// Makes the kernel pool of a class at least so large.
+    ///
+    /// # Errors
+    /// [`AreaError::NoKernelPools`].
+    fn grow(&self, class: Class, size: Bytes) -> Result<(), AreaError>;
 
     /// Removes a volume that is not attached.
     fn remove_volume(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError>;
@@ -165,14 +213,45 @@ pub trait Area: Send + Sync {
         self.root().join(DIRECTORIES.volumes).join(format!("{reservation}.formatting"))
     }
 
+    /// Everything about which the record and what is there do not agree.
+    fn check(&self, record: &PoolRecord) -> Result<Vec<Finding>, AreaError>;
+
     /// Lets everything go. What lies on the disk stays.
     ///
     /// # Errors
     /// While anything in it is in use; it then stays as far as it is in use.
     fn close(&self) -> Result<(), AreaError>;
 
+    /// Lets go what nobody uses, after the area could not be opened as a whole. Volumes in `attached` stay as they are; all
+    /// that are shown do if that is not known.
+    fn leave(&self, attached: Option<&BTreeSet<Uid>>) -> Result<(), AreaError>;
+
     /// Lets everything go, and deletes the area with all it holds.
     fn destroy(self: Box<Self>) -> Result<(), AreaError>;
+}
+
+/// A copy of a volume that is to be made.
+#[derive(Clone, Debug)]
+pub struct Copy<'a> {
+    /// Its name.
+    pub uid: &'a Uid,
+    /// Its size, at least its source's.
+    pub size: Bytes,
+    /// What it reads where neither it nor its source have anything of their own: the same as its source.
+    pub origin: Option<&'a VolumeOrigin>,
+    /// It is never written.
+    pub read_only: bool,
+}
+
+/// The device of a template.
+///
+/// # Errors
+/// [`AreaError::NoTemplate`] if it is not attached.
+pub fn template_device(template: &Uid) -> Result<PathBuf, AreaError> {
+    let id = BackendId::new(template).map_err(|_| AreaError::NoTemplate { template: template.clone() })?;
+    let found = Nbd::open().map_err(AttachError::from).and_then(|mut nbd| Attachment::find(&mut nbd, &id))?;
+    let found = found.ok_or_else(|| AreaError::NoTemplate { template: template.clone() })?;
+    Ok(found.path())
 }
 
 /// Makes or opens an area, as far as is needed to open its record. Blocks.
@@ -180,6 +259,22 @@ pub fn open(place: &Place, backend: &Backend) -> Result<Box<dyn Area>, AreaError
     match backend {
         Backend::Filesystem { path, size } => Ok(Box::new(Filesystem::open(place, path, *size)?)),
         Backend::Thin(spec) => Ok(Box::new(Thin::open(place, spec)?)),
+    }
+}
+
+/// Ends the deletion of an area that was cut off. Nothing left: nothing to do.
+pub fn destroy_rest(place: &Place, backend: &Backend) -> Result<(), AreaError> {
+    match backend {
+        Backend::Filesystem { path, .. } => Filesystem::destroy_rest(place, path),
+        Backend::Thin(spec) => Thin::destroy_rest(place, spec),
+    }
+}
+
+/// Makes an area this node's, so that it can be opened: where the area itself says whose it is. What it holds stays.
+pub fn take_over(place: &Place, backend: &Backend) -> Result<(), AreaError> {
+    match backend {
+        Backend::Filesystem { path, .. } => Filesystem::take_over(place, path),
+        Backend::Thin(_) => Ok(()), // its record alone says it
     }
 }
 

@@ -1,32 +1,18 @@
-//! `berth-node template`: templates without Kubernetes.
+//! `berth-node template`: images that volumes start from.
 
-use std::io::{self, IsTerminal as _, Write as _};
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+pub mod import;
 
-use berth_api::defaults;
-use berth_core::ids::{Digest, NodeName, ObjectName, Sha256Sum, Uid};
-use berth_core::stages::{Shape, Stage};
-use berth_core::units::{Bytes, Generation};
-use berth_image::{ProbeError, probe_file};
-use berth_objectstore::chunks::caibx::{ChunkSize, IndexError};
-use berth_objectstore::chunks::store::{ChunkStore, OpenError};
-use berth_objectstore::layout::{LayoutError, StoreLayout};
-use berth_objectstore::s3::{Addressing, ConnectError, Credentials, S3Config, S3Store};
-use berth_record::{CreateError, NodeRecord, OpenError as RecordOpenError};
-use clap::{Args, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use nix::sys::statvfs::statvfs;
-use thiserror::Error;
-use tokio_util::sync::CancellationToken;
+use std::path::PathBuf;
 
-use crate::args::Output;
-use crate::import::probe::checked;
-use crate::import::{
-    Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Reporter, Snapshot, abandon, import,
-};
+use berth_core::ids::{PoolName, Uid};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
+
+use self::import::ImportArgs;
+use super::asking::{Asking, named};
+use crate::args::NodeArgs;
+use crate::operation::Operation;
+use crate::values;
 
 /// Flags of `berth-node template`.
 #[derive(Clone, Debug, Args)]
@@ -43,326 +29,60 @@ pub enum TemplateCommand {
     ///
     /// Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
     Import(Box<ImportArgs>),
+    /// Gives an image file a read-only block device in a pool, and prints its path. Volumes can start from it at once.
+    ///
+    /// The file is never written, and must stay where it is and as it is while it is attached.
+    Attach(Box<AttachArgs>),
+    /// Takes the device of a template away. Refused while a volume reads from it.
+    Detach(Box<DetachArgs>),
 }
 
-/// How a bucket is named in requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum AddressingArg {
-    /// In the path.
-    #[default]
-    Path,
-    /// In the host name.
-    VirtualHost,
-}
-
-/// Flags of `berth-node template import`.
+/// Flags of `berth-node template attach`.
 #[derive(Clone, Debug, Args)]
-pub struct ImportArgs {
-    /// The image: raw, qcow2, vmdk, vhd or vhdx. It is read where it lies, and never written.
+pub struct AttachArgs {
+    /// The pool.
+    #[arg(value_parser = values::pool_name)]
+    pub pool: PoolName,
+    /// The image, where the process that has the pools open can read it.
+    #[arg(value_parser = values::absolute)]
     pub file: PathBuf,
-    /// The object store's URL. Default: AWS.
-    #[arg(long, env = "BERTH_STORE_ENDPOINT")]
-    pub store_endpoint: Option<String>,
-    /// The bucket.
-    #[arg(long, env = "BERTH_STORE_BUCKET")]
-    pub bucket: String,
-    /// Where in the bucket the image store lies.
-    #[arg(long, env = "BERTH_STORE_PREFIX", default_value = "")]
-    pub prefix: String,
-    /// The region that signatures name.
-    #[arg(long, env = "AWS_REGION", default_value = "us-east-1")]
-    pub region: String,
-    /// How the bucket is named in requests.
-    #[arg(long, value_enum, default_value_t = AddressingArg::Path)]
-    pub addressing: AddressingArg,
-    /// A file of PEM certificates to trust beside the system's.
-    #[arg(long)]
-    pub ca_bundle: Option<PathBuf>,
-    /// The store's chunk size in KiB: a power of two from 64 to 4096.
-    #[arg(long, value_name = "KIB", default_value_t = defaults::CHUNK_SIZE_BYTES >> 10)]
-    pub chunk_size: u64,
-    /// Namespace and name of the template: `NAMESPACE/NAME`.
-    #[arg(long, value_parser = object_name)]
-    pub name: ObjectName,
-    /// What the file's bytes must add up to: `sha256:…`.
-    #[arg(long)]
-    pub checksum: Option<Digest>,
-    /// The largest virtual size in GiB.
-    #[arg(long, value_name = "GIB", default_value_t = defaults::SIZE_LIMIT_BYTES >> 30)]
-    pub max_virtual_size: u64,
-    /// Where the work is kept until it is done: the index, and the raw image if a tool must convert. Default: a directory
-    /// of its own among the system's temporary ones.
-    #[arg(long)]
-    pub work_dir: Option<PathBuf>,
-    /// How the result is printed.
-    #[arg(short, long, value_enum, default_value_t = Output::Text)]
-    pub output: Output,
+    /// The image's format, as `qemu-img` names it. Default: what its head says.
+    #[arg(long, value_name = "FORMAT", value_parser = PossibleValuesParser::new(["raw", "qcow2", "vmdk", "vpc", "vhdx"]))]
+    pub format: Option<String>,
+    /// What the template is called. A UUID. Default: a new one, which is printed before the device.
+    #[arg(long, value_name = "UID", value_parser = values::new_uid)]
+    pub uid: Option<Uid>,
+    /// Where.
+    #[command(flatten)]
+    pub node: NodeArgs,
 }
 
-/// Why a template was not imported.
-#[derive(Debug, Error)]
-pub enum TemplateError {
-    /// A file or directory.
-    #[error("failed to {action} {}", path.display())]
-    File {
-        /// What was tried.
-        action: &'static str,
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The image cannot be imported.
-    #[error(transparent)]
-    Probe(#[from] ProbeError),
-    /// The work directory is too small.
-    #[error("{} has {available} available, and up to {needed} are needed", path.display())]
-    Space {
-        /// The directory.
-        path: PathBuf,
-        /// What it has.
-        available: Bytes,
-        /// What is needed.
-        needed: Bytes,
-    },
-    /// The chunk size.
-    #[error("--chunk-size")]
-    ChunkSize(#[from] IndexError),
-    /// The prefix.
-    #[error("--prefix")]
-    Prefix(#[from] LayoutError),
-    /// The client.
-    #[error("no client for bucket `{bucket}`")]
-    Connect {
-        /// The bucket.
-        bucket: String,
-        /// Why.
-        source: ConnectError,
-    },
-    /// The store.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The record in the work directory cannot be made.
-    #[error(transparent)]
-    CreateRecord(#[from] CreateError),
-    /// The record in the work directory cannot be opened.
-    #[error(transparent)]
-    OpenRecord(#[from] RecordOpenError),
-    /// The import.
-    #[error("failed to import {}", path.display())]
-    Import {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: Box<ImportError>,
-    },
-    /// The result cannot be printed.
-    #[error("failed to print the result")]
-    Print(#[source] io::Error),
+/// Flags of `berth-node template detach`.
+#[derive(Clone, Debug, Args)]
+pub struct DetachArgs {
+    /// The pool.
+    #[arg(value_parser = values::pool_name)]
+    pub pool: PoolName,
+    /// The template.
+    #[arg(value_name = "UID", value_parser = values::uid)]
+    pub template: Uid,
+    /// Where.
+    #[command(flatten)]
+    pub node: NodeArgs,
 }
 
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError {
-    let path = path.to_owned();
-    move |source| TemplateError::File { action, path, source }
-}
-
-/// Runs the command until it is done or `cancel` is cancelled.
-pub async fn run(args: TemplateArgs, cancel: &CancellationToken) -> Result<(), TemplateError> {
-    let TemplateCommand::Import(args) = args.command;
-    let durable = import_file(&args, cancel).await?;
-    print(&args, &durable).map_err(TemplateError::Print)
-}
-
-/// Imports a file, and removes what the work has left.
-pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Result<Durable, TemplateError> {
-    let file = args.file.canonicalize().map_err(failed("find", &args.file))?;
-    probe_file(&file)?;
-    let uid = work_uid(args, &file)?;
-    let chunk_size = ChunkSize::new(Bytes::kib(args.chunk_size))?;
-    let limits = limits(args);
-    let dir = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(format!("berth-{uid}")));
-    std::fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
-    let job = ImportJob {
-        uid: uid.clone(),
-        generation: Generation::FIRST,
-        name: args.name.clone(),
-        node: NodeName::from("command"),
-        limits,
-        checksum: args.checksum.map(|digest| digest.0),
-        promised: space(&file, &dir, &limits, chunk_size)?,
-        dir,
-    };
-    let chunks = open_store(args, chunk_size).await?;
-    let record = job.dir.join("record.redb");
-    let journal = Journal::new(Arc::new(open_record(&record, &job.node)?), uid, job.generation);
-    let (bar, origin) = (Arc::new(Bar::new(args)), Origin::Local(file));
-    let reporter: Arc<dyn Reporter> = Arc::clone(&bar) as _;
-    let outcome = import(&job, &origin, &chunks, &journal, &reporter, &*bar, cancel).await;
-    bar.0.finish_and_clear();
-    if let Err(error) = &outcome
-        && !matches!(error, ImportError::Cancelled | ImportError::Exhausted { .. })
-        && let Err(left) = abandon(&job, &chunks, &journal, false).await
-    {
-        tracing::warn!(error = left.chain(), "traces of the failed import stay");
-    }
-    // Only what another start goes on with stays.
-    if !matches!(outcome, Err(ImportError::Cancelled | ImportError::Exhausted { .. })) {
-        clean_up(args, &job, &record, journal)?;
-    }
-    outcome.map_err(|source| TemplateError::Import { path: args.file.clone(), source: Box::new(source) })
-}
-
-/// The identity of the work: the same file, unchanged, under the same name goes on where it was; anything else does not.
-fn work_uid(args: &ImportArgs, file: &Path) -> Result<Uid, TemplateError> {
-    let meta = file.metadata().map_err(failed("look at", file))?;
-    let name = file.as_os_str().as_encoded_bytes();
-    let text =
-        format!("{}\n{}\n{}.{}\n{}", meta.dev(), meta.size(), meta.mtime(), meta.mtime_nsec(), args.name);
-    let sum = Sha256Sum::of(&[text.as_bytes(), b"\n", name].concat()).to_string();
-    Ok(Uid(format!("file-{}", &sum[..32])))
-}
-
-fn limits(args: &ImportArgs) -> Limits {
-    Limits {
-        virtual_size: Bytes::gib(args.max_virtual_size),
-        bytes: Bytes(u64::MAX),
-        stall: Duration::from_secs(defaults::STALL_TIMEOUT_SECONDS),
-        retries: defaults::RETRY_LIMIT,
+impl AttachArgs {
+    /// What it asks for.
+    pub fn asking(self) -> Asking {
+        let (template, made) = named(self.uid);
+        let Self { pool, file, format, .. } = self;
+        Asking { operation: Operation::TemplateAttach { pool, template, file, format }, made }
     }
 }
 
-/// What the work needs, if the directory has it.
-fn space(file: &Path, dir: &Path, limits: &Limits, chunk_size: ChunkSize) -> Result<Bytes, TemplateError> {
-    let probe = probe_file(file)?;
-    let imported =
-        |source: ImportError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
-    let probed = checked(&probe, Bytes::ZERO, limits).map_err(imported)?;
-    let shape = Shape { in_place: true, ..probed.shape(chunk_size.size()) };
-    let found = statvfs(dir).map_err(|errno| failed("look at the space of", dir)(errno.into()))?;
-    let available = Bytes(found.blocks_available().saturating_mul(found.fragment_size()));
-    let needed = shape.peak_bytes();
-    if needed > available {
-        return Err(TemplateError::Space { path: dir.to_owned(), available, needed });
-    }
-    Ok(needed)
-}
-
-async fn open_store(args: &ImportArgs, chunk_size: ChunkSize) -> Result<ChunkStore<S3Store>, TemplateError> {
-    let ca_bundle = args.ca_bundle.as_ref();
-    let ca_bundle = ca_bundle.map(|path| std::fs::read(path).map_err(failed("read", path))).transpose()?;
-    let config = S3Config {
-        endpoint: args.store_endpoint.clone(),
-        region: args.region.clone(),
-        bucket: args.bucket.clone(),
-        addressing: match args.addressing {
-            AddressingArg::Path => Addressing::Path,
-            AddressingArg::VirtualHost => Addressing::VirtualHost,
-        },
-        credentials: Credentials::Ambient,
-        ca_bundle,
-    };
-    let store = S3Store::connect(config)
-        .await
-        .map_err(|source| TemplateError::Connect { bucket: args.bucket.clone(), source })?;
-    Ok(ChunkStore::open_or_create(store, StoreLayout::new(&args.prefix)?, chunk_size).await?)
-}
-
-fn open_record(path: &Path, node: &NodeName) -> Result<NodeRecord, TemplateError> {
-    match NodeRecord::open(path, node) {
-        Err(RecordOpenError::NotFound { .. }) => Ok(NodeRecord::create(path, node)?),
-        other => Ok(other?),
-    }
-}
-
-/// Removes the record, and the directory if it is ours.
-fn clean_up(
-    args: &ImportArgs,
-    job: &ImportJob,
-    record: &Path,
-    journal: Journal,
-) -> Result<(), TemplateError> {
-    drop(journal);
-    std::fs::remove_file(record).map_err(failed("remove", record))?;
-    if args.work_dir.is_none() {
-        std::fs::remove_dir(&job.dir).map_err(failed("remove", &job.dir))?;
-    }
-    Ok(())
-}
-
-fn print(args: &ImportArgs, durable: &Durable) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    match args.output {
-        Output::Text => writeln!(
-            out,
-            "{} is {}: {} virtual, {} of them data, {} stored in {} chunks",
-            args.name,
-            durable.digest,
-            durable.virtual_size,
-            durable.real_size,
-            durable.stored_bytes,
-            durable.chunks
-        ),
-        Output::Json => {
-            let mut value = serde_json::to_value(durable)?;
-            value["name"] = args.name.to_string().into();
-            writeln!(out, "{value}")
-        }
-    }
-}
-
-/// The progress bar, where a person looks.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(args: &ImportArgs) -> Self {
-        let shown = io::stderr().is_terminal() && args.output == Output::Text;
-        let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(100), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:<8} {wide_bar} {pos:>3} %  {elapsed_precise}") {
-            bar.set_style(style);
-        }
-        Self(bar)
-    }
-}
-
-impl Reporter for Bar {
-    fn progress(&self, shape: &Shape, now: Snapshot) {
-        let percent = u64::from(shape.percent(now.stage, now.done, now.total));
-        self.0.set_position(percent.max(self.0.position()));
-        if now.stage >= Stage::Upload || now.done == Bytes::ZERO {
-            self.0.set_message(now.stage.as_str());
-        }
-    }
-}
-
-impl Observer for Bar {
-    fn attempt(&self, _: u32) {}
-
-    fn retrying(&self, error: &ImportError, pause: Duration) {
-        self.0.println(format!("{}; tried again in {} s", error.chain(), pause.as_secs()));
-    }
-}
-
-fn object_name(text: &str) -> Result<ObjectName, String> {
-    let part = |part: &str| {
-        let valid = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
-        !part.is_empty() && part.bytes().all(valid)
-    };
-    match text.split_once('/') {
-        Some((namespace, name)) if part(namespace) && part(name) => Ok(ObjectName::new(namespace, name)),
-        _ => Err("NAMESPACE/NAME, of lower-case letters, digits, dashes and dots".to_owned()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_have_two_parts() {
-        assert_eq!(object_name("images/debian-12"), Ok(ObjectName::new("images", "debian-12")));
-        for wrong in ["debian", "/x", "x/", "a/b/c", "A/b", ""] {
-            assert!(object_name(wrong).is_err(), "{wrong}");
-        }
+impl DetachArgs {
+    /// What it asks for.
+    pub fn asking(self) -> Asking {
+        Operation::TemplateDetach { pool: self.pool, template: self.template }.into()
     }
 }

@@ -281,6 +281,11 @@ pub fn unstage(
     // Before the look at the open ones: one that is opened meanwhile may have been missed there.
     let unopened = pools.unopened(wanted);
     for pool in pools.all() {
+        let attached = pool.record.record().get(tables::ATTACHMENTS, uid);
+        let attached = attached.map_err(|source| RpcError::Record { pool: pool.name.clone(), source })?;
+        if attached.is_some_and(|attachment| attachment.mode == AttachmentMode::Device) {
+            continue; // somebody else's, who has not staged it
+        }
         pool.area.detach(uid)?;
         if pool.record.detached(uid)? {
             tracing::info!(volume = %uid, "detached");

@@ -127,7 +127,7 @@ impl Services {
         if !self.node.watches.synced() {
             return Err(RpcError::NotSynced);
         }
-        let _running = self.in_flight.begin(&asked.name, "CreateVolume")?;
+        let _running = self.node.in_flight.begin(&asked.name, "CreateVolume")?;
         let name = csi_reservation_name(&asked.name, &self.node.name);
         let spec = spec(&asked, self.node.name.as_str());
         let uid = self.reserve(&asked, &name, &spec).await?;
@@ -282,7 +282,7 @@ impl Services {
         if !self.node.watches.synced() {
             return Err(RpcError::NotSynced);
         }
-        let _running = self.in_flight.begin(id, "DeleteVolume")?;
+        let _running = self.node.in_flight.begin(id, "DeleteVolume")?;
         let seen = self.node.watches.made.find(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
         if let Some(found) = &seen {
             self.must_be_open(id, &uid, found)?;

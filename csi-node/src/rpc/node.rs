@@ -126,7 +126,7 @@ impl Services {
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let wanted = use_of(request.volume_capability.as_ref())?;
         let content = content(&request.volume_context)?;
-        let guard = self.in_flight.begin(&id, "NodeStageVolume")?;
+        let guard = self.node.in_flight.begin(&id, "NodeStageVolume")?;
         self.guarded(guard, move |services| services.find_volume(&id)?.stage(&staged, wanted, content))
             .await?;
         Ok(NodeStageVolumeResponse {})
@@ -139,7 +139,7 @@ impl Services {
         let id = volume_id(&request.volume_id)?;
         let staged = path("staging_target_path", &request.staging_target_path)?;
         let Ok(uid) = reservation_of_volume(id) else { return Ok(NodeUnstageVolumeResponse {}) };
-        let guard = self.in_flight.begin(id, "NodeUnstageVolume")?;
+        let guard = self.node.in_flight.begin(id, "NodeUnstageVolume")?;
         let wanted = wanted_pools(&self.node).into_keys();
         self.guarded(guard, move |services| attach::unstage(&services.node.pools, wanted, &uid, &staged))
             .await?;
@@ -161,7 +161,7 @@ impl Services {
         // The order of the checks: what names no volume of ours needs no staging path to be refused.
         reservation_of_volume(&id).map_err(|_| RpcError::NoVolume(id.clone()))?;
         let staged = path("staging_target_path", &request.staging_target_path)?;
-        let guard = self.in_flight.begin(&id, "NodePublishVolume")?;
+        let guard = self.node.in_flight.begin(&id, "NodePublishVolume")?;
         let publish =
             move |services: &Self| services.find_volume(&id)?.publish(&staged, &target, wanted, how);
         self.guarded(guard, publish).await?;
@@ -174,7 +174,7 @@ impl Services {
     ) -> Result<NodeUnpublishVolumeResponse, RpcError> {
         let id = volume_id(&request.volume_id)?;
         let target = path("target_path", &request.target_path)?;
-        let guard = self.in_flight.begin(id, "NodeUnpublishVolume")?;
+        let guard = self.node.in_flight.begin(id, "NodeUnpublishVolume")?;
         self.guarded(guard, move |_| attach::unpublish(&target)).await?;
         Ok(NodeUnpublishVolumeResponse {})
     }

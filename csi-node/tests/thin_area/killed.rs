@@ -184,7 +184,7 @@ fn digest() -> Digest {
     Digest(Sha256Sum::of(b"index"))
 }
 
-fn write(device: &Path, at: u64, byte: u8) {
+pub fn write(device: &Path, at: u64, byte: u8) {
     let file = OpenOptions::new().write(true).open(device).unwrap();
     file.write_all_at(&[byte; 4096], at).unwrap();
     file.sync_all().unwrap();

@@ -8,6 +8,7 @@
 #[path = "../bed/mod.rs"]
 mod bed;
 mod killed;
+mod operations;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -74,7 +75,7 @@ impl Bench {
 fn spec_on(disk: &Path) -> PoolSpec {
     let group = ThinGroup::Exclusive { devices: vec![disk.to_owned()], wipe: true };
     let backend = Backend::Thin(ThinSpec { group, block: BlockSize::DEFAULT.bytes() });
-    PoolSpec { uid: POOL.into(), backend }
+    PoolSpec::new(POOL.into(), backend)
 }
 
 fn lvm(arguments: &[&str]) -> String {
@@ -335,7 +336,7 @@ fn in_a_group_of_others_it_takes_what_it_is_given_and_touches_nothing_else() {
     let group = ThinGroup::Shared { name: "others".to_owned(), size };
     let backend = Backend::Thin(ThinSpec { group, block: BlockSize::DEFAULT.bytes() });
     let pools = pools(dir.path());
-    pools.prepare(&name(), &PoolSpec { uid: POOL.into(), backend }).unwrap();
+    pools.prepare(&name(), &PoolSpec::new(POOL.into(), backend)).unwrap();
     let pool = pools.get(&name()).unwrap();
     let taken = free();
     assert_ne!(taken, before, "all of it is taken at once");

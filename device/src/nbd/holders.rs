@@ -49,7 +49,7 @@ fn number(text: &str) -> Option<(u32, u32)> {
 }
 
 /// The processes that have one of these block devices open. What goes while it is looked at is not one of them.
-fn processes(numbers: &BTreeSet<(u32, u32)>) -> Vec<String> {
+pub(crate) fn processes(numbers: &BTreeSet<(u32, u32)>) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name();

@@ -19,6 +19,7 @@ mod sysfs;
 pub use self::attachment::{AttachConfig, AttachError, Attachment};
 pub use self::handshake::{BlockSizes, Export, ExportFlags, HandshakeError, handshake};
 pub use self::holders::HoldersError;
+pub(crate) use self::holders::processes;
 pub use self::netlink::{Connect, LinkDeadEvents, Nbd, NetlinkError};
 pub use self::server::{NbdServer, ServedFormat, ServerConfig, ServerError};
 pub use self::slots::{BackendId, BackendIdError, Slot, SlotUse, Slots, SlotsExhausted};

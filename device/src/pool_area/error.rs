@@ -69,6 +69,12 @@ pub enum ClaimError {
         /// The image.
         path: PathBuf,
     },
+    /// There is no area in the directory.
+    #[error("there is no pool area in {dir}", dir = dir.display())]
+    NoArea {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// The image is not the file system that was made for this pool.
     #[error("{path} is not the file system of this pool", path = path.display())]
     ForeignImage {

@@ -142,8 +142,13 @@ impl PoolArea {
     /// Unmounts it and deletes it with all it holds, and the claim last.
     pub fn destroy(self) -> Result<(), ClaimError> {
         self.unmount_and_detach()?;
+        let is_directory = self.device.is_none();
+        self.delete(is_directory)
+    }
+
+    fn delete(self, is_directory: bool) -> Result<(), ClaimError> {
         let _lock = lock(&self.dir)?;
-        if self.device.is_none() {
+        if is_directory {
             match fs::remove_dir_all(&self.root) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
                     return Err(ClaimError::Directory { path: self.root, source });
@@ -158,6 +163,59 @@ impl PoolArea {
         files::sync_parent(&Claim::path(&self.dir))?;
         Ok(files::remove_if_there(&self.dir.join(LOCK))?)
     }
+}
+
+/// Makes an area that was made for this pool another node's, under another name, so that it can be opened there. What it
+/// holds stays. The same again changes nothing.
+///
+/// # Errors
+/// [`ClaimError::InUseByNode`] while it is mounted elsewhere than at `mount_point` by another node on this kernel.
+/// [`ClaimError::NoArea`] if there is none.
+pub fn take_over(dir: &Path, identity: &PoolIdentity, mount_point: &Path) -> Result<(), ClaimError> {
+    let _lock = lock(dir)?;
+    let mut claim = Claim::read(dir)?.ok_or_else(|| ClaimError::NoArea { dir: dir.to_owned() })?;
+    if claim.identity.pool != identity.pool {
+        return claim.check(identity, dir);
+    }
+    if claim.identity == *identity {
+        return Ok(());
+    }
+    let mounts = mounts::list()?;
+    for device in loop_device::find(&dir.join(IMAGE))? {
+        if mounts.iter().any(|mount| mount.source == device.path && mount.mount_point != mount_point) {
+            return Err(ClaimError::InUseByNode { dir: dir.to_owned(), node: claim.identity.node });
+        }
+    }
+    claim.identity = identity.clone();
+    claim.write(dir)
+}
+
+/// Which pool the area in `dir` was made for, and whose it is; `None` if there is none.
+pub fn identity_in(dir: &Path) -> Result<Option<(PoolIdentity, Bytes)>, ClaimError> {
+    Ok(Claim::read(dir)?.map(|claim| (claim.identity, claim.size)))
+}
+
+/// Ends a [`PoolArea::destroy`] that was cut off. No area, no error.
+pub fn destroy_rest(dir: &Path, identity: &PoolIdentity, mount_point: &Path) -> Result<(), ClaimError> {
+    let Some(claim) = Claim::read(dir)? else { return Ok(()) };
+    claim.check(identity, dir)?;
+    mounts::unmount(mount_point)?;
+    for device in loop_device::find(&dir.join(IMAGE))? {
+        loop_device::detach(&device)?;
+    }
+    let root = match claim.stage {
+        Stage::Directory => dir.join(DIRECTORY),
+        Stage::Creating | Stage::Image => mount_point.to_owned(),
+    };
+    let area = PoolArea {
+        root,
+        total: Bytes::ZERO,
+        size: claim.size,
+        advisory: None,
+        dir: dir.to_owned(),
+        device: None,
+    };
+    area.delete(claim.stage == Stage::Directory)
 }
 
 /// Held while the area is opened or left, so that two processes do not make it at once.

@@ -57,6 +57,15 @@ pub enum MappingError {
     },
 }
 
+/// A thin device as its pool keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptThin {
+    /// Its number.
+    pub id: ThinId,
+    /// What it has blocks for.
+    pub mapped: Bytes,
+}
+
 /// How a range differs from one thin device to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Difference {
@@ -121,6 +130,20 @@ impl MetadataSnapshot<'_> {
             &mut each,
         )?;
         if found { Ok(()) } else { Err(MappingError::NoSuchId { pool: self.pool.name.clone(), id }) }
+    }
+
+    /// Every thin device of the pool, active or not.
+    pub fn devices(&self) -> Result<Vec<KeptThin>, MappingError> {
+        let mut found = Vec::new();
+        self.read(
+            "thin_dump",
+            &["-m", "--skip-mappings"],
+            |line| kept(line, self.pool.block),
+            &mut |thin| {
+                found.push(thin);
+            },
+        )?;
+        Ok(found)
     }
 
     /// Gives every range in which `to` differs from `from` to `each`, ascending and disjoint, in the same unit.
@@ -193,6 +216,19 @@ fn mapping(line: &str, block: BlockSize) -> Result<Option<Extent>, ParseError> {
     found.map(Some).ok_or_else(|| ParseError::new("mapping", line))
 }
 
+/// A line of `thin_dump` about a device; `None` if it is about something else.
+fn kept(line: &str, block: BlockSize) -> Result<Option<KeptThin>, ParseError> {
+    if !line.starts_with("<device ") {
+        return Ok(None);
+    }
+    let parse = || {
+        let id = ThinId::new(u32::try_from(attribute(line, "dev_id")?).ok()?)?;
+        let blocks = attribute(line, "mapped_blocks")?;
+        Some(KeptThin { id, mapped: Bytes(blocks.checked_mul(block.bytes().0)?) })
+    };
+    parse().map(Some).ok_or_else(|| ParseError::new("thin device", line))
+}
+
 /// A line of `thin_delta`; `None` if it says nothing, or that a range is the same.
 fn difference(line: &str, block: BlockSize) -> Result<Option<(Extent, Difference)>, ParseError> {
     let difference = match line.split_ascii_whitespace().next() {
@@ -247,6 +283,18 @@ mod tests {
             r#"<range_mapping origin_begin="18446744073709551615" length="1"/>"#,
             "<single_mapping >",
         ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices_are_understood() {
+        let parse = |line| kept(line, BlockSize::DEFAULT);
+        let line = r#"<device dev_id="7" mapped_blocks="3" transaction="0" creation_time="0" snap_time="1">"#;
+        let thin = KeptThin { id: ThinId::new(7).unwrap(), mapped: Bytes::kib(192) };
+        assert_eq!(parse(line), Ok(Some(thin)));
+        assert_eq!(parse(r#"<superblock uuid="" time="1" transaction="6">"#), Ok(None));
+        for bad in [r#"<device dev_id="16777216" mapped_blocks="3">"#, r#"<device dev_id="7">"#] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

@@ -25,7 +25,7 @@ pub use self::dmsetup::{DeviceInfo, DmError, all_suspended_of_ours, list_ours, r
 pub use self::group_error::VolumeGroupError;
 pub use self::kernel_pool::{KernelPool, KernelPoolConfig};
 pub use self::lvm::Scope;
-pub use self::mappings::{Difference, MappingError, MetadataSnapshot};
+pub use self::mappings::{Difference, KeptThin, MappingError, MetadataSnapshot};
 pub use self::names::{DeviceName, NameError, UUID_PREFIX, own_volume_name, parse_volume_name, volume_name};
 pub use self::pool_error::KernelPoolError;
 pub use self::status::{Blocks, Discards, PoolStatus, ThinStatus, WhenFull, WorkingPool};

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use berth_core::ids::Uid;
 use berth_core::ledger::Class;
 use berth_core::units::Bytes;
-use berth_device::thin::{KernelPool, PoolStatus, ThinConfig, ThinDevice, ThinId};
+use berth_device::thin::{KernelPool, PoolStatus, ThinConfig, ThinDevice, ThinDeviceError, ThinId};
 use berth_record::{ChangeError, PoolRecord, PromiseClass, ThinEntry, ThinState, tables};
 
 use super::super::error::AreaError;
@@ -48,6 +48,45 @@ impl Thin {
         Ok(entry)
     }
 
+    /// Makes a snapshot of a thin device, with room for its size as in [`Self::make`]. The device may be in use.
+    pub(super) fn snapshot(
+        &self,
+        record: &PoolRecord,
+        uid: &Uid,
+        source: &Uid,
+        size: Bytes,
+    ) -> Result<ThinEntry, AreaError> {
+        self.remove(record, uid)?;
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = self.kernel()?.of(Class::Volumes);
+        self.group.grow(self.kernel()?, Class::Volumes, promised(record, Class::Volumes)?)?;
+        self.reconcile(record, Class::Volumes)?;
+        let size = size.round_up(self.group.block().bytes());
+        let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
+        pool.create_snap(thin_id(&entry)?, thin_id(&of)?)?;
+        self.reconcile(record, Class::Volumes)?;
+        Ok(entry)
+    }
+
+    /// Makes a thin device of a volume larger: room for it first, then what is recorded, then the device.
+    pub(super) fn resize(&self, record: &PoolRecord, uid: &Uid, size: Bytes) -> Result<ThinEntry, AreaError> {
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        self.group.grow(self.kernel()?, Class::Volumes, promised(record, Class::Volumes)?)?;
+        let entry = record.thin_resized(uid, size.round_up(self.group.block().bytes()))?;
+        self.fit(uid, &entry)?;
+        Ok(entry)
+    }
+
+    /// Makes a device that is shown as large as it is recorded.
+    fn fit(&self, uid: &Uid, entry: &ThinEntry) -> Result<(), AreaError> {
+        if let Some(device) = ThinDevice::find(self.kernel()?.of(class_of(entry.class)), uid)?
+            && device.size()? < entry.size
+        {
+            device.resize(entry.size)?;
+        }
+        Ok(())
+    }
+
     /// Removes a thin device and gives its blocks back; one that is not there is no error.
     ///
     /// # Errors
@@ -77,7 +116,13 @@ impl Thin {
     ) -> Result<PathBuf, AreaError> {
         let pool = self.kernel()?.of(class_of(entry.class));
         let config = ThinConfig { holder: uid, id: thin_id(entry)?, size: entry.size, origin, read_only };
-        Ok(ThinDevice::activate(pool, &config)?.path())
+        match ThinDevice::activate(pool, &config) {
+            Err(ThinDeviceError::Different { .. }) => {
+                self.fit(uid, entry)?; // it was to become larger when that was cut off
+                Ok(ThinDevice::activate(pool, &config)?.path())
+            }
+            shown => Ok(shown?.path()),
+        }
     }
 
     /// Makes the node of a thin device go.
@@ -117,7 +162,7 @@ fn at_transaction(pool: &KernelPool) -> Result<u64, AreaError> {
     }
 }
 
-fn thin_id(entry: &ThinEntry) -> Result<ThinId, AreaError> {
+pub(super) fn thin_id(entry: &ThinEntry) -> Result<ThinId, AreaError> {
     ThinId::new(entry.id).ok_or(AreaError::ThinId { id: entry.id })
 }
 

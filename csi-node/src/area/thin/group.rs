@@ -11,8 +11,8 @@ use berth_core::units::Bytes;
 use berth_device::filesystem::{self, Consent};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::thin::{
-    self, KernelPool, KernelPoolConfig, Scope, VolumeGroup, VolumeGroupError, WhenFull, WipeConsent,
-    own_volume_name, volume_name,
+    self, KernelPool, KernelPoolConfig, LogicalVolume, Scope, VolumeGroup, VolumeGroupError, WhenFull,
+    WipeConsent, own_volume_name, volume_name,
 };
 
 use super::super::error::AreaError;
@@ -32,6 +32,14 @@ pub struct Group {
     extent: Bytes,
     layout: Layout,
     shared: bool,
+}
+
+/// The logical volumes that bear our tag and a name of the pool, against those that it should have.
+pub struct Inventory {
+    /// Of no use to the pool.
+    pub stray: Vec<LogicalVolume>,
+    /// Those that are not there, by name.
+    pub lacking: Vec<String>,
 }
 
 /// The two kernel pools of a staging pool.
@@ -150,6 +158,30 @@ impl Group {
         }
         let open = |class| KernelPool::open(&self.config(class), &self.lvm);
         Ok(KernelPools { images: open(Class::Images)?, volumes: open(Class::Volumes)? })
+    }
+
+    /// What is there of the pool, and what is not.
+    pub fn inventory(&self) -> Result<Inventory, AreaError> {
+        let mut names = vec![own_volume_name(&self.pool, RECORD)?];
+        for class in [Class::Images, Class::Volumes] {
+            for part in [Part::Data, Part::Metadata] {
+                names.push(volume_name(&self.pool, class, part)?);
+            }
+        }
+        let room = own_volume_name(&self.pool, ROOM)?;
+        let prefix = own_volume_name(&self.pool, "")?;
+        let (mut found, mut stray) = (Vec::new(), Vec::new());
+        for volume in self.lvm.volumes()?.into_iter().filter(LogicalVolume::is_ours) {
+            if volume.name.starts_with(&prefix) {
+                if names.contains(&volume.name) || (self.shared && volume.name == room) {
+                    found.push(volume.name);
+                } else {
+                    stray.push(volume);
+                }
+            }
+        }
+        names.retain(|name| !found.contains(name));
+        Ok(Inventory { stray, lacking: names })
     }
 
     /// Makes a kernel pool large enough for what is promised in it. May be repeated.

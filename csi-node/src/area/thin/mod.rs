@@ -5,30 +5,36 @@
 //! Each device is named after the UID of the reservation, or after the first 128 bits of an image's digest, so what is
 //! there is known again after a crash. The kernel zeroes what a device gets and does not write whole.
 
+mod check;
 mod devices;
 mod group;
+mod shown;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use berth_core::ids::{Digest, Uid};
-use berth_core::ledger::Class;
-use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
+use berth_core::ledger::{Charge, Class};
+use berth_core::thin::{PoolMode, PoolState, ThinState, Usage, volume_charge};
 use berth_core::units::Bytes;
 use berth_device::filesystem;
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::partition::Extent;
-use berth_device::thin::{DeviceName, ThinDevice, list_ours};
+use berth_device::thin::{DeviceName, ThinDevice, VolumeGroupError, list_ours};
+use berth_device::users::users;
 use berth_device::{files, thin};
-use berth_record::{ChangeError, ImageState, PoolRecord, VolumeState, tables};
+use berth_record::{ChangeError, PoolRecord, VolumeOrigin, tables};
 use serde::{Deserialize, Serialize};
 
+use self::devices::thin_id;
 use self::group::{Group, KernelPools};
 use super::error::{AreaError, io_error};
-use super::{Area, DIRECTORIES, Place, has_directories, make_directories};
+use super::{Area, Copy, Place, has_directories, make_directories, template_device};
+use crate::operation::Finding;
 
 /// What a `dmThin` pool is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,40 +79,26 @@ pub struct Thin {
 impl Thin {
     /// Makes or opens the area, as far as its record. Blocks.
     pub fn open(place: &Place, spec: &ThinSpec) -> Result<Self, AreaError> {
-        let group = Group::open(&place.pool, spec, place.known)?;
+        let group = Group::open(&place.area, spec, place.known)?;
         group.mount_record(&place.mount_point)?;
-        let (pool, root) = (place.pool.clone(), place.mount_point.clone());
-        Ok(Self { pool, root, group, kernel: OnceLock::new(), alone: Mutex::default() })
+        Ok(Self::with(place, group))
+    }
+
+    fn with(place: &Place, group: Group) -> Self {
+        let (pool, root) = (place.area.clone(), place.mount_point.clone());
+        Self { pool, root, group, kernel: OnceLock::new(), alone: Mutex::default() }
+    }
+
+    /// Ends a deletion that was cut off.
+    pub fn destroy_rest(place: &Place, spec: &ThinSpec) -> Result<(), AreaError> {
+        match Group::open(&place.area, spec, true) {
+            Err(AreaError::Group(VolumeGroupError::NoGroup { .. })) => Ok(()),
+            group => Box::new(Self::with(place, group?)).destroy(),
+        }
     }
 
     fn kernel(&self) -> Result<&KernelPools, AreaError> {
         self.kernel.get().ok_or_else(|| AreaError::NotStarted { root: self.root.clone() })
-    }
-
-    /// Makes every device appear that the record says is in use.
-    fn restore(&self, record: &PoolRecord) -> Result<(), AreaError> {
-        let images = record.record().entries(tables::IMAGES).map_err(ChangeError::from)?;
-        for (digest, image) in images {
-            let uid = image_uid(&digest);
-            if let Some(entry) = Self::made(record, &uid)?
-                && image.state == ImageState::Complete
-            {
-                self.show(&uid, &entry, None, true)?;
-            }
-        }
-        let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
-        for (uid, volume) in volumes.into_iter().filter(|(_, volume)| volume.state == VolumeState::Ready) {
-            if let Some(entry) = Self::made(record, &uid)? {
-                let origin = volume.origin.map(|digest| self.image(&digest));
-                self.show(&uid, &entry, origin.as_deref(), false)?;
-            }
-        }
-        for (uid, _) in record.record().entries(tables::STAGING).map_err(ChangeError::from)? {
-            if Self::made(record, &uid)?.is_some() {
-                self.mount_directory(record, &uid)?;
-            }
-        }
-        Ok(())
     }
 
     fn mount_directory(&self, record: &PoolRecord, uid: &Uid) -> Result<(), AreaError> {
@@ -119,6 +111,42 @@ impl Thin {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done.map_err(io_error("empty", &path)),
         }
+    }
+
+    /// The node of what a volume starts from.
+    fn origin(&self, origin: &VolumeOrigin) -> Result<PathBuf, AreaError> {
+        match origin {
+            VolumeOrigin::Image(digest) => Ok(self.image(digest)),
+            VolumeOrigin::Template { template } => template_device(template),
+        }
+    }
+
+    /// The node of what a volume is to start from, which must be there, and no larger than the volume.
+    fn new_origin(
+        &self,
+        record: &PoolRecord,
+        origin: &VolumeOrigin,
+        size: Bytes,
+    ) -> Result<PathBuf, AreaError> {
+        let path = self.origin(origin)?;
+        let found = match origin {
+            VolumeOrigin::Image(digest) => {
+                let image = record.record().get(tables::IMAGES, digest).map_err(ChangeError::from)?;
+                image.map(|image| image.virtual_size)
+            }
+            VolumeOrigin::Template { template } => {
+                let found = record.record().get(tables::TEMPLATES, template).map_err(ChangeError::from)?;
+                found.map(|template| template.virtual_size)
+            }
+        };
+        let found = found.unwrap_or_default();
+        if found > size {
+            return Err(AreaError::ImageTooLarge { path, found, promised: size });
+        }
+        if !path.exists() {
+            return Err(AreaError::Vanished { device: path });
+        }
+        Ok(path)
     }
 
     /// The node of a thin device; for what has no UID as its name, a place where there is never anything.
@@ -134,32 +162,19 @@ impl Thin {
         let file = OpenOptions::new().read(true).write(true).open(&path);
         file.map(Some).map_err(io_error("open", &path))
     }
-
-    fn hide_all(&self) -> Result<(), AreaError> {
-        let staging = self.root.join(DIRECTORIES.staging);
-        for entry in fs::read_dir(&staging).into_iter().flatten().flatten() {
-            mounts::unmount(&entry.path())?;
-        }
-        let Some(kernel) = self.kernel.get() else { return Ok(()) };
-        for class in [Class::Volumes, Class::Images] {
-            for info in list_ours().map_err(thin::ThinDeviceError::from)? {
-                if let Some(DeviceName::Thin { pool, class: its, holder }) = info.device()
-                    && pool == self.pool
-                    && its == class
-                    && let Some(device) = ThinDevice::find(kernel.of(class), &holder)?
-                {
-                    device.deactivate()?;
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 /// What the device of an image is named after: the first 128 bits of its digest, written as a UUID.
 fn image_uid(digest: &Digest) -> Uid {
     let hex = digest.hex();
     Uid::from([&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..32]].join("-"))
+}
+
+/// True if the kernel refuses writes to a device.
+fn refuses_writes(device: &Path) -> Result<bool, AreaError> {
+    let number = thin::DeviceNumber::of(device).map_err(io_error("examine", device))?;
+    let flag = PathBuf::from(format!("/sys/dev/block/{number}/ro"));
+    Ok(fs::read_to_string(&flag).map_err(io_error("read", &flag))?.trim() == "1")
 }
 
 /// Waits until what was written to a device is on stable storage.
@@ -281,7 +296,7 @@ impl Area for Thin {
     /// A volume reads what it has not written from its image.
     fn require_unused(&self, record: &PoolRecord, digest: &Digest) -> Result<(), AreaError> {
         let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
-        match volumes.into_iter().find(|(_, volume)| volume.origin.as_ref() == Some(digest)) {
+        match volumes.into_iter().find(|(_, volume)| volume.origin == Some(VolumeOrigin::Image(*digest))) {
             Some((volume, _)) => Err(AreaError::ImageInUse { digest: *digest, volume }),
             None => Ok(()),
         }
@@ -304,23 +319,73 @@ impl Area for Thin {
         record: &PoolRecord,
         reservation: &Uid,
         size: Bytes,
-        origin: Option<&Digest>,
+        origin: Option<&VolumeOrigin>,
     ) -> Result<(), AreaError> {
-        if let Some(digest) = origin {
-            let image = record.record().get(tables::IMAGES, digest).map_err(ChangeError::from)?;
-            let found = image.map(|image| image.virtual_size).unwrap_or_default();
-            let path = self.image(digest);
-            if found > size {
-                return Err(AreaError::ImageTooLarge { path, found, promised: size });
-            }
-            if !path.exists() {
-                return Err(AreaError::Vanished { device: path });
-            }
-        }
+        let origin = origin.map(|origin| self.new_origin(record, origin, size)).transpose()?;
         let entry = self.make(record, reservation, Class::Volumes, size)?;
-        let origin = origin.map(|digest| self.image(digest));
         self.show(reservation, &entry, origin.as_deref(), false)?;
         Ok(record.thin_made(reservation)?)
+    }
+
+    fn volume_charge(&self, size: Bytes) -> Charge {
+        volume_charge(size, self.group.block())
+    }
+
+    fn copy_volume(&self, record: &PoolRecord, source: &Uid, copy: &Copy<'_>) -> Result<(), AreaError> {
+        let origin = copy.origin.map(|origin| self.origin(origin)).transpose()?;
+        let entry = self.snapshot(record, copy.uid, source, copy.size)?;
+        self.show(copy.uid, &entry, origin.as_deref(), copy.read_only)?;
+        Ok(record.thin_made(copy.uid)?)
+    }
+
+    fn resize_volume(&self, record: &PoolRecord, reservation: &Uid, size: Bytes) -> Result<(), AreaError> {
+        self.resize(record, reservation, size)?;
+        for part in loop_device::find(&self.volume(reservation))? {
+            part.refresh_size()?;
+        }
+        Ok(())
+    }
+
+    fn own_parts(&self, record: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError> {
+        let path = self.volume(reservation);
+        let entry = Self::made(record, reservation)?.ok_or(AreaError::Vanished { device: path })?;
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = self.kernel()?.of(Class::Volumes);
+        pool.release_stale_snapshot()?;
+        let snapshot = pool.metadata_snapshot()?;
+        let mut parts = Vec::new();
+        snapshot.mapped(thin_id(&entry)?, |part| parts.push(part))?;
+        snapshot.release()?;
+        Ok(parts)
+    }
+
+    fn reads_origin(&self) -> bool {
+        true
+    }
+
+    fn occupied(&self, reservation: &Uid) -> Option<Bytes> {
+        let device = ThinDevice::find(self.kernel().ok()?.of(Class::Volumes), reservation).ok()??;
+        device.mapped().ok()?
+    }
+
+    fn users(&self, reservation: &Uid) -> Result<Vec<String>, AreaError> {
+        let device = self.volume(reservation);
+        let parts = loop_device::find(&device)?;
+        let mut found = users(&device)?;
+        for part in &parts {
+            found.extend(users(&part.path)?);
+        }
+        let shown = list_ours().map_err(thin::ThinDeviceError::from)?;
+        let info = shown.into_iter().find(|info| info.device().is_some_and(|name| name.path() == device));
+        if found.is_empty() && info.is_some_and(|info| info.open_count as usize > parts.len()) {
+            found.push("somebody who is not seen from here".to_owned());
+        }
+        Ok(found)
+    }
+
+    fn grow(&self, class: Class, size: Bytes) -> Result<(), AreaError> {
+        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        self.group.grow(self.kernel()?, class, size)
     }
 
     fn remove_volume(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError> {
@@ -338,7 +403,7 @@ impl Area for Thin {
         read_only: bool,
     ) -> Result<PathBuf, AreaError> {
         let device = self.volume(reservation);
-        if extent.is_none() && !read_only {
+        if extent.is_none() && (!read_only || refuses_writes(&device)?) {
             return Ok(device);
         }
         let options = LoopOptions { direct_io: true, extent, read_only, ..LoopOptions::default() };
@@ -358,8 +423,21 @@ impl Area for Thin {
         Ok(())
     }
 
+    fn check(&self, record: &PoolRecord) -> Result<Vec<Finding>, AreaError> {
+        self.findings(record)
+    }
+
     fn close(&self) -> Result<(), AreaError> {
+        self.require_idle()?;
         self.hide_all()?;
+        self.group.close_kernel_pools()?;
+        self.group.unmount_record(&self.root)
+    }
+
+    fn leave(&self, attached: Option<&BTreeSet<Uid>>) -> Result<(), AreaError> {
+        if !self.hide_unused(|uid| attached.is_none_or(|attached| attached.contains(uid)))? {
+            return Ok(());
+        }
         self.group.close_kernel_pools()?;
         self.group.unmount_record(&self.root)
     }

@@ -1,0 +1,75 @@
+//! Devices of volumes, for whoever asks.
+
+use std::path::{Path, PathBuf};
+
+use berth_core::ids::Uid;
+use berth_record::{Attachment, AttachmentMode, VolumeKind, tables};
+
+use super::error::OperationError;
+use super::volumes::{found, recorded, require_no_template, require_unused};
+use super::{Outcome, listing};
+use crate::agent::pools::OpenPool;
+
+/// Makes a block device of a volume, a snapshot or a template appear.
+pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, OperationError> {
+    if read_only && let Some(device) = listing::template_device(pool, uid)? {
+        return Ok(Outcome::Device(device));
+    }
+    let volume = found(pool, uid, "attached for writing")?;
+    if volume.kind == VolumeKind::Snapshot && !read_only {
+        return Err(OperationError::IsSnapshot { uid: uid.clone(), action: "attached for writing" });
+    }
+    let file = pool.area.volume(uid);
+    if let Some(old) = pool.record.record().get(tables::ATTACHMENTS, uid)? {
+        if old.mode != AttachmentMode::Device {
+            let by = format!("a workload, staged at {}", old.staged_path.display());
+            return Err(OperationError::InUse { what: format!("volume {uid}"), by });
+        }
+        if let Some(shown) = old.loop_device
+            && pool.area.attached(uid)?.contains(&shown)
+            && refuses_writes(&shown) != read_only
+        {
+            let how = if read_only { "for writing" } else { "read-only" };
+            let by = format!("whoever attached it {how}, as {}", shown.display());
+            return Err(OperationError::InUse { what: format!("volume {uid}"), by });
+        }
+    }
+    let mut attachment = Attachment {
+        loop_device: None,
+        backing_file: file,
+        staged_path: PathBuf::new(),
+        mode: AttachmentMode::Device,
+    };
+    pool.record.attach(uid, &attachment)?;
+    let device = pool.area.attach(uid, None, read_only)?;
+    attachment.loop_device = Some(device.clone());
+    pool.record.attach(uid, &attachment)?;
+    Ok(Outcome::Device(device))
+}
+
+/// Takes that device away. A volume that is not attached is detached already.
+pub fn detach(pool: &OpenPool, uid: &Uid) -> Result<Outcome, OperationError> {
+    require_no_template(pool, uid, "detached as a volume")?;
+    if recorded(pool, uid)?.is_none() {
+        return Err(OperationError::NoVolume { pool: pool.name.clone(), uid: uid.clone() });
+    }
+    let Some(attachment) = pool.record.record().get(tables::ATTACHMENTS, uid)? else {
+        return Ok(Outcome::Done);
+    };
+    if attachment.mode != AttachmentMode::Device {
+        let by = format!("a workload, staged at {}", attachment.staged_path.display());
+        return Err(OperationError::InUse { what: format!("volume {uid}"), by });
+    }
+    require_unused(pool, uid)?;
+    pool.area.detach(uid)?;
+    pool.record.detached(uid)?;
+    Ok(Outcome::Done)
+}
+
+/// True if the kernel refuses writes to a device.
+fn refuses_writes(device: &Path) -> bool {
+    let name = std::fs::canonicalize(device).ok();
+    let name = name.as_deref().and_then(Path::file_name).map(Path::new);
+    let flag = name.map(|name| Path::new("/sys/class/block").join(name).join("ro"));
+    flag.and_then(|flag| std::fs::read_to_string(flag).ok()).is_some_and(|text| text.trim() == "1")
+}
