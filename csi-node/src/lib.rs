@@ -13,4 +13,6 @@ pub mod operation;
 pub mod rpc;
 pub mod run;
 pub mod sabotage;
+pub mod socket;
+pub mod supervisor;
 pub mod telemetry;

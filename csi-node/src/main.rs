@@ -12,6 +12,9 @@ fn main() -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = match cli.command {
         Command::Agent(args) => runtime.block_on(run::agent(*args)).map(|()| ExitCode::SUCCESS),
+        Command::Supervise(args) => runtime
+            .block_on(run::until_interrupted(|stop| run::supervise(args, stop)))
+            .map(|()| ExitCode::SUCCESS),
         Command::Template(args) => runtime.block_on(run::until_interrupted(|stop| async move {
             commands::template::run(args, &stop).await.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         })),

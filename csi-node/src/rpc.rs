@@ -17,11 +17,9 @@ pub mod status;
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -32,6 +30,7 @@ use crate::csi::v1::controller_server::ControllerServer;
 use crate::csi::v1::identity_server::IdentityServer;
 use crate::csi::v1::node_server::NodeServer;
 use crate::node::Node;
+use crate::socket::listen;
 use crate::telemetry::chain;
 use in_flight::InFlight;
 use status::RpcError;
@@ -102,23 +101,4 @@ pub async fn register(directory: PathBuf, endpoint: PathBuf, stop: CancellationT
         .map_err(io::Error::other);
     drop(fs::remove_file(&socket)); // kubelet forgets the plugin when the socket goes; one that stays is replaced
     served
-}
-
-/// Listens on a socket, in place of what an earlier process left there. Anything else there is left alone.
-fn listen(socket: &Path) -> io::Result<UnixListener> {
-    if let Some(parent) = socket.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    match fs::symlink_metadata(socket) {
-        Ok(metadata) if metadata.file_type().is_socket() => fs::remove_file(socket)?,
-        Ok(_) => {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "something else than a socket lies there",
-            ));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    UnixListener::bind(socket)
 }

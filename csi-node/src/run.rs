@@ -19,11 +19,13 @@ use crate::agent::news::News;
 use crate::agent::pools::Pools;
 use crate::agent::watches::Watches;
 use crate::agent::{self, heartbeat, sources};
-use crate::args::AgentArgs;
+use crate::args::{AgentArgs, SuperviseArgs};
 use crate::commands::{self, template::TemplateArgs};
 use crate::metrics::{self, Metrics};
 use crate::node::{Config, LastPreflight, Node};
 use crate::rpc::{self, Services};
+use crate::supervisor::keeper::Watch;
+use crate::supervisor::{self, DataPlane};
 
 /// How long jobs may take to reach their next checkpoint when the program ends.
 const DRAIN: Duration = Duration::from_secs(8);
@@ -57,6 +59,11 @@ pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     }
     tracing::info!("stopped");
     failed
+}
+
+/// `berth-node supervise`: until it is told to stop. What it serves goes on, and is taken over by the next one.
+pub async fn supervise(args: SuperviseArgs, stop: CancellationToken) -> anyhow::Result<()> {
+    supervisor::serve::serve(&args.socket, &args.run_dir, stop).await.context("supervisor")
 }
 
 /// `berth-node template`: until it is done, or a signal stops it at its next checkpoint.
@@ -94,8 +101,14 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     }
     let record = open_record(&args.state_dir, &args.node_name)?;
+    let data_plane = match &args.supervisor_socket {
+        Some(socket) => DataPlane::supervised(socket),
+        None => DataPlane::in_process(&args.state_dir.join("servers"), Watch::Always),
+    };
     let pools = Pools::new(args.node_name.clone(), args.mount_root.clone(), &args.state_dir);
+    let pools = pools.with_data_plane(data_plane);
     let (pools, preflight) = tokio::task::spawn_blocking(move || {
+        pools.data_plane().await_supervisor();
         let reopened = pools.reopen_known();
         reopened.map(|()| (pools, LastPreflight::take()))
     })

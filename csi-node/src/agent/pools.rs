@@ -16,8 +16,11 @@ use berth_record::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::area::templates::{self, TemplateError};
 use crate::area::{self, Area, AreaError, Backend, Place};
 use crate::sabotage;
+use crate::supervisor::DataPlane;
+use crate::supervisor::keeper::Watch;
 
 /// Why a pool's area cannot be used.
 #[derive(Debug, Error)]
@@ -54,6 +57,14 @@ pub enum PoolError {
         /// The record.
         path: PathBuf,
     },
+    /// A template of it cannot be let go.
+    #[error("a template of pool {pool} stays")]
+    Template {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: Box<TemplateError>,
+    },
     /// A call or a job still works in it.
     #[error("pool {pool} is in use")]
     InUse {
@@ -78,6 +89,7 @@ impl PoolError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Area { source, .. } => source.reason(),
+            Self::Template { source, .. } => source.reason(),
             Self::Record { source: OpenError::WrongOwner { .. }, .. } => Reason::InUseByPool,
             _ => Reason::PoolAreaFailed,
         }
@@ -172,15 +184,28 @@ pub struct Pools {
     node: NodeName,
     mount_root: PathBuf,
     known_file: PathBuf,
+    data_plane: DataPlane,
     open: Mutex<BTreeMap<PoolName, Arc<OpenPool>>>,
     failed: Mutex<BTreeMap<PoolName, (Reason, String)>>,
 }
 
 impl Pools {
-    /// None open yet.
+    /// None open yet. Devices are suspended and images served by this process, as a command does it.
     pub fn new(node: NodeName, mount_root: PathBuf, state_dir: &Path) -> Self {
+        let data_plane = DataPlane::in_process(&state_dir.join("servers"), Watch::WhenAsked);
         let known_file = state_dir.join("pools.json");
-        Self { node, mount_root, known_file, open: Mutex::default(), failed: Mutex::default() }
+        Self { node, mount_root, known_file, data_plane, open: Mutex::default(), failed: Mutex::default() }
+    }
+
+    /// The same, with devices suspended and images served by somebody else.
+    #[must_use = "it is the same set of pools"]
+    pub fn with_data_plane(self, data_plane: DataPlane) -> Self {
+        Self { data_plane, ..self }
+    }
+
+    /// By whom devices are suspended and images served.
+    pub fn data_plane(&self) -> &DataPlane {
+        &self.data_plane
     }
 
     /// The pool of this name, if its area is open.
@@ -211,7 +236,7 @@ impl Pools {
     /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
     /// fails is tried again once the API server shows it. Blocks.
     pub fn reopen_known(&self) -> Result<(), PoolError> {
-        area::resume_suspended();
+        self.data_plane.resume_left_behind();
         for (name, spec) in self.known()? {
             if let Err(error) = self.prepare(&name, &spec) {
                 tracing::warn!(pool = %name, error = crate::telemetry::chain(&error), "pool not reopened");
@@ -242,9 +267,11 @@ impl Pools {
             node: self.node.clone(),
             mount_point: self.mount_root.join(name.as_str()),
             known: self.known()?.get(name).is_some_and(|known| known.uid == spec.uid),
+            data_plane: self.data_plane.clone(),
         };
         let area = area::open(&place, &spec.backend).map_err(failed)?;
         let opened = self.open_record(name, &spec.uid, &*area).and_then(|record| {
+            templates::restore(&record, &self.data_plane); // before what starts from them
             area.start(&record).map_err(failed)?;
             Ok(record)
         });
@@ -295,6 +322,11 @@ impl Pools {
         let Some(pool) = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(name) else {
             return Ok(());
         };
+        if let Err(source) = templates::release(&pool.record, &self.data_plane) {
+            templates::restore(&pool.record, &self.data_plane);
+            self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), pool);
+            return Err(PoolError::Template { pool: name.clone(), source: Box::new(source) });
+        }
         let pool = match Arc::try_unwrap(pool) {
             Ok(pool) => pool,
             Err(pool) => {

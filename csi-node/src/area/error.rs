@@ -12,7 +12,9 @@ use berth_device::filesystem::FilesystemError;
 use berth_device::loop_device::LoopError;
 use berth_device::mounts::MountError;
 use berth_device::pool_area::ClaimError;
-use berth_device::thin::{DeviceName, KernelPoolError, NameError, ThinDeviceError, VolumeGroupError};
+use berth_device::thin::{
+    DeviceName, DmError, KernelPoolError, NameError, SuspendError, ThinDeviceError, VolumeGroupError,
+};
 use berth_record::ChangeError;
 use thiserror::Error;
 
@@ -155,8 +157,23 @@ impl AreaError {
             | Self::Group(VolumeGroupError::NotOurs { .. }) => Reason::InUseByPool,
             Self::Claim(ClaimError::TooSmall { .. }) | Self::Geometry(_) => Reason::InvalidSpec,
             Self::Kernel(KernelPoolError::Damaged { .. }) => Reason::NeedsCheck,
+            Self::Kernel(KernelPoolError::Suspend(source))
+            | Self::Device(ThinDeviceError::Suspend { source, .. }) => suspend_reason(source),
+            Self::Kernel(KernelPoolError::Dm(DmError::StillSuspended { .. }))
+            | Self::Device(ThinDeviceError::Dm(DmError::StillSuspended { .. })) => Reason::DeviceSuspended,
             _ => Reason::PoolAreaFailed,
         }
+    }
+}
+
+/// The machine-readable reason why something was not done that needs a suspended device.
+pub fn suspend_reason(error: &SuspendError) -> Reason {
+    match error {
+        SuspendError::Unavailable { .. } => Reason::SupervisorUnavailable,
+        SuspendError::OriginSilent { .. } => Reason::OriginSilent,
+        error if error.left_suspended() => Reason::DeviceSuspended,
+        SuspendError::Busy { .. } => Reason::InUse,
+        _ => Reason::PoolAreaFailed,
     }
 }
 

@@ -39,7 +39,7 @@ impl Thin {
         self.remove(record, uid)?;
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.kernel()?.of(class);
-        self.group.grow(self.kernel()?, class, promised(record, class)?)?;
+        self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)?;
         self.reconcile(record, class)?;
         let size = size.round_up(self.group.block().bytes());
         let entry = record.begin_thin(uid, recorded(class), size)?;

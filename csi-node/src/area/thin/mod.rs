@@ -21,7 +21,7 @@ use berth_device::filesystem;
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::partition::Extent;
-use berth_device::thin::{DeviceName, ThinDevice, list_ours};
+use berth_device::thin::{DeviceName, Suspender, ThinDevice, list_ours};
 use berth_device::{files, thin};
 use berth_record::{ChangeError, ImageState, PoolRecord, VolumeState, tables};
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,7 @@ pub struct Thin {
     root: PathBuf,
     group: Group,
     kernel: OnceLock<KernelPools>,
+    suspender: Arc<dyn Suspender>,
     /// Held while a kernel pool is told something.
     alone: Mutex<()>,
 }
@@ -76,7 +77,8 @@ impl Thin {
         let group = Group::open(&place.pool, spec, place.known)?;
         group.mount_record(&place.mount_point)?;
         let (pool, root) = (place.pool.clone(), place.mount_point.clone());
-        Ok(Self { pool, root, group, kernel: OnceLock::new(), alone: Mutex::default() })
+        let suspender = place.data_plane.suspender();
+        Ok(Self { pool, root, group, kernel: OnceLock::new(), suspender, alone: Mutex::default() })
     }
 
     fn kernel(&self) -> Result<&KernelPools, AreaError> {
