@@ -207,6 +207,8 @@ reasons! {
     OriginSilent => Transient,
     /// The process that suspends and resumes devices does not answer.
     SupervisorUnavailable => Transient,
+    /// A device of Berth is suspended, so everything that uses it waits.
+    DeviceSuspended => Transient,
     /// Devices of guests are not kept from being scanned by the host.
     HostScansGuestDisks => Transient,
 }

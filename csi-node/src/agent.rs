@@ -17,11 +17,13 @@ pub mod watches;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_core::node::{Halted, Step, plan};
 use berth_core::units::Timestamp;
 
+use self::pools::Pools;
+use crate::area::templates;
 use crate::node::{Node, now};
 use crate::telemetry::chain;
 
@@ -83,7 +85,13 @@ pub async fn run(node: Arc<Node>) {
         }
     });
     tokio::spawn(looking);
+    let mut looked = Instant::now(); // it was done at the start
     while !node.stop.is_cancelled() {
+        if looked.elapsed() >= RESYNC {
+            looked = Instant::now();
+            let resuming = Arc::clone(&node);
+            drop(tokio::task::spawn_blocking(move || mend(&resuming.pools)).await);
+        }
         pass(&node, &mut failed).await;
         let woken = tokio::time::timeout(RESYNC, node.wake.notified());
         tokio::select! {
@@ -91,6 +99,13 @@ pub async fn run(node: Arc<Node>) {
             _ = woken => {}
         }
     }
+}
+
+/// Resumes what was left suspended, and attaches templates that nobody could serve. Blocks.
+fn mend(pools: &Pools) {
+    let data_plane = pools.data_plane();
+    data_plane.resume_left_behind();
+    pools.all().iter().for_each(|pool| templates::restore_missing(&pool.record, data_plane));
 }
 
 /// Plans, executes and reports until nothing can be done at once.

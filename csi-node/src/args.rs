@@ -39,6 +39,8 @@ pub enum Command {
     Pool(PoolArgs),
     /// Works with volumes and snapshots, with or without Kubernetes.
     Volume(VolumeArgs),
+    /// Runs the small process beside the agent that suspends devices and serves images.
+    Supervise(SuperviseArgs),
     /// Works with templates, without Kubernetes.
     Template(TemplateArgs),
     /// Carries out operations from a file or from standard input.
@@ -111,6 +113,10 @@ pub struct AgentArgs {
     /// Kubelet's directory of plugin sockets. Without it, something else registers the plugin.
     #[arg(long, env = "BERTH_REGISTRATION_DIR")]
     pub registration_dir: Option<PathBuf>,
+    /// The socket of `berth-node supervise`, which suspends devices and serves images. Without it, the agent does that
+    /// itself; a device that is suspended when the agent is killed stays so until its next start then.
+    #[arg(long, env = "BERTH_SUPERVISOR_SOCKET")]
+    pub supervisor_socket: Option<PathBuf>,
     /// Where `/metrics`, `/healthz` and `/readyz` are served. Port 0 takes a free one.
     #[arg(long, env = "BERTH_METRICS_ADDR", default_value = "0.0.0.0:8081")]
     pub metrics_addr: SocketAddr,
@@ -123,6 +129,17 @@ pub struct AgentArgs {
     /// Addresses that sources may have though they would be refused, such as `10.0.0.0/8`. May be repeated.
     #[arg(long = "allow-source-cidr", env = "BERTH_ALLOW_SOURCE_CIDR", value_delimiter = ',')]
     pub allow_source_cidrs: Vec<String>,
+}
+
+/// Flags of `berth-node supervise`.
+#[derive(Clone, Debug, Args)]
+pub struct SuperviseArgs {
+    /// The socket that it listens on, for root only.
+    #[arg(long, env = "BERTH_SUPERVISOR_SOCKET", default_value = "/run/berth/supervisor.sock")]
+    pub socket: PathBuf,
+    /// Where it keeps what it serves, for its next start. Needs to last no longer than the kernel's devices.
+    #[arg(long, env = "BERTH_SUPERVISOR_DIR", default_value = "/run/berth/supervisor")]
+    pub run_dir: PathBuf,
 }
 
 /// Flags of `berth-node preflight`.

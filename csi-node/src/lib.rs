@@ -15,5 +15,6 @@ pub mod rpc;
 pub mod run;
 pub mod sabotage;
 pub mod socket;
+pub mod supervisor;
 pub mod telemetry;
 pub mod values;

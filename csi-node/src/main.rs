@@ -15,6 +15,9 @@ fn main() -> anyhow::Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
         Command::Agent(args) => on_runtime(run::agent(*args)).map(done),
+        Command::Supervise(args) => {
+            on_runtime(run::until_interrupted(|stop| run::supervise(args, stop))).map(done)
+        }
         Command::Pool(args) => Ok(asking::run(&args.node, &args.command.asking())?),
         Command::Volume(args) => Ok(asking::run(&args.node, &args.command.asking())?),
         Command::Template(TemplateArgs { command }) => match command {

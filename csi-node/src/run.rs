@@ -19,12 +19,14 @@ use crate::agent::news::News;
 use crate::agent::pools::Pools;
 use crate::agent::watches::Watches;
 use crate::agent::{self, asked, heartbeat, sources};
-use crate::args::AgentArgs;
+use crate::args::{AgentArgs, SuperviseArgs};
 use crate::metrics::{self, Metrics};
 use crate::node::{Config, LastPreflight, Node};
 use crate::node_lock::{LockError, NodeLock};
 use crate::rpc::in_flight::InFlight;
 use crate::rpc::{self, Services};
+use crate::supervisor::keeper::Watch;
+use crate::supervisor::{self, DataPlane};
 
 /// How long jobs may take to reach their next checkpoint when the program ends.
 const DRAIN: Duration = Duration::from_secs(8);
@@ -69,6 +71,11 @@ pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
     failed
 }
 
+/// `berth-node supervise`: until it is told to stop. What it serves goes on, and is taken over by the next one.
+pub async fn supervise(args: SuperviseArgs, stop: CancellationToken) -> anyhow::Result<()> {
+    supervisor::serve::serve(&args.socket, &args.run_dir, stop).await.context("supervisor")
+}
+
 /// The node's lock, for the agent's life. A command that runs may end first.
 async fn alone(state_dir: &Path) -> Result<NodeLock, LockError> {
     let until = Instant::now() + COMMANDS;
@@ -101,10 +108,16 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
     for directory in [&args.directories.state_dir, &args.directories.mount_root] {
         std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    let record = open_record(&args.directories.state_dir, &args.node_name)?;
-    let pools =
-        Pools::new(args.node_name.clone(), args.directories.mount_root.clone(), &args.directories.state_dir);
+    let directories = &args.directories;
+    let record = open_record(&directories.state_dir, &args.node_name)?;
+    let data_plane = match &args.supervisor_socket {
+        Some(socket) => DataPlane::supervised(socket),
+        None => DataPlane::in_process(&directories.state_dir.join("servers"), Watch::Always),
+    };
+    let pools = Pools::new(args.node_name.clone(), directories.mount_root.clone(), &directories.state_dir);
+    let pools = pools.with_data_plane(data_plane);
     let (pools, preflight) = tokio::task::spawn_blocking(move || {
+        pools.data_plane().await_supervisor();
         let reopened = pools.reopen_known();
         reopened.map(|()| (pools, LastPreflight::take()))
     })

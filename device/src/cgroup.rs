@@ -72,13 +72,14 @@ impl fmt::Display for Version {
     }
 }
 
-/// A group for one tool. Dropping it kills what is in it and removes it, as far as that goes in 200 ms.
+/// A group for one tool. Dropping it kills what is in it and removes it, as far as that goes in 200 ms, unless it was told
+/// to outlive that.
 #[derive(Debug)]
 pub struct ToolGroup {
     path: PathBuf,
     version: Version,
     memory_bounded: bool,
-    removed: bool,
+    left_alone: bool,
 }
 
 impl ToolGroup {
@@ -92,7 +93,7 @@ impl ToolGroup {
         let parent = base.join(PARENT);
         make(&parent)?;
         let path = parent.join(name);
-        let mut group = Self { path, version, memory_bounded: false, removed: false };
+        let mut group = Self { path, version, memory_bounded: false, left_alone: false };
         group.empty(REMOVE_WAIT)?;
         make(&group.path)?;
         group.memory_bounded = match version {
@@ -100,6 +101,24 @@ impl ToolGroup {
             Version::V2 => bound_v2(&base, &parent, &group.path, memory),
         };
         Ok(group)
+    }
+
+    /// The group of this name as an earlier process has left it, with what is in it; `None` if there is none. Dropping it
+    /// leaves it as it is.
+    pub fn find(name: &str) -> Result<Option<Self>, GroupError> {
+        if !is_uid(name) {
+            return Err(GroupError::Name(name.to_owned()));
+        }
+        let (base, version) = base()?;
+        let path = base.join(PARENT).join(name);
+        Ok(path.is_dir().then_some(Self { path, version, memory_bounded: false, left_alone: true }))
+    }
+
+    /// Dropping it leaves it as it is from now on.
+    #[must_use = "it is the same group"]
+    pub fn outliving(mut self) -> Self {
+        self.left_alone = true;
+        self
     }
 
     /// True if the kernel took the memory limit.
@@ -129,7 +148,7 @@ impl ToolGroup {
 
     /// Kills what is in it and removes it, within two seconds.
     pub fn remove(mut self) -> Result<(), GroupError> {
-        self.removed = true;
+        self.left_alone = true;
         self.empty(REMOVE_WAIT)
     }
 
@@ -176,7 +195,7 @@ impl ToolGroup {
 
 impl Drop for ToolGroup {
     fn drop(&mut self) {
-        if !self.removed
+        if !self.left_alone
             && let Err(error) = self.empty(DROP_WAIT)
         {
             tracing::warn!(%error, "a tool's control group stays until its name is used again");

@@ -19,6 +19,7 @@ mod node;
 mod pool;
 mod schema;
 mod store;
+mod template;
 mod thin;
 
 pub use dump::dump;

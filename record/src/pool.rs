@@ -6,7 +6,8 @@ use berth_core::ids::{Digest, Lineage, NodeName, PoolName, Uid};
 use berth_core::units::{Bytes, Generation, Timestamp};
 
 use crate::entry::{
-    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, VolumeEntry, VolumeKind, VolumeState,
+    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, TemplateState, VolumeEntry, VolumeKind,
+    VolumeOrigin, VolumeState,
 };
 use crate::error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 use crate::schema::{KEY_LEDGER, KEY_POOL, Owner, PoolIdentity, SavedPosition, tables};
@@ -399,6 +400,11 @@ fn begin_volume(change: &Change<'_>, uid: &Uid, volume: &VolumeEntry) -> Result<
         && change.require(tables::VOLUMES, source)?.state != VolumeState::Ready
     {
         return Err(wrong_state(tables::VOLUMES.name(), source, "not ready", "copied"));
+    }
+    if let Some(VolumeOrigin::Template { template }) = &volume.origin
+        && change.require(tables::TEMPLATES, template)?.state != TemplateState::Attached
+    {
+        return Err(wrong_state(tables::TEMPLATES.name(), template, "not attached", "started from"));
     }
     let entry = VolumeEntry { state: VolumeState::Creating, ..volume.clone() };
     change.put(tables::VOLUMES, uid, &entry)?;

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::node::Node;
 use crate::operation::{Answer, Operation, Outcome, Refusal, carry_out, lines};
-use crate::socket::listen_privately;
+use crate::socket::{is_trusted, listen_alone};
 use crate::telemetry::chain;
 
 /// How many clients are served at a time; others wait.
@@ -40,7 +40,7 @@ pub trait Carrier: Send + Sync + 'static {
 /// # Errors
 /// If the socket cannot be made.
 pub async fn serve(carrier: Arc<impl Carrier>, socket: PathBuf, stop: CancellationToken) -> io::Result<()> {
-    let listener = listen_privately(&socket)?;
+    let listener = listen_alone(&socket)?;
     let clients = Arc::new(Semaphore::new(CLIENTS));
     tracing::info!(socket = %socket.display(), "operations listening");
     loop {
@@ -66,20 +66,14 @@ pub async fn serve(carrier: Arc<impl Carrier>, socket: PathBuf, stop: Cancellati
     }
 }
 
-/// True for root, and for who this process runs as: tests run without being root.
-fn may_ask(uid: u32) -> bool {
-    uid == 0 || uid == nix::unistd::geteuid().as_raw()
-}
-
 /// Answers line after line, until the client ends, sends what is no line, or `stop`.
 async fn converse(
     carrier: &impl Carrier,
     mut stream: UnixStream,
     stop: &CancellationToken,
 ) -> io::Result<()> {
-    let peer = stream.peer_cred()?;
-    if !may_ask(peer.uid()) {
-        tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a client that is not root is turned away");
+    if !is_trusted(&stream) {
+        tracing::warn!(peer = ?stream.peer_cred(), "a client that is not root is turned away");
         return Ok(());
     }
     let (reader, mut writer) = stream.split();
@@ -204,7 +198,6 @@ mod tests {
         let refused = Refusal { reason: Reason::PoolNotFound, message: "p".to_owned() };
         assert_eq!(answers, [Answer::Refused(refused), Answer::Done(Outcome::Device("/dev/x".into()))]);
         assert_eq!(*bed.fake.0.lock().unwrap(), asked);
-        assert!(!may_ask(nix::unistd::geteuid().as_raw() + 1) && may_ask(0));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -17,7 +17,9 @@ pub use self::error::PoolError;
 pub use self::known::PoolSpec;
 use self::known::{Known, KnownPools};
 pub use self::open_pool::OpenPool;
-use crate::area::{self, Area, Place};
+use crate::area::{self, Area, Place, templates};
+use crate::supervisor::DataPlane;
+use crate::supervisor::keeper::Watch;
 use crate::telemetry::chain;
 
 /// The open pools, and why others are not.
@@ -26,6 +28,7 @@ pub struct Pools {
     mount_root: PathBuf,
     state_dir: PathBuf,
     known: KnownPools,
+    data_plane: DataPlane,
     open: Mutex<BTreeMap<PoolName, Arc<OpenPool>>>,
     failed: Mutex<BTreeMap<PoolName, (Reason, String)>>,
     /// Held while a pool is opened, let go or deleted.
@@ -48,17 +51,30 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Pools {
-    /// None open yet.
+    /// None open yet. Devices are suspended and images served by this process, as a command does it.
     pub fn new(node: NodeName, mount_root: PathBuf, state_dir: &Path) -> Self {
+        let data_plane = DataPlane::in_process(&state_dir.join("servers"), Watch::WhenAsked);
         Self {
             node,
             mount_root,
             state_dir: state_dir.to_owned(),
             known: KnownPools::in_dir(state_dir),
+            data_plane,
             open: Mutex::default(),
             failed: Mutex::default(),
             life: Mutex::default(),
         }
+    }
+
+    /// The same, with devices suspended and images served by somebody else.
+    #[must_use = "it is the same set of pools"]
+    pub fn with_data_plane(self, data_plane: DataPlane) -> Self {
+        Self { data_plane, ..self }
+    }
+
+    /// By whom devices are suspended and images served.
+    pub fn data_plane(&self) -> &DataPlane {
+        &self.data_plane
     }
 
     /// The pool of this name, if its area is open.
@@ -112,7 +128,7 @@ impl Pools {
     /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
     /// fails is tried again once the API server shows it. Blocks.
     pub fn reopen_known(&self) -> Result<(), PoolError> {
-        area::resume_suspended();
+        self.data_plane.resume_left_behind();
         for (name, known) in self.known.read()? {
             if known.destroying {
                 continue; // what is left of it is not to be opened
@@ -181,6 +197,7 @@ impl Pools {
             }
         };
         let record = record.inspect_err(|_| leave(&*area, None))?;
+        templates::restore(&record, &self.data_plane); // before what starts from them
         if let Err(source) = area.start(&record) {
             let attached = record.record().entries(tables::ATTACHMENTS);
             let attached: Option<BTreeSet<_>> =
@@ -203,6 +220,7 @@ impl Pools {
             node: self.node.clone(),
             mount_point: self.mount_root.join(name.as_str()),
             known,
+            data_plane: self.data_plane.clone(),
         }
     }
 

@@ -14,7 +14,8 @@ use berth_device::mounts::MountError;
 use berth_device::nbd::AttachError;
 use berth_device::pool_area::ClaimError;
 use berth_device::thin::{
-    DeviceName, KernelPoolError, MappingError, NameError, ThinDeviceError, VolumeGroupError,
+    DeviceName, DmError, KernelPoolError, MappingError, NameError, SuspendError, ThinDeviceError,
+    VolumeGroupError,
 };
 use berth_device::users::UsersError;
 use berth_record::ChangeError;
@@ -220,6 +221,8 @@ impl AreaError {
             | Self::Device(ThinDeviceError::InUse { .. }) => Reason::InUse,
             Self::Nbd(AttachError::Silent { .. }) => Reason::OriginSilent,
             Self::NoTemplate { .. } => Reason::VolumeNotFound,
+            Self::Device(ThinDeviceError::Suspend { source, .. }) => suspend_reason(source),
+            Self::Device(ThinDeviceError::Dm(DmError::StillSuspended { .. })) => Reason::DeviceSuspended,
             _ => Reason::PoolAreaFailed,
         }
     }
@@ -228,10 +231,22 @@ impl AreaError {
 fn kernel_reason(error: &KernelPoolError) -> Reason {
     match error {
         KernelPoolError::Damaged { .. } => Reason::NeedsCheck,
-        KernelPoolError::OriginSilent { .. } => Reason::OriginSilent,
+        KernelPoolError::Suspend(source) => suspend_reason(source),
+        KernelPoolError::Dm(DmError::StillSuspended { .. }) => Reason::DeviceSuspended,
         KernelPoolError::InUse { .. } => Reason::InUse,
         KernelPoolError::NotWritable { .. } => Reason::ReadOnly,
         KernelPoolError::Geometry(_) | KernelPoolError::BlockSize { .. } => Reason::InvalidSpec,
+        _ => Reason::PoolAreaFailed,
+    }
+}
+
+/// The machine-readable reason why something was not done that needs a suspended device.
+pub fn suspend_reason(error: &SuspendError) -> Reason {
+    match error {
+        SuspendError::Unavailable { .. } => Reason::SupervisorUnavailable,
+        SuspendError::OriginSilent { .. } => Reason::OriginSilent,
+        error if error.left_suspended() => Reason::DeviceSuspended,
+        SuspendError::Busy { .. } => Reason::InUse,
         _ => Reason::PoolAreaFailed,
     }
 }

@@ -6,20 +6,25 @@
 
 mod error;
 mod filesystem;
+pub mod templates;
 mod thin;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_core::ids::{Digest, NodeName, PoolName, Uid};
 use berth_core::ledger::{Charge, Class};
+use berth_core::reason::Reason;
 use berth_core::thin::ThinState;
 use berth_core::units::Bytes;
 use berth_device::nbd::{AttachError, Attachment, BackendId, Nbd};
 use berth_device::partition::Extent;
+use berth_device::thin::LeftBehind;
 use berth_record::{PoolRecord, VolumeOrigin};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 pub use self::error::AreaError;
@@ -28,6 +33,7 @@ use self::filesystem::Filesystem;
 use self::thin::Thin;
 pub use self::thin::{ThinGroup, ThinSpec};
 use crate::operation::Finding;
+use crate::supervisor::DataPlane;
 use crate::telemetry::chain;
 
 /// What a pool is made of on this node.
@@ -74,6 +80,8 @@ pub struct Place {
     pub mount_point: PathBuf,
     /// True if it was open on this node before: then it is never made anew.
     pub known: bool,
+    /// By whom devices are suspended and images served.
+    pub data_plane: DataPlane,
 }
 
 /// An open area. Dropping it leaves it as it is.
@@ -278,21 +286,31 @@ pub fn take_over(place: &Place, backend: &Backend) -> Result<(), AreaError> {
     }
 }
 
-/// Resumes every device of ours that an earlier process has left suspended: whatever uses one waits. Before anything else.
+/// Resumes every device of ours that is suspended and that this process has not suspended itself: whatever uses one waits.
+/// Before anything else at a start, and again and again, because a suspension may take effect after the end of the process
+/// that asked for it. Only in the one process that suspends ([`DataPlane::resume_left_behind`]).
 pub fn resume_suspended() {
-    if !Path::new("/dev/mapper/control").exists() {
-        return;
+    let control = File::options().read(true).write(true).open("/dev/mapper/control");
+    if control.is_err_and(|error| error.kind() == io::ErrorKind::NotFound || is_no_device(&error)) {
+        return; // the kernel has no device mapper
     }
-    let suspended = berth_device::thin::all_suspended_of_ours().unwrap_or_else(|error| {
+    let found = berth_device::thin::resume_left_behind().unwrap_or_else(|error| {
         tracing::warn!(error = chain(&error), "suspended devices are not looked for");
         Vec::new()
     });
-    for device in suspended {
-        match berth_device::thin::resume(&device) {
-            Ok(()) => tracing::warn!(device = device.name, "was suspended, and is resumed"),
-            Err(error) => tracing::error!(device = device.name, error = chain(&error), "stays suspended"),
+    let reason = Reason::DeviceSuspended;
+    for LeftBehind { device, resumed } in found {
+        match resumed {
+            Ok(()) => tracing::warn!(%reason, device = device.name, "was left suspended, and is resumed"),
+            Err(error) => {
+                tracing::error!(%reason, device = device.name, error = chain(&error), "stays suspended");
+            }
         }
     }
+}
+
+fn is_no_device(error: &io::Error) -> bool {
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ENODEV | Errno::ENXIO))
 }
 
 /// Directories of an area's file system.

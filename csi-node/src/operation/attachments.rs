@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use berth_core::ids::Uid;
 use berth_record::{Attachment, AttachmentMode, VolumeKind, tables};
 
+use super::Outcome;
 use super::error::OperationError;
 use super::volumes::{found, recorded, require_no_template, require_unused};
-use super::{Outcome, listing};
 use crate::agent::pools::OpenPool;
+use crate::area::templates;
 
 /// Makes a block device of a volume, a snapshot or a template appear.
 pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, OperationError> {
-    if read_only && let Some(device) = listing::template_device(pool, uid)? {
+    if read_only && let Some(device) = templates::device(pool, uid)? {
         return Ok(Outcome::Device(device));
     }
     let volume = found(pool, uid, "attached for writing")?;

@@ -8,6 +8,7 @@ use berth_core::reason::Reason;
 use super::error::OperationError;
 use super::{Operation, Outcome, Refusal, attachments, check, listing, map, pool_life, volumes};
 use crate::agent::pools::{OpenPool, Pools};
+use crate::area::templates;
 
 /// Carries out one operation. Blocks, for as long as making a file system or copying an image takes.
 ///
@@ -30,9 +31,14 @@ fn attempt(pools: &Pools, operation: &Operation) -> Result<Outcome, OperationErr
         }
         Operation::PoolCheck { pool } => changing(pools, pool, check::check),
         Operation::PoolList {} => listing::pools(pools),
-        Operation::TemplateAttach { .. } | Operation::TemplateDetach { .. } => {
-            Err(OperationError::NotImplemented("attaching templates"))
-        }
+        Operation::TemplateAttach { pool, template, file, format } => changing(pools, pool, |pool| {
+            let device = templates::attach(pool, pools.data_plane(), template, file, format.as_deref())?;
+            Ok(Outcome::Device(device))
+        }),
+        Operation::TemplateDetach { pool, template } => changing(pools, pool, |pool| {
+            templates::detach(pool, pools.data_plane(), template)?;
+            Ok(Outcome::Done)
+        }),
         Operation::VolumeCreate { pool, volume, size, origin, labels } => {
             changing(pools, pool, |pool| volumes::create(pool, volume, *size, origin.as_ref(), labels))
         }

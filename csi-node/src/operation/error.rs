@@ -13,6 +13,7 @@ use super::{Refusal, VolumeKind};
 use crate::agent::pools::PoolError;
 use crate::agent::volumes::VolumeError;
 use crate::area::AreaError;
+use crate::area::templates::TemplateError;
 use crate::telemetry::chain;
 
 /// Why an operation was not done.
@@ -129,9 +130,9 @@ pub enum OperationError {
         /// Whether a ledger bounds it.
         has_ledger: bool,
     },
-    /// This version cannot.
-    #[error("{0} is not implemented")]
-    NotImplemented(&'static str),
+    /// A template.
+    #[error("a template is not attached or detached")]
+    Template(#[from] TemplateError),
     /// The pool as a whole.
     #[error("the pool refuses")]
     Pool(#[from] PoolError),
@@ -172,7 +173,7 @@ impl OperationError {
             Self::Space(refused) => refused.reason(),
             Self::Ahead { has_ledger: true, .. } => Reason::NotPromised,
             Self::Ahead { has_ledger: false, .. } => Reason::CapacityRefused,
-            Self::NotImplemented(_) => Reason::NotImplemented,
+            Self::Template(error) => error.reason(),
             Self::Pool(error) => error.reason(),
             Self::Lost { .. } | Self::Volume(VolumeError::Lost { .. }) => Reason::VolumeLost,
             Self::Volume(VolumeError::Area(error)) | Self::Area(error) => area_reason(error),

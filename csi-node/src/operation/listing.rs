@@ -1,15 +1,12 @@
 //! What there is.
 
-use std::path::PathBuf;
-
-use berth_core::ids::Uid;
 use berth_core::units::Bytes;
-use berth_record::{ReadError, VolumeOrigin, VolumeState, tables};
+use berth_record::{VolumeOrigin, VolumeState, tables};
 
 use super::error::OperationError;
 use super::{OriginName, Outcome, PoolLine, PoolLineState, PoolSpace, VolumeKind, VolumeLine};
 use crate::agent::pools::{OpenPool, Pools};
-use crate::area;
+use crate::area::templates;
 
 /// The pools of this node, and the areas that belong to none of them.
 pub fn pools(pools: &Pools) -> Result<Outcome, OperationError> {
@@ -58,7 +55,7 @@ pub fn volumes(pool: &OpenPool) -> Result<Outcome, OperationError> {
             size: template.virtual_size,
             mapped: None,
             origin: None,
-            device: template_device(pool, &uid)?,
+            device: templates::device(pool, &uid).ok().flatten(),
             labels: [("file".to_owned(), template.file.display().to_string())].into(),
             uid,
         });
@@ -79,14 +76,6 @@ pub fn volumes(pool: &OpenPool) -> Result<Outcome, OperationError> {
         });
     }
     Ok(Outcome::Volumes(lines))
-}
-
-/// The device of a template that is attached; `None` if there is none of this name.
-pub fn template_device(pool: &OpenPool, uid: &Uid) -> Result<Option<PathBuf>, ReadError> {
-    if pool.record.record().get(tables::TEMPLATES, uid)?.is_none() {
-        return Ok(None);
-    }
-    Ok(area::template_device(uid).ok())
 }
 
 /// The same as the record has it.

@@ -238,6 +238,11 @@ impl Attachment {
         })
     }
 
+    /// Refuses with [`AttachError::InUse`] while anybody goes on using it.
+    pub fn require_unused(&self) -> Result<(), AttachError> {
+        require_unused(self.index)
+    }
+
     /// Lets the device go. One that is not ours any more is no error, and left alone.
     ///
     /// # Errors

@@ -122,7 +122,7 @@ impl NbdServer {
         }
         let user = Uid::effective().is_root().then_some(config.user);
         prepare_folder(config.folder, user).map_err(failed("prepare", config.folder))?;
-        let socket = config.folder.join(SOCKET);
+        let socket = Self::socket_in(config.folder);
         match fs::remove_file(&socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed("remove", &socket)(error));
@@ -143,6 +143,11 @@ impl NbdServer {
                 Err(error)
             }
         }
+    }
+
+    /// Where one with this folder listens.
+    pub fn socket_in(folder: &Path) -> PathBuf {
+        folder.join(SOCKET)
     }
 
     /// Where it listens.

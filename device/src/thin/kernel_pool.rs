@@ -7,7 +7,6 @@
 //! was never used. Otherwise it must be there, and `thin_check` must be content with it; **nothing here repairs**, because a
 //! repair that guesses wrong loses data that a person could have saved.
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -24,9 +23,8 @@ use super::dmsetup::{self, ENVIRONMENT, understood};
 use super::names::{DeviceName, volume_name};
 use super::pool_error::KernelPoolError;
 use super::status::{PoolStatus, WhenFull, WorkingPool};
-use super::suspension::replace_table;
+use super::suspender::Suspender;
 use super::table::{DeviceNumber, PoolFeatures, PoolTable, ThinTable};
-use super::thin_ids::require_answer;
 use super::volume_group::{LogicalVolume, VolumeGroup};
 use crate::program;
 use crate::sys;
@@ -193,10 +191,11 @@ impl KernelPool {
         group: &VolumeGroup,
         part: Part,
         by: Bytes,
+        suspender: &dyn Suspender,
     ) -> Result<(), KernelPoolError> {
         let volume = volume_name(&self.pool, self.class, part)?;
         let found = group.find(&volume)?.map(|found| found.size).unwrap_or_default();
-        self.grow_to(config, group, part, found.saturating_add(by))
+        self.grow_to(config, group, part, found.saturating_add(by), suspender)
     }
 
     /// Makes one of its logical volumes at least `size` large, and the pool with it. May be repeated.
@@ -206,9 +205,10 @@ impl KernelPool {
         group: &VolumeGroup,
         part: Part,
         size: Bytes,
+        suspender: &dyn Suspender,
     ) -> Result<(), KernelPoolError> {
         group.extend_to(&volume_name(&self.pool, self.class, part)?, size)?;
-        self.refresh(config)
+        self.refresh(config, suspender)
     }
 
     /// Makes the pool use all of its two devices, and behave as configured. Its thin devices wait meanwhile, for
@@ -216,8 +216,12 @@ impl KernelPool {
     ///
     /// # Errors
     /// [`KernelPoolError::NotWritable`] for a pool whose metadata has to be checked first.
-    /// [`KernelPoolError::OriginSilent`] while the external origin of one of its active devices does not answer.
-    pub fn refresh(&self, config: &KernelPoolConfig) -> Result<(), KernelPoolError> {
+    /// [`SuspendError::OriginSilent`] while the external origin of one of its active devices does not answer.
+    pub fn refresh(
+        &self,
+        config: &KernelPoolConfig,
+        suspender: &dyn Suspender,
+    ) -> Result<(), KernelPoolError> {
         match self.status()? {
             PoolStatus::Working(WorkingPool { needs_check: false, .. }) => {}
             _ => return Err(KernelPoolError::NotWritable { pool: self.name.clone() }),
@@ -228,11 +232,7 @@ impl KernelPool {
             let (was, is) = (Bytes(old.sectors * 512), Bytes(new.sectors * 512));
             return Err(KernelPoolError::Shrunk { pool: self.name.clone(), was, is });
         }
-        // The suspension of a pool waits for what its devices have under way, and cannot be given up.
-        let origins: BTreeSet<_> =
-            self.active_devices()?.into_iter().filter_map(|(_, table)| table.origin).collect();
-        origins.into_iter().try_for_each(require_answer)?;
-        Ok(replace_table(&self.uuid, &old.to_string(), &new.to_string())?)
+        Ok(suspender.replace_table(&self.name, &new.to_string())?)
     }
 
     /// Removes the pool from the kernel, and its logical volumes' nodes. What it holds stays.

@@ -7,6 +7,7 @@
 //! A staging pool has **two** kernel pools, and no thin device has an external origin in its own: with both in one, the
 //! suspension of the pool and a copy from the origin may wait for each other for ever.
 
+mod claim;
 mod dmsetup;
 mod group_error;
 mod kernel_pool;
@@ -15,6 +16,7 @@ mod mappings;
 mod names;
 mod pool_error;
 mod status;
+mod suspender;
 mod suspension;
 mod table;
 mod thin_device;
@@ -29,6 +31,7 @@ pub use self::mappings::{Difference, KeptThin, MappingError, MetadataSnapshot};
 pub use self::names::{DeviceName, NameError, UUID_PREFIX, own_volume_name, parse_volume_name, volume_name};
 pub use self::pool_error::KernelPoolError;
 pub use self::status::{Blocks, Discards, PoolStatus, ThinStatus, WhenFull, WorkingPool};
+pub use self::suspender::{InProcess, LeftBehind, PoolMessage, SuspendError, Suspender, resume_left_behind};
 pub use self::table::{DeviceNumber, ParseError, PoolFeatures, PoolTable, ThinId, ThinTable};
 pub use self::thin_device::{ThinConfig, ThinDevice, ThinDeviceError};
 pub use self::volume_group::{GroupSpace, LogicalVolume, TAG, VolumeGroup, WipeConsent};

@@ -10,6 +10,7 @@ use thiserror::Error;
 use super::dmsetup::DmError;
 use super::group_error::VolumeGroupError;
 use super::names::{DeviceName, NameError};
+use super::suspender::SuspendError;
 use super::table::ThinId;
 use crate::program::RunError;
 
@@ -128,14 +129,9 @@ pub enum KernelPoolError {
         /// Its name.
         name: String,
     },
-    /// The external origin of a device to take a snapshot of does not answer. Nothing was suspended.
-    #[error("the external origin {origin} does not answer", origin = origin.display())]
-    OriginSilent {
-        /// The origin.
-        origin: PathBuf,
-        /// What came of reading it.
-        source: RunError,
-    },
+    /// What needs a suspended device was not done.
+    #[error("failed to do what needs a suspended device")]
+    Suspend(#[source] SuspendError),
     /// The pool has seen another of our transactions last.
     #[error("{pool} is at transaction {found}, not {expected}")]
     TransactionId {
@@ -152,4 +148,13 @@ pub enum KernelPoolError {
         /// The pool.
         pool: DeviceName,
     },
+}
+
+impl From<SuspendError> for KernelPoolError {
+    fn from(error: SuspendError) -> Self {
+        match error {
+            SuspendError::Dm(error) => Self::Dm(error),
+            error => Self::Suspend(error),
+        }
+    }
 }

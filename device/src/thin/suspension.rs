@@ -8,8 +8,8 @@
 //!    (`do_resume` in `drivers/md/dm-ioctl.c`), and the resumption then hangs where the suspension did (tried).
 //! 3. New tables are loaded before the suspension, so that what can fail fails while the device works; a device that does
 //!    not resume with its new table gets its old one back.
-//! 4. A process that dies in between leaves the device to `all_suspended_of_ours`, which is called before anything else
-//!    at start.
+//! 4. A process that dies in between leaves the device to `resume_left_behind`, which is called before anything else at
+//!    start. That is why all of it can be left to a process of its own (`super::suspender`).
 
 use std::time::Duration;
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// A line that device mapper would not print.
@@ -209,7 +210,8 @@ pub(super) fn start<'a>(words: &mut impl Iterator<Item = &'a str>, target: &str)
 }
 
 /// The number of a thin device in its kernel pool: 24 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
 pub struct ThinId(u32);
 
 impl ThinId {
@@ -221,6 +223,19 @@ impl ThinId {
     /// As a number.
     pub const fn get(self) -> u32 {
         self.0
+    }
+}
+
+impl From<ThinId> for u32 {
+    fn from(id: ThinId) -> Self {
+        id.0
+    }
+}
+
+impl TryFrom<u32> for ThinId {
+    type Error = ParseError;
+    fn try_from(id: u32) -> Result<Self, ParseError> {
+        Self::new(id).ok_or_else(|| ParseError::new("number of a thin device", &id.to_string()))
     }
 }
 

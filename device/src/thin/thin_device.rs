@@ -14,9 +14,8 @@ use super::kernel_pool::{KernelPool, number_of};
 use super::names::{DeviceName, NameError};
 use super::pool_error::KernelPoolError;
 use super::status::ThinStatus;
-use super::suspension::replace_table;
+use super::suspender::{SuspendError, Suspender};
 use super::table::{DeviceNumber, ThinId, ThinTable};
-use super::thin_ids::require_answer;
 use crate::partition::Extent;
 use crate::sys;
 
@@ -36,6 +35,14 @@ pub enum ThinDeviceError {
         device: DeviceName,
         /// Why.
         source: Box<KernelPoolError>,
+    },
+    /// What needs it suspended was not done.
+    #[error("failed to do what needs {device} suspended")]
+    Suspend {
+        /// The device.
+        device: DeviceName,
+        /// Why.
+        source: SuspendError,
     },
     /// Its size is zero, or not a number of sectors.
     #[error("{device} cannot have {size}: not a positive multiple of 512 bytes")]
@@ -183,8 +190,8 @@ impl ThinDevice {
     /// Makes it larger, in use or not. It is suspended for milliseconds, and goes on whatever happens.
     ///
     /// # Errors
-    /// [`ThinDeviceError::Smaller`]; [`ThinDeviceError::Below`] while its external origin does not answer.
-    pub fn resize(&self, size: Bytes) -> Result<(), ThinDeviceError> {
+    /// [`ThinDeviceError::Smaller`]; [`ThinDeviceError::Suspend`], also while its external origin does not answer.
+    pub fn resize(&self, size: Bytes, suspender: &dyn Suspender) -> Result<(), ThinDeviceError> {
         let old = self.table()?;
         let new = ThinTable { sectors: sectors(&self.name, size)?, ..old };
         if new.sectors < old.sectors {
@@ -194,13 +201,10 @@ impl ThinDevice {
         if new == old {
             return Ok(());
         }
-        if let Some(origin) = old.origin {
-            require_answer(origin).map_err(|source| ThinDeviceError::Below {
-                device: self.name.clone(),
-                source: Box::new(source),
-            })?;
-        }
-        Ok(replace_table(&self.uuid, &old.to_string(), &new.to_string())?)
+        suspender.replace_table(&self.name, &new.to_string()).map_err(|error| match error {
+            SuspendError::Dm(error) => error.into(),
+            source => ThinDeviceError::Suspend { device: self.name.clone(), source },
+        })
     }
 
     /// Gives back the blocks that lie wholly in `range`; it reads its origin there again, or zeros. Unit: bytes, multiples

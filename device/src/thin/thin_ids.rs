@@ -2,19 +2,12 @@
 //!
 //! The numbers are given out by the caller, who records what it is about to do first; each function here may be repeated.
 
-use std::ffi::OsStr;
-use std::time::Duration;
-
-use super::dmsetup::{self, Quiesce};
-use super::kernel_pool::{KernelPool, node_of};
+use super::dmsetup;
+use super::kernel_pool::KernelPool;
 use super::pool_error::KernelPoolError;
 use super::status::PoolStatus;
-use super::suspension::Suspended;
-use super::table::{DeviceNumber, ThinId};
-use crate::program;
-
-/// How long an external origin may take to answer before it counts as silent.
-const ORIGIN_LIMIT: Duration = Duration::from_secs(5);
+use super::suspender::{PoolMessage, SuspendError, Suspender};
+use super::table::ThinId;
 
 impl KernelPool {
     /// Makes an empty thin device.
@@ -31,22 +24,25 @@ impl KernelPool {
     /// the same origin.
     ///
     /// # Errors
-    /// [`KernelPoolError::OriginSilent`] before anything is suspended, because the device could not come to rest.
-    pub fn create_snap(&self, id: ThinId, of: ThinId) -> Result<(), KernelPoolError> {
+    /// [`SuspendError::OriginSilent`] before anything is suspended, because the device could not come to rest.
+    pub fn create_snap(
+        &self,
+        id: ThinId,
+        of: ThinId,
+        suspender: &dyn Suspender,
+    ) -> Result<(), KernelPoolError> {
         self.require_writable()?;
-        let text = format!("create_snap {id} {of}");
+        let message = PoolMessage::CreateSnap { id, of };
         let active = self.active_devices()?.into_iter().find(|(_, table)| table.id == of);
-        let Some((name, table)) = active else { return self.make(id, &text) };
+        let Some((name, _)) = active else { return self.make(id, &message.to_string()) };
         let ours = dmsetup::list_ours()?.into_iter().find(|info| info.name == name);
         let foreign = || KernelPoolError::ForeignDevice { pool: self.name.clone(), id: of, name };
-        let info = ours.ok_or_else(foreign)?;
-        if let Some(origin) = table.origin {
-            require_answer(origin)?;
-        }
-        let suspended = Suspended::new(&info.uuid, Quiesce::Freeze)?;
-        let made = self.make(id, &text);
-        suspended.resume()?;
-        made
+        let device = ours.and_then(|info| info.device()).ok_or_else(foreign)?;
+        suspender.message_while_frozen(&device, message).map_err(|error| match error {
+            SuspendError::IdTaken => KernelPoolError::IdTaken { pool: self.name.clone(), id },
+            SuspendError::NoSuchId => KernelPoolError::NoSuchId { pool: self.name.clone(), id },
+            error => error.into(),
+        })
     }
 
     /// Deletes a thin device and gives its blocks back. One that is not there is no error.
@@ -92,16 +88,4 @@ impl KernelPool {
             done => Ok(done?),
         }
     }
-}
-
-/// Refuses an external origin that does not answer: a suspension would wait for it.
-///
-/// Reads one block past memory. A child does it, because a read of a device that is silent cannot be given up.
-pub(super) fn require_answer(origin: DeviceNumber) -> Result<(), KernelPoolError> {
-    let origin = node_of(origin)?;
-    let input = format!("if={}", origin.display());
-    let words = [&input, "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none"];
-    program::run("dd", words.map(OsStr::new), ORIGIN_LIMIT)
-        .map(drop)
-        .map_err(|source| KernelPoolError::OriginSilent { origin, source })
 }

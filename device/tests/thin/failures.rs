@@ -6,8 +6,8 @@ use berth_core::ledger::Class;
 use berth_core::thin::{Part, PoolMode};
 use berth_core::units::Bytes;
 use berth_device::thin::{
-    self, KernelPool, KernelPoolError, ThinConfig, ThinDevice, ThinDeviceError, VolumeGroup, WhenFull,
-    volume_name,
+    self, InProcess, KernelPool, KernelPoolError, SuspendError, ThinConfig, ThinDevice, ThinDeviceError,
+    VolumeGroup, WhenFull, volume_name,
 };
 
 use super::{
@@ -55,11 +55,11 @@ fn a_snapshot_that_fails_leaves_its_device_working() {
     let Some(bench) = Bench::new("a_snapshot_that_fails_leaves_its_device_working") else { return };
     let group = bench.group();
     let bed = Clone::new(&group);
-    bed.volumes.create_snap(id(2), id(1)).unwrap();
-    let taken = bed.volumes.create_snap(id(2), id(1)).unwrap_err();
+    bed.volumes.create_snap(id(2), id(1), &InProcess).unwrap();
+    let taken = bed.volumes.create_snap(id(2), id(1), &InProcess).unwrap_err();
     assert!(matches!(taken, KernelPoolError::IdTaken { .. }), "{taken}");
     assert_none_suspended();
-    let absent = bed.volumes.create_snap(id(3), id(77)).unwrap_err();
+    let absent = bed.volumes.create_snap(id(3), id(77), &InProcess).unwrap_err();
     assert!(matches!(absent, KernelPoolError::NoSuchId { .. }), "{absent}");
     fill(&bed.device.path(), 0, 1, 6).unwrap();
     assert_eq!(read_block(&bed.device.path(), 0), 6);
@@ -75,8 +75,8 @@ fn a_silent_origin_stops_snapshots_and_growth_but_leaves_nothing_suspended() {
     // A suspended template answers nobody.
     run("dmsetup", &["suspend", &bed.template.name().name()]);
     let started = Instant::now();
-    let silent = bed.volumes.create_snap(id(2), id(1)).unwrap_err();
-    assert!(matches!(silent, KernelPoolError::OriginSilent { .. }), "{silent}");
+    let silent = bed.volumes.create_snap(id(2), id(1), &InProcess).unwrap_err();
+    assert!(matches!(silent, KernelPoolError::Suspend(SuspendError::OriginSilent { .. })), "{silent}");
     assert!(started.elapsed() < Duration::from_secs(30));
     assert_eq!(suspended(), [bed.template.name().name()], "the clone was not touched");
 
@@ -84,11 +84,11 @@ fn a_silent_origin_stops_snapshots_and_growth_but_leaves_nothing_suspended() {
     let path = bed.device.path();
     let reader = std::thread::spawn(move || read_block(&path, 9));
     std::thread::sleep(Duration::from_secs(1));
-    let error = bed.device.resize(Bytes::mib(2)).unwrap_err();
-    assert!(matches!(error, ThinDeviceError::Below { .. }), "{error}");
+    let error = bed.device.resize(Bytes::mib(2), &InProcess).unwrap_err();
+    assert!(matches!(error, ThinDeviceError::Suspend { .. }), "{error}");
     let growing = config(Class::Volumes, WhenFull::Queue);
-    let error = bed.volumes.grow(&growing, &group, Part::Data, Bytes::mib(4)).unwrap_err();
-    assert!(matches!(error, KernelPoolError::OriginSilent { .. }), "{error}");
+    let error = bed.volumes.grow(&growing, &group, Part::Data, Bytes::mib(4), &InProcess).unwrap_err();
+    assert!(matches!(error, KernelPoolError::Suspend(SuspendError::OriginSilent { .. })), "{error}");
     assert_eq!(suspended(), [bed.template.name().name()]);
 
     for info in thin::all_suspended_of_ours().unwrap() {
@@ -96,10 +96,10 @@ fn a_silent_origin_stops_snapshots_and_growth_but_leaves_nothing_suspended() {
     }
     assert_eq!(reader.join().unwrap(), 5);
     assert_none_suspended();
-    bed.device.resize(Bytes::mib(2)).unwrap();
-    bed.volumes.refresh(&growing).unwrap();
+    bed.device.resize(Bytes::mib(2), &InProcess).unwrap();
+    bed.volumes.refresh(&growing, &InProcess).unwrap();
     assert_eq!(bed.volumes.state().unwrap().data.total, Bytes::mib(36));
-    bed.volumes.create_snap(id(2), id(1)).unwrap();
+    bed.volumes.create_snap(id(2), id(1), &InProcess).unwrap();
     assert_none_suspended();
     bed.end(&group);
     group.remove().unwrap();
@@ -123,14 +123,14 @@ fn a_suspension_that_takes_too_long_is_given_up_without_an_error_for_anyone() {
         assert!(Instant::now() < deadline, "the pool never fills");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let error = device.resize(Bytes::mib(80)).unwrap_err();
+    let error = device.resize(Bytes::mib(80), &InProcess).unwrap_err();
     assert!(matches!(error, ThinDeviceError::Dm(_)), "{error}");
     assert_none_suspended();
     assert_eq!(device.size().unwrap(), Bytes::mib(64), "it has its old table");
-    pool.grow(&growing, &group, Part::Data, Bytes::mib(16)).unwrap();
+    pool.grow(&growing, &group, Part::Data, Bytes::mib(16), &InProcess).unwrap();
     writer.join().unwrap().expect("it waited for the growth");
     assert_eq!(read_block(&device.path(), 299), 1);
-    device.resize(Bytes::mib(80)).unwrap();
+    device.resize(Bytes::mib(80), &InProcess).unwrap();
     device.deactivate().unwrap();
     end_pool(pool, &group, &growing);
     group.remove().unwrap();
@@ -220,7 +220,7 @@ fn an_interrupted_opening_goes_on() {
     // A volume that was extended, and its pool does not know it yet.
     let data = volume_name(&uid(POOL), Class::Volumes, Part::Data).unwrap();
     group.extend_to(&data, Bytes::mib(24)).unwrap();
-    pool.refresh(&config).unwrap();
+    pool.refresh(&config, &InProcess).unwrap();
     assert_eq!(pool.state().unwrap().data.total, Bytes::mib(24));
     device.deactivate().unwrap();
     end_pool(pool, &group, &config);

@@ -8,8 +8,8 @@ use berth_core::thin::{Action, Part, PoolMode, Room, StopReason, decide};
 use berth_core::units::Bytes;
 use berth_device::partition::Extent;
 use berth_device::thin::{
-    self, Difference, KernelPool, KernelPoolError, PoolStatus, ThinConfig, ThinDevice, ThinDeviceError,
-    WhenFull, WorkingPool,
+    self, Difference, InProcess, KernelPool, KernelPoolError, PoolStatus, ThinConfig, ThinDevice,
+    ThinDeviceError, WhenFull, WorkingPool,
 };
 
 use super::{
@@ -60,7 +60,7 @@ fn clones_snapshots_and_deltas() {
 
     // A snapshot while it is in use holds what was written before it.
     fill(&clone.path(), 3, 2, 0xBB).unwrap();
-    volumes.create_snap(id(8), id(7)).unwrap();
+    volumes.create_snap(id(8), id(7), &InProcess).unwrap();
     assert_none_suspended();
     fill(&clone.path(), 4, 1, 0xCC).unwrap();
     clone.discard(blocks(3, 1)).unwrap();
@@ -162,14 +162,14 @@ fn everything_survives_closing_and_grows_in_use() {
     assert!(matches!(wrong, KernelPoolError::TransactionId { found: 41, .. }), "{wrong}");
 
     // In use: the device, the data, the metadata.
-    device.resize(Bytes::mib(32)).unwrap();
+    device.resize(Bytes::mib(32), &InProcess).unwrap();
     assert_eq!(device.size().unwrap(), Bytes::mib(32));
-    let smaller = device.resize(Bytes::mib(31)).unwrap_err();
+    let smaller = device.resize(Bytes::mib(31), &InProcess).unwrap_err();
     assert!(matches!(smaller, ThinDeviceError::Smaller { .. }), "{smaller}");
     let before = working(&pool);
-    pool.grow(&config, &group, Part::Data, Bytes::mib(32)).unwrap();
-    pool.grow(&config, &group, Part::Metadata, Bytes::mib(8)).unwrap();
-    pool.refresh(&config).expect("nothing to do");
+    pool.grow(&config, &group, Part::Data, Bytes::mib(32), &InProcess).unwrap();
+    pool.grow(&config, &group, Part::Metadata, Bytes::mib(8), &InProcess).unwrap();
+    pool.refresh(&config, &InProcess).expect("nothing to do");
     assert_none_suspended();
     let after = working(&pool);
     assert_eq!((before.data.total, after.data.total), (256, 768));
@@ -239,7 +239,7 @@ fn a_full_pool_fails_at_once_or_waits_to_grow() {
     let [Action::Grow { part: Part::Data, by }] = decide(&pool.state().unwrap(), &plenty)[..] else {
         panic!("{:?}", decide(&pool.state().unwrap(), &plenty));
     };
-    pool.grow(&growing, &group, Part::Data, by).unwrap();
+    pool.grow(&growing, &group, Part::Data, by, &InProcess).unwrap();
     writer.join().unwrap().expect("it waited for the growth");
     assert_eq!((working(&pool).data.used, pool.state().unwrap().mode), (300, PoolMode::ReadWrite));
     device.deactivate().unwrap();
@@ -261,10 +261,10 @@ fn a_mounted_file_system_is_frozen_for_its_snapshot() {
     let mount = dir.path().to_str().unwrap();
     run("mount", &[device.path().to_str().unwrap(), mount]);
     std::fs::write(dir.path().join("file"), vec![9; 1 << 20]).unwrap(); // not synced
-    pool.create_snap(id(2), id(1)).unwrap();
+    pool.create_snap(id(2), id(1), &InProcess).unwrap();
     assert_none_suspended();
     std::fs::write(dir.path().join("later"), "x").unwrap();
-    device.resize(Bytes::mib(80)).unwrap();
+    device.resize(Bytes::mib(80), &InProcess).unwrap();
     run("umount", &[mount]);
     let snapshot = ThinDevice::activate(&pool, &thin(&two, id(2))).unwrap();
     run("e2fsck", &["-f", "-n", snapshot.path().to_str().unwrap()]);

@@ -1,5 +1,5 @@
 //! The node's data plane on a kernel of its own: the device crate's tests of thin pools and kernel NBD, and the node's of a
-//! pool of the device mapper, none skipped.
+//! pool of the device mapper and of the supervisor, none skipped.
 //!
 //! They are built outside and run as root in user-mode Linux on disks that may be wiped.
 
@@ -43,6 +43,10 @@ pub fn scenarios() -> Vec<Scenario> {
             // One of them is the program that others kill, which does nothing by itself.
             let (which, least) = if long() { (None, 5) } else { (Some("a_template_is_"), 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
+        }),
+        // One of them is the plugin that others kill, which does nothing by itself.
+        scenario("data_plane::what_outlives_the_plugin", &[&thin[..], &nbd].concat(), || {
+            in_guest(NODE, "supervisor", None, 13, |host| host.disk("large", GIB))
         }),
         scenario(
             "data_plane::a_pool_goes_on_after_power_cuts",

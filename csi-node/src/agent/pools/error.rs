@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::known::PoolSpec;
 use crate::area::AreaError;
+use crate::area::templates::TemplateError;
 
 /// Why a pool's area cannot be used.
 #[derive(Debug, Error)]
@@ -45,6 +46,14 @@ pub enum PoolError {
         pool: PoolName,
         /// The record.
         path: PathBuf,
+    },
+    /// A template of it cannot be let go.
+    #[error("a template of pool {pool} stays")]
+    Template {
+        /// The pool.
+        pool: PoolName,
+        /// Why.
+        source: Box<TemplateError>,
     },
     /// Its record could not be taken over.
     #[error("the record of pool {pool} cannot be taken over")]
@@ -142,6 +151,7 @@ impl PoolError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Area { source, .. } => source.reason(),
+            Self::Template { source, .. } => source.reason(),
             Self::Record { source: OpenError::WrongOwner { .. } | OpenError::Locked { .. }, .. }
             | Self::Adopt { source: AdoptError::Open(OpenError::Locked { .. }), .. }
             | Self::AreaTaken { .. } => Reason::InUseByPool,

@@ -7,7 +7,7 @@ use berth_device::mounts;
 use berth_record::{PoolRecord, tables};
 
 use super::{Known, OpenPool, PoolError, PoolSpec, Pools, in_area, locked, record_path, unread};
-use crate::area::{self, Area, Backend};
+use crate::area::{self, Area, Backend, templates};
 
 impl Pools {
     /// Makes a pool that no cluster asks for. One that is there already stays as it is.
@@ -144,7 +144,13 @@ impl Pools {
     }
 
     fn close_open(&self, name: &PoolName) -> Result<(), PoolError> {
-        let OpenPool { area, record, spec, .. } = self.take(name)?;
+        let pool = self.take(name)?;
+        if let Err(source) = templates::release(&pool.record, &self.data_plane) {
+            templates::restore(&pool.record, &self.data_plane);
+            locked(&self.open).insert(name.clone(), Arc::new(pool));
+            return Err(PoolError::Template { pool: name.clone(), source: Box::new(source) });
+        }
+        let OpenPool { area, record, spec, .. } = pool;
         let owner = record.identity().owner();
         drop(record); // it lies in the area
         if let Err(busy) = area.close() {

@@ -39,7 +39,7 @@ impl Thin {
         self.remove(record, uid)?;
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.kernel()?.of(class);
-        self.group.grow(self.kernel()?, class, promised(record, class)?)?;
+        self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)?;
         self.reconcile(record, class)?;
         let size = size.round_up(self.group.block().bytes());
         let entry = record.begin_thin(uid, recorded(class), size)?;
@@ -59,11 +59,16 @@ impl Thin {
         self.remove(record, uid)?;
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.kernel()?.of(Class::Volumes);
-        self.group.grow(self.kernel()?, Class::Volumes, promised(record, Class::Volumes)?)?;
+        self.group.grow(
+            self.kernel()?,
+            Class::Volumes,
+            promised(record, Class::Volumes)?,
+            &*self.suspender,
+        )?;
         self.reconcile(record, Class::Volumes)?;
         let size = size.round_up(self.group.block().bytes());
         let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
-        pool.create_snap(thin_id(&entry)?, thin_id(&of)?)?;
+        pool.create_snap(thin_id(&entry)?, thin_id(&of)?, &*self.suspender)?;
         self.reconcile(record, Class::Volumes)?;
         Ok(entry)
     }
@@ -71,7 +76,12 @@ impl Thin {
     /// Makes a thin device of a volume larger: room for it first, then what is recorded, then the device.
     pub(super) fn resize(&self, record: &PoolRecord, uid: &Uid, size: Bytes) -> Result<ThinEntry, AreaError> {
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        self.group.grow(self.kernel()?, Class::Volumes, promised(record, Class::Volumes)?)?;
+        self.group.grow(
+            self.kernel()?,
+            Class::Volumes,
+            promised(record, Class::Volumes)?,
+            &*self.suspender,
+        )?;
         let entry = record.thin_resized(uid, size.round_up(self.group.block().bytes()))?;
         self.fit(uid, &entry)?;
         Ok(entry)
@@ -82,7 +92,7 @@ impl Thin {
         if let Some(device) = ThinDevice::find(self.kernel()?.of(class_of(entry.class)), uid)?
             && device.size()? < entry.size
         {
-            device.resize(entry.size)?;
+            device.resize(entry.size, &*self.suspender)?;
         }
         Ok(())
     }

@@ -11,8 +11,8 @@ use berth_core::units::Bytes;
 use berth_device::filesystem::{self, Consent};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::thin::{
-    self, KernelPool, KernelPoolConfig, LogicalVolume, Scope, VolumeGroup, VolumeGroupError, WhenFull,
-    WipeConsent, own_volume_name, volume_name,
+    self, KernelPool, KernelPoolConfig, LogicalVolume, Scope, Suspender, VolumeGroup, VolumeGroupError,
+    WhenFull, WipeConsent, own_volume_name, volume_name,
 };
 
 use super::super::error::AreaError;
@@ -185,7 +185,13 @@ impl Group {
     }
 
     /// Makes a kernel pool large enough for what is promised in it. May be repeated.
-    pub fn grow(&self, kernel: &KernelPools, class: Class, promised: Bytes) -> Result<(), AreaError> {
+    pub fn grow(
+        &self,
+        kernel: &KernelPools,
+        class: Class,
+        promised: Bytes,
+        suspender: &dyn Suspender,
+    ) -> Result<(), AreaError> {
         let pool = kernel.of(class);
         if pool.state()?.data.total >= promised {
             return Ok(());
@@ -207,7 +213,7 @@ impl Group {
                 size => self.lvm.shrink_to(&room, size)?,
             }
         }
-        Ok(pool.grow_to(&self.config(class), &self.lvm, Part::Data, to)?)
+        Ok(pool.grow_to(&self.config(class), &self.lvm, Part::Data, to, suspender)?)
     }
 
     /// Closes the kernel pools that are open, whoever opened them.

@@ -24,7 +24,7 @@ use berth_device::filesystem;
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::partition::Extent;
-use berth_device::thin::{DeviceName, ThinDevice, VolumeGroupError, list_ours};
+use berth_device::thin::{DeviceName, Suspender, ThinDevice, VolumeGroupError, list_ours};
 use berth_device::users::users;
 use berth_device::{files, thin};
 use berth_record::{ChangeError, PoolRecord, VolumeOrigin, tables};
@@ -72,6 +72,7 @@ pub struct Thin {
     root: PathBuf,
     group: Group,
     kernel: OnceLock<KernelPools>,
+    suspender: Arc<dyn Suspender>,
     /// Held while a kernel pool is told something.
     alone: Mutex<()>,
 }
@@ -86,7 +87,8 @@ impl Thin {
 
     fn with(place: &Place, group: Group) -> Self {
         let (pool, root) = (place.area.clone(), place.mount_point.clone());
-        Self { pool, root, group, kernel: OnceLock::new(), alone: Mutex::default() }
+        let suspender = place.data_plane.suspender();
+        Self { pool, root, group, kernel: OnceLock::new(), suspender, alone: Mutex::default() }
     }
 
     /// Ends a deletion that was cut off.
@@ -385,7 +387,7 @@ impl Area for Thin {
 
     fn grow(&self, class: Class, size: Bytes) -> Result<(), AreaError> {
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        self.group.grow(self.kernel()?, class, size)
+        self.group.grow(self.kernel()?, class, size, &*self.suspender)
     }
 
     fn remove_volume(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError> {
