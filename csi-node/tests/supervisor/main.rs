@@ -37,8 +37,8 @@ suspend)
     rm "$DIR/victim"
     [ "$victim" != parent ] || victim=$PPID
     kill -"$(cat "$DIR/signal" 2>/dev/null || echo 9)" "$victim"
+    : >"$DIR/killed"
     sleep "$(cat "$DIR/pause" 2>/dev/null || echo 0)"
-    date +%s.%N >"$DIR/killed"
   fi ;;
 esac
 exit "$status"

@@ -187,7 +187,8 @@ fn a_supervisor_killed_in_a_suspension_resumes_at_its_start_before_it_answers() 
     let lost = matches!(error, KernelPoolError::Suspend(SuspendError::Unavailable { .. }));
     assert!(lost, "{error:?}");
     first.0.wait().unwrap();
-    assert!(stage.was_killed() && bed.suspended());
+    wait_until("it is known", SOON, || stage.was_killed());
+    assert!(bed.suspended());
     let error = bed.device.resize(Bytes::mib(16), &stage.client()).unwrap_err();
     assert!(format!("{error:?}").contains("Unavailable"), "nothing is suspended here then: {error:?}");
 
@@ -219,8 +220,8 @@ fn a_supervisor_that_is_told_to_end_in_a_suspension_ends_after_it() {
     fs::write(stage.path("pause"), "4").unwrap(); // longer than the program waits for nothing
     stage.next_suspension_kills(None);
     let _ = bed.pool.create_snap(id(2), id(1), &stage.client()); // whether the answer still comes does not matter
-    assert!(supervisor.0.wait().unwrap().success() && stage.was_killed());
-    assert!(!bed.suspended());
+    assert!(supervisor.0.wait().unwrap().success(), "it ended by itself");
+    assert!(stage.was_killed() && !bed.suspended());
     bed.end(&[2]);
 }
 
