@@ -9,6 +9,7 @@ mod attachments;
 mod carry_out;
 mod check;
 mod error;
+mod found;
 mod listing;
 mod map;
 mod pool_life;

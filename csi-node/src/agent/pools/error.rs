@@ -15,7 +15,7 @@ use crate::area::AreaError;
 #[derive(Debug, Error)]
 pub enum PoolError {
     /// The area itself.
-    #[error("the area of pool {pool} cannot be opened")]
+    #[error("the area of pool {pool} cannot be used")]
     Area {
         /// The pool.
         pool: PoolName,
