@@ -160,6 +160,8 @@ impl Charge {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::thin::{StopReason, Usage};
 
@@ -240,6 +242,39 @@ mod tests {
         let stopped = Books { stopped: Some(why), ..open };
         assert_eq!(ask(&stopped, "n", 1, 1), Err(Refused::Stopped(why)));
         assert_eq!(ask(&stopped, "v", 1, 1), Ok(Ruling::Covered), "what is promised may be used");
+    }
+
+    fn some_promises() -> impl Strategy<Value = Vec<(bool, u64, u64, bool)>> {
+        proptest::collection::vec((any::<bool>(), 0..60_u64, 0..6_u64, any::<bool>()), 0..6)
+    }
+
+    proptest! {
+        /// Told from naive sums: what is promised stays within every bound, and nothing that fits is refused.
+        #[test]
+        fn the_node_promises_exactly_what_fits(
+            all in some_promises(),
+            (is_image, data, metadata) in (any::<bool>(), 0..90_u64, 0..9_u64),
+        ) {
+            let class = |is_image| if is_image { Class::Images } else { Class::Volumes };
+            let promises: BTreeMap<Uid, Held> = all
+                .iter()
+                .enumerate()
+                .map(|(n, (is_image, data, metadata, released))| {
+                    let held = Held { released: *released, ..held(class(*is_image), *data, *metadata) };
+                    (Uid::from(format!("{n}")), held)
+                })
+                .collect();
+            let ruling = rule(&books(&promises, false), &"new".into(), class(is_image), charge(data, metadata));
+            let sums = |images: bool| -> (u64, u64) {
+                let new = (is_image, data, metadata, false);
+                let counted = all.iter().chain([&new]).filter(|promise| !promise.3 && promise.0 == images);
+                counted.fold((0, 0), |sum, promise| (sum.0 + promise.1, sum.1 + promise.2))
+            };
+            let ((images, image_metadata), (volumes, volume_metadata)) = (sums(true), sums(false));
+            let fits = images <= 80 && volumes <= 60 && images + volumes <= 100
+                && image_metadata <= 8 && volume_metadata <= 6 && image_metadata + volume_metadata <= 14;
+            prop_assert_eq!(ruling.is_ok(), fits, "{:?}", ruling);
+        }
     }
 
     #[test]

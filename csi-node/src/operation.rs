@@ -9,6 +9,7 @@ mod attachments;
 mod carry_out;
 mod check;
 mod error;
+mod found;
 pub mod lines;
 mod listing;
 mod map;

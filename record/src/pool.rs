@@ -53,9 +53,10 @@ impl PoolRecord {
         pool_uid: &Uid,
         pool_name: &PoolName,
         node: &NodeName,
+        made_of: Option<serde_json::Value>,
     ) -> Result<Self, AdoptError> {
         let mut found = Self::open(path, None)?;
-        found.give_to(pool_uid, pool_name, node)?;
+        found.give_to(pool_uid, pool_name, node, made_of)?;
         Ok(found)
     }
 
@@ -65,6 +66,7 @@ impl PoolRecord {
         pool_uid: &Uid,
         pool_name: &PoolName,
         node: &NodeName,
+        made_of: Option<serde_json::Value>,
     ) -> Result<(), ChangeError> {
         let area = self.identity.area().clone();
         let identity = PoolIdentity {
@@ -73,6 +75,7 @@ impl PoolRecord {
             node: node.clone(),
             pool_id: self.identity.pool_id.clone(),
             area: (area != *pool_uid).then_some(area),
+            made_of: made_of.or(self.identity.made_of.clone()),
         };
         if identity == self.identity {
             return Ok(());

@@ -69,6 +69,9 @@ pub struct PoolIdentity {
     /// The UID of the pool that the area was made for, where that is another one: everything on the disk is named after it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub area: Option<Uid>,
+    /// What the area is made of, in the node's own form, for whoever finds the disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_of: Option<serde_json::Value>,
 }
 
 impl PoolIdentity {

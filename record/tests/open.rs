@@ -5,13 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use berth_core::ids::{NodeName, PoolName, Uid};
+use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
 use berth_core::units::{Bytes, Generation};
 use berth_record::{
-    CreateError, FORMAT_VERSION, Holder, LedgerPosition, NodeRecord, OpenError, Owner, PoolIdentity,
-    PoolRecord, PromiseClass, PromiseEntry, tables,
+    Attachment, AttachmentMode, CreateError, FORMAT_VERSION, Holder, LedgerPosition, NodeRecord, OpenError,
+    Owner, PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, VolumeEntry, VolumeKind, VolumeOrigin,
+    tables,
 };
-use redb::{Database, TableDefinition};
+use redb::{Database, ReadableDatabase as _, TableDefinition};
 
 const HEADER: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("header");
 
@@ -22,6 +23,7 @@ fn identity() -> PoolIdentity {
         node: NodeName::from("n1"),
         pool_id: "6f1e2d3c-0000-4000-8000-000000000001".into(),
         area: None,
+        made_of: None,
     }
 }
 
@@ -226,4 +228,79 @@ fn dump_of_good_and_damaged() {
     assert_eq!(status, Some(1));
     assert!(!shown["problems"].as_array().unwrap().is_empty());
     assert_eq!(dump(&dir.path().join("absent")).0, Some(2));
+}
+
+/// As a program of format 1 wrote it: an origin is a digest alone, and there are no kinds.
+#[test]
+fn an_older_record_is_read_and_raised_before_anything_new_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("record");
+    drop(PoolRecord::create(&path, identity()).unwrap());
+    let (digest, uid) = (Digest(Sha256Sum::of(b"index")), Uid::from("v"));
+    let volume = format!(
+        r#"{{"generation":1,"path":"volumes/v","size":4096,"origin":"{digest}","state":"Ready","labels":{{}}}}"#
+    );
+    let volumes: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("volumes");
+    let version = |path: &Path| {
+        let db = Database::open(path).unwrap();
+        let txn = db.begin_read().unwrap();
+        txn.open_table(HEADER).unwrap().get("format_version").unwrap().unwrap().value().to_vec()
+    };
+    let db = Database::open(&path).unwrap();
+    let txn = db.begin_write().unwrap();
+    txn.open_table(HEADER).unwrap().insert("format_version", b"1".as_slice()).unwrap();
+    txn.open_table(volumes).unwrap().insert("v", volume.as_bytes()).unwrap();
+    txn.commit().unwrap();
+    drop(db);
+
+    let other = Owner::Pool { uid: "other".into(), node: "n1".into() };
+    assert!(PoolRecord::open(&path, Some(&other)).is_err());
+    assert_eq!(*PoolRecord::identity_at(&path, dir.path()).unwrap().area(), identity().pool_uid);
+    assert_eq!(version(&path), b"1", "to look at it, or to be refused it, changes nothing");
+    let record = PoolRecord::open(&path, Some(&identity().owner())).unwrap();
+    let entry = record.record().get(tables::VOLUMES, &uid).unwrap().unwrap();
+    assert_eq!((&entry.origin, entry.kind), (&Some(VolumeOrigin::Image(digest)), VolumeKind::Volume));
+    let template = VolumeEntry { origin: Some(VolumeOrigin::Template { template: "t".into() }), ..entry };
+    record.record().commit(|change| change.put(tables::VOLUMES, &uid, &template)).unwrap();
+    assert_eq!(record.record().get(tables::VOLUMES, &uid).unwrap(), Some(template), "reads back");
+    drop(record);
+    assert_eq!(version(&path), FORMAT_VERSION.to_string().as_bytes());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no copy is left");
+}
+
+#[test]
+fn an_area_changes_hands_with_all_it_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = filled(dir.path());
+    let record = PoolRecord::open(&path, None).unwrap();
+    let attachment = Attachment {
+        loop_device: Some("/dev/loop1".into()),
+        backing_file: "volumes/v".into(),
+        staged_path: "/staged".into(),
+        mode: AttachmentMode::Device,
+    };
+    let attached = |record: &PoolRecord| record.record().entries(tables::ATTACHMENTS).unwrap().len();
+    record.record().commit(|change| change.put(tables::ATTACHMENTS, &"v".into(), &attachment)).unwrap();
+    let position = record.ledger_position().unwrap();
+    drop(record);
+    let adopt = |uid: &str, node: &str| {
+        PoolRecord::adopt(&path, &uid.into(), &"slow".into(), &node.into(), None).unwrap()
+    };
+    let record = adopt("new", "n1");
+    assert_eq!((attached(&record), record.identity().pool_uid.as_str()), (1, "new"));
+    assert_eq!(
+        (record.identity().area(), &record.identity().pool_id),
+        (&identity().pool_uid, &identity().pool_id)
+    );
+    assert_eq!(record.ledger_position().unwrap(), position);
+    drop(record);
+    for _ in 0..2 {
+        assert_eq!(attached(&adopt("new", "n2")), 0, "nothing is attached on another node");
+    }
+    assert!(matches!(contents(&path), Err(OpenError::WrongOwner { .. })), "its old owner's no more");
+    let owner = Owner::Pool { uid: "new".into(), node: "n2".into() };
+    let record = PoolRecord::open(&path, Some(&owner)).unwrap();
+    assert_eq!(record.record().entries(tables::PROMISES).unwrap().len(), 300);
+    drop(record);
+    assert_eq!(adopt(identity().pool_uid.as_str(), "n2").identity().area, None, "its own again");
 }

@@ -20,6 +20,7 @@ fn record() -> (TempDir, PoolRecord) {
         node: NodeName::from("n1"),
         pool_id: "area-1".into(),
         area: None,
+        made_of: None,
     };
     let record = PoolRecord::create(&dir.path().join("record"), identity).unwrap();
     (dir, record)
@@ -231,4 +232,82 @@ fn thin_devices_have_numbers_and_transactions_of_their_own() {
     assert_eq!((counters.transaction, counters.last_id), (4, 3), "three made, one removed");
     assert_eq!(record.thin_counters(PromiseClass::Images).unwrap().transaction, 1);
     assert_eq!(record.thin(&b).unwrap().map(|thin| thin.state), Some(ThinState::Making));
+}
+
+#[test]
+fn a_source_stays_until_its_snapshot_is_made_and_may_go_then() {
+    let (_dir, record) = record();
+    let [source, snapshot, other] = ["source", "snapshot", "other"].map(Uid::from);
+    let (small, large) = (Bytes::mib(1), Bytes::mib(2));
+    let refused =
+        |done: Result<(), ChangeError>| assert!(matches!(done, Err(ChangeError::State { .. })), "{done:?}");
+    record.begin_thin(&source, PromiseClass::Volumes, large).unwrap();
+    refused(record.begin_thin_snapshot(&snapshot, &source, large).map(drop)); // half made
+    record.thin_made(&source).unwrap();
+    refused(record.begin_thin_snapshot(&snapshot, &source, small).map(drop)); // would lose its end
+    let before = record.thin_counters(PromiseClass::Volumes).unwrap().transaction;
+    let (entry, of) = record.begin_thin_snapshot(&snapshot, &source, large).unwrap();
+    assert_eq!(record.thin_counters(PromiseClass::Volumes).unwrap().transaction, before + 1);
+    assert_eq!(
+        (entry.state, entry.source.as_ref(), of.state),
+        (ThinState::Making, Some(&source), ThinState::Made)
+    );
+    assert_ne!(entry.id, of.id);
+    refused(record.begin_thin_snapshot(&snapshot, &source, large).map(drop));
+    refused(record.begin_remove_thin(&source).map(drop));
+    record.begin_thin(&other, PromiseClass::Volumes, small).unwrap();
+    refused(record.begin_remove_thin(&source).map(drop));
+    record.thin_made(&snapshot).unwrap();
+    record.begin_remove_thin(&source).unwrap();
+    record.forget_thin(&source).unwrap();
+    refused(record.thin_resized(&snapshot, small).map(drop));
+    assert_eq!(record.thin_resized(&snapshot, Bytes::mib(3)).unwrap().size, Bytes::mib(3));
+}
+
+#[test]
+fn a_promise_of_the_node_itself_comes_and_goes_with_its_volume() {
+    let (_dir, record) = record();
+    let (uid, snapshot) = (Uid::from("v"), Uid::from("s"));
+    let promise = |data| PromiseEntry {
+        generation: Generation(1),
+        class: PromiseClass::Volumes,
+        data,
+        metadata: Bytes::ZERO,
+        holder: Holder::local(&uid),
+        obeyed: true,
+        released: false,
+    };
+    let begin = |refuse: bool| {
+        record.begin_volume_under(&uid, &volume(1), |promises| {
+            assert!(promises.is_empty());
+            if refuse {
+                Err(ChangeError::Missing { table: "x", key: "y".into() })
+            } else {
+                Ok(Some(promise(Bytes(1))))
+            }
+        })
+    };
+    begin(true).unwrap_err();
+    let nothing = |record: &PoolRecord| {
+        record.record().entries(tables::PROMISES).unwrap().is_empty()
+            && record.record().entries(tables::VOLUMES).unwrap().is_empty()
+    };
+    assert!(nothing(&record), "both or neither");
+    assert_eq!(begin(false).unwrap().state, VolumeState::Creating);
+    let copy = VolumeEntry { kind: VolumeKind::Snapshot, source: Some(uid.clone()), ..volume(1) };
+    assert!(record.begin_volume(&snapshot, &copy).is_err(), "of a half made one");
+    record.volume_ready(&uid, Generation(1)).unwrap();
+    record.begin_volume(&snapshot, &copy).unwrap();
+    assert!(record.begin_delete_volume(&uid).is_err(), "while it is copied");
+    record.volume_ready(&snapshot, Generation(1)).unwrap();
+    assert!(record.volume_resized(&snapshot, Bytes::gib(2)).is_err(), "a snapshot stays as it is");
+    let grow = |size| record.volume_resized_under(&uid, size, |_| Ok::<_, ChangeError>(Some(promise(size))));
+    assert!(grow(Bytes(1)).is_err());
+    grow(Bytes::gib(2)).unwrap();
+    assert_eq!(record.record().get(tables::PROMISES, &uid).unwrap(), Some(promise(Bytes::gib(2))));
+    for uid in [&uid, &snapshot] {
+        record.begin_delete_volume(uid).unwrap();
+        record.forget_volume(uid).unwrap();
+    }
+    assert!(nothing(&record));
 }

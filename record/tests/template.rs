@@ -13,6 +13,8 @@ fn record() -> (TempDir, PoolRecord) {
         pool_name: PoolName::from("fast"),
         node: NodeName::from("n1"),
         pool_id: "area-1".into(),
+        area: None,
+        made_of: None,
     };
     let record = PoolRecord::create(&dir.path().join("record"), identity).unwrap();
     (dir, record)

@@ -1,6 +1,6 @@
 //! What promises cost in a pool of thin devices: the blocks that they may come to occupy, and what maps these.
 
-use super::{BlockSize, device_metadata};
+use super::{BlockSize, COUNTS, blocks, device_metadata, tree};
 use crate::ledger::Charge;
 use crate::units::Bytes;
 
@@ -16,6 +16,12 @@ const DIRECTORY_PERCENT: u64 = 1;
 /// A volume of `size`.
 pub fn volume_charge(size: Bytes, block: BlockSize) -> Charge {
     device(size, block)
+}
+
+/// The metadata that a copy of a volume of `size` may need beside [`volume_charge`]: the kernel keeps reference counts of
+/// blocks that more than two devices share, and two of these are copies.
+pub fn copy_metadata(size: Bytes, block: BlockSize) -> Bytes {
+    blocks(tree(block.blocks(size), COUNTS))
 }
 
 /// The device that a directory for `size` bytes of files lies on: ext4 with blocks of 4 KiB, a journal of 16 MiB, an inode
@@ -61,6 +67,19 @@ mod tests {
         assert_eq!((large.data, large.metadata), (Bytes::gib(10), device_metadata(Bytes::gib(10), KIB64)));
         assert!(volume_charge(Bytes::gib(10), MIB1).metadata < large.metadata);
         assert_eq!(volume_charge(Bytes(u64::MAX), MIB1).data, Bytes(u64::MAX), "saturates");
+    }
+
+    #[test]
+    fn copies_pay_for_what_the_kernel_counts_of_shared_blocks() {
+        let (size, block) = (Bytes::gib(64), KIB64);
+        for copies in [2, 3, 10] {
+            let mappings = volume_charge(size, block).metadata.0 * (copies + 1);
+            let paid = Bytes(mappings + copies * copy_metadata(size, block).0);
+            let needed = super::super::metadata_needed(size, block, copies);
+            let pool = super::super::pool_metadata(size, block, copies + 1, false);
+            assert!(paid.saturating_add(pool) >= needed, "{copies}: {paid} and {pool} for {needed}");
+        }
+        assert!(copy_metadata(size, block) < volume_charge(size, block).metadata);
     }
 
     #[test]

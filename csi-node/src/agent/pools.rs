@@ -125,6 +125,11 @@ impl Pools {
         &self.state_dir
     }
 
+    /// Where the areas of pools are mounted.
+    pub fn mount_root(&self) -> &Path {
+        &self.mount_root
+    }
+
     /// Opens the pools that were open before, so that volumes can be served while the API server is away. One that
     /// fails is tried again once the API server shows it. Blocks.
     pub fn reopen_known(&self) -> Result<(), PoolError> {
@@ -238,6 +243,7 @@ impl Pools {
             node: self.node.clone(),
             pool_id: uuid::Uuid::new_v4().to_string(),
             area: spec.area.clone(),
+            made_of: serde_json::to_value(&spec.backend).ok(),
         };
         match PoolRecord::open(&path, Some(&identity.owner())) {
             Err(OpenError::NotFound { .. }) => {}

@@ -165,6 +165,11 @@ pub trait Area: Send + Sync {
     /// What a volume of this size may come to occupy.
     fn volume_charge(&self, size: Bytes) -> Charge;
 
+    /// The metadata that a copy of a volume may need beside that.
+    fn copy_metadata(&self, _size: Bytes) -> Bytes {
+        Bytes::ZERO
+    }
+
     /// Makes a volume of zeros, or with the content of its origin and zeros after it, in place of what may be there.
     fn make_volume(
         &self,

@@ -4,7 +4,7 @@ use berth_core::units::Bytes;
 use berth_record::{VolumeOrigin, VolumeState, tables};
 
 use super::error::OperationError;
-use super::{OriginName, Outcome, PoolLine, PoolLineState, PoolSpace, VolumeKind, VolumeLine};
+use super::{OriginName, Outcome, PoolLine, PoolLineState, PoolSpace, VolumeKind, VolumeLine, found};
 use crate::agent::pools::{OpenPool, Pools};
 use crate::area::templates;
 
@@ -28,6 +28,8 @@ pub fn pools(pools: &Pools) -> Result<Outcome, OperationError> {
         });
     }
     lines.sort_by(|one, other| one.pool.cmp(&other.pool));
+    let known: Vec<_> = lines.iter().map(|line| line.area.clone()).collect();
+    lines.extend(found::areas(pools, &known)?);
     Ok(Outcome::Pools(lines))
 }
 

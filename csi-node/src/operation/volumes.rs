@@ -72,7 +72,8 @@ pub fn resize(pool: &OpenPool, uid: &Uid, size: Bytes) -> Result<Outcome, Operat
         let why = format!("it has {}, and no volume is made smaller", volume.size);
         return Err(OperationError::Size { uid: uid.clone(), size, why });
     }
-    pool.record.volume_resized_under(uid, size, |promises| permit(pool, uid, size, promises))?;
+    let is_copy = volume.source.is_some();
+    pool.record.volume_resized_under(uid, size, |promises| permit(pool, uid, size, is_copy, promises))?;
     pool.area.resize_volume(&pool.record, uid, size)?;
     Ok(Outcome::Done)
 }
@@ -202,8 +203,9 @@ fn make(pool: &OpenPool, uid: &Uid, wanted: &VolumeEntry) -> Result<Outcome, Ope
             return Err(OperationError::HalfDone { uid: uid.clone(), half: "deleted" });
         }
     }
-    let begun =
-        pool.record.begin_volume_under(uid, &wanted, |promises| permit(pool, uid, wanted.size, promises))?;
+    let begun = pool.record.begin_volume_under(uid, &wanted, |promises| {
+        permit(pool, uid, wanted.size, wanted.source.is_some(), promises)
+    })?;
     volumes::finish(pool, uid, &begun)?;
     Ok(Outcome::Done)
 }
@@ -213,11 +215,16 @@ fn permit(
     pool: &OpenPool,
     uid: &Uid,
     size: Bytes,
+    is_copy: bool,
     promises: Vec<(Uid, PromiseEntry)>,
 ) -> Result<Option<PromiseEntry>, OperationError> {
     let held = space::held(promises);
     let books = space::books(pool, Class::Volumes, &held)?;
-    space::promise(&books, uid, pool.area.volume_charge(size))
+    let mut charge = pool.area.volume_charge(size);
+    if is_copy && !books.has_ledger {
+        charge.metadata = charge.metadata.saturating_add(pool.area.copy_metadata(size));
+    }
+    space::promise(&books, uid, charge)
 }
 
 /// Refuses a name that no device could have.

@@ -9,6 +9,7 @@
 mod bed;
 mod killed;
 mod operations;
+mod pools;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};

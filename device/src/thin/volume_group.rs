@@ -22,7 +22,7 @@ pub const TAG: &str = "berth";
 /// On a logical volume that was made and never used: what it holds is left over from others.
 const TAG_NEW: &str = "berth.new";
 /// Followed by the UID of the pool that a group was made for.
-const TAG_POOL: &str = "berth.pool=";
+pub(super) const TAG_POOL: &str = "berth.pool=";
 /// How much of each end of a device is zeroed when it is wiped: every signature that is looked for lies within.
 const WIPED: usize = 1 << 20;
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use berth_core::ledger::Class;
 use berth_core::thin::Part;
 use berth_core::units::Bytes;
-use berth_device::thin::{KernelPool, ThinConfig, ThinDevice, VolumeGroup, WhenFull, WipeConsent};
+use berth_device::thin::{InProcess, KernelPool, ThinConfig, ThinDevice, VolumeGroup, WhenFull, WipeConsent};
 use nix::fcntl::OFlag;
 
 use super::{
@@ -197,7 +197,7 @@ fn both_pools_grow_under_first_writes_to_clones_and_nobody_waits_for_long() {
             .collect();
         for round in 0..growths {
             for (class, pool) in [(Class::Images, &bed.images), (Class::Volumes, &bed.volumes)] {
-                pool.grow(&config(class, WhenFull::Queue), &group, Part::Data, STEP).unwrap();
+                pool.grow(&config(class, WhenFull::Queue), &group, Part::Data, STEP, &InProcess).unwrap();
             }
             let total = bed.volumes.state().unwrap().data.total.0 / BLOCK as u64;
             room.store(total - MARGIN, Ordering::Relaxed);

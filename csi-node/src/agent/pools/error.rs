@@ -16,7 +16,7 @@ use crate::area::templates::TemplateError;
 #[derive(Debug, Error)]
 pub enum PoolError {
     /// The area itself.
-    #[error("the area of pool {pool} cannot be opened")]
+    #[error("the area of pool {pool} cannot be used")]
     Area {
         /// The pool.
         pool: PoolName,

@@ -58,42 +58,40 @@ impl Pools {
         let place = self.place(name, &found, true); // never made anew
         area::take_over(&place, backend).map_err(|source| in_area(name, source))?;
         let opened = area::open(&place, backend).map_err(|source| in_area(name, source))?;
-        let record = self.adopt(name, area, uid, &*opened);
-        let (owner, local) = match &record {
-            Ok(record) => {
-                let position = record.ledger_position().map_err(unread(name))?;
-                (record.identity().pool_uid.clone(), position.lineage.is_none())
-            }
-            Err(_) => (area.clone(), true),
-        };
+        let adopted = self.adopt(name, area, uid, backend, &*opened);
+        let owner = adopted.as_ref().map_or(area, |(record, _)| &record.identity().pool_uid).clone();
+        let local = adopted.as_ref().is_ok_and(|(_, local)| *local);
         let spec = PoolSpec { area: (owner != *area).then(|| area.clone()), uid: owner, ..found };
-        self.serve(name, &spec, opened, record, local)
+        self.serve(name, &spec, opened, adopted.map(|(record, _)| record), local)
     }
 
+    /// The record, and whether no cluster decides about the pool.
     fn adopt(
         &self,
         name: &PoolName,
         area: &Uid,
         uid: Option<&Uid>,
+        backend: &Backend,
         opened: &dyn Area,
-    ) -> Result<PoolRecord, PoolError> {
+    ) -> Result<(PoolRecord, bool), PoolError> {
         let path = record_path(opened);
         let failed = |source| PoolError::Record { pool: name.clone(), source };
         let found = PoolRecord::open(&path, None).map_err(failed)?;
         let identity = found.identity().clone();
+        let local = found.ledger_position().map_err(unread(name))?.lineage.is_none() && uid.is_none();
         drop(found);
         if identity.area() != area {
             return Err(PoolError::OtherArea { area: area.clone(), found: identity.area().clone() });
         }
-        PoolRecord::adopt(&path, uid.unwrap_or(&identity.pool_uid), name, &self.node)
-            .map_err(|source| PoolError::Adopt { pool: name.clone(), source })
+        let made_of = serde_json::to_value(backend).ok();
+        let adopted = PoolRecord::adopt(&path, uid.unwrap_or(&identity.pool_uid), name, &self.node, made_of);
+        Ok((adopted.map_err(|source| PoolError::Adopt { pool: name.clone(), source })?, local))
     }
 
     /// Makes an open pool another one's. Its area stays open.
     fn give_to(&self, name: &PoolName, uid: &Uid) -> Result<(), PoolError> {
-        let local = self.is_local(name)?;
         let mut pool = self.take(name)?;
-        let given = pool.record.give_to(uid, name, &self.node);
+        let given = pool.record.give_to(uid, name, &self.node, None);
         if given.is_ok() {
             let area = pool.record.identity().area().clone();
             pool.spec = PoolSpec { uid: uid.clone(), area: (area != *uid).then_some(area), ..pool.spec };
@@ -101,7 +99,8 @@ impl Pools {
         let spec = pool.spec.clone();
         locked(&self.open).insert(name.clone(), Arc::new(pool));
         given.map_err(|source| PoolError::Adopt { pool: name.clone(), source: source.into() })?;
-        self.known.put(name, Known { spec, local, destroying: false })
+        // Whoever gives it a UID does so for a `StagingPool`.
+        self.known.put(name, Known { spec, local: false, destroying: false })
     }
 
     /// Refuses an area that another pool has here.
@@ -144,6 +143,14 @@ impl Pools {
     }
 
     fn close_open(&self, name: &PoolName) -> Result<(), PoolError> {
+        drop(self.let_go(name)?);
+        self.known.remove(name)?; // only now: what is not known may be made anew
+        tracing::info!(pool = %name, "pool closed");
+        Ok(())
+    }
+
+    /// Takes an open pool out of the list and closes its area. While something in it is in use, it is served again.
+    fn let_go(&self, name: &PoolName) -> Result<Box<dyn Area>, PoolError> {
         let pool = self.take(name)?;
         if let Err(source) = templates::release(&pool.record, &self.data_plane) {
             templates::restore(&pool.record, &self.data_plane);
@@ -153,17 +160,12 @@ impl Pools {
         let OpenPool { area, record, spec, .. } = pool;
         let owner = record.identity().owner();
         drop(record); // it lies in the area
-        if let Err(busy) = area.close() {
-            let failed = in_area(name, busy);
-            let record = PoolRecord::open(&record_path(&*area), Some(&owner))
-                .map_err(|source| PoolError::Record { pool: name.clone(), source });
-            let served = self.serve(name, &spec, area, record, self.is_local(name)?);
-            self.note(name, &served);
-            return Err(failed);
-        }
-        self.known.remove(name)?; // only now: what is not known may be made anew
-        tracing::info!(pool = %name, "pool closed");
-        Ok(())
+        let Err(busy) = area.close() else { return Ok(area) };
+        let record = PoolRecord::open(&record_path(&*area), Some(&owner))
+            .map_err(|source| PoolError::Record { pool: name.clone(), source });
+        let served = self.serve(name, &spec, area, record, self.is_local(name)?);
+        self.note(name, &served);
+        Err(in_area(name, busy))
     }
 
     /// Deletes a pool that nobody uses, with all it holds if that is said. One that is not there is deleted already.
@@ -194,8 +196,7 @@ impl Pools {
     }
 
     fn destroy_open(&self, name: &PoolName, known: Known) -> Result<(), PoolError> {
-        let OpenPool { area, record, .. } = self.take(name)?;
-        drop(record);
+        let area = self.let_go(name)?;
         self.known.put(name, Known { destroying: true, ..known })?;
         area.destroy().map_err(|source| in_area(name, source))
     }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use berth_core::ids::{Digest, Uid};
 use berth_core::ledger::{Charge, Class};
-use berth_core::thin::{PoolMode, PoolState, ThinState, Usage, volume_charge};
+use berth_core::thin::{PoolMode, PoolState, ThinState, Usage, copy_metadata, volume_charge};
 use berth_core::units::Bytes;
 use berth_device::filesystem;
 use berth_device::loop_device::{self, LoopOptions};
@@ -331,6 +331,10 @@ impl Area for Thin {
 
     fn volume_charge(&self, size: Bytes) -> Charge {
         volume_charge(size, self.group.block())
+    }
+
+    fn copy_metadata(&self, size: Bytes) -> Bytes {
+        copy_metadata(size, self.group.block())
     }
 
     fn copy_volume(&self, record: &PoolRecord, source: &Uid, copy: &Copy<'_>) -> Result<(), AreaError> {
