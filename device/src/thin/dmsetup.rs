@@ -13,7 +13,7 @@ use super::table::{DeviceNumber, ParseError, number};
 use crate::program::{self, RunError};
 
 /// For every program that talks to device mapper.
-pub(super) const ENVIRONMENT: &[(&str, &str)] =
+pub(crate) const ENVIRONMENT: &[(&str, &str)] =
     &[("DM_DISABLE_UDEV", "1"), ("LVM_SUPPRESS_FD_WARNINGS", "1")];
 /// For commands that only exchange a few bytes with the kernel.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -9,6 +9,7 @@
 
 mod dmsetup;
 mod group_error;
+mod guests;
 mod kernel_pool;
 mod lvm;
 mod mappings;
@@ -21,6 +22,7 @@ mod thin_device;
 mod thin_ids;
 mod volume_group;
 
+pub(crate) use self::dmsetup::ENVIRONMENT as LVM_ENVIRONMENT;
 pub use self::dmsetup::{DeviceInfo, DmError, all_suspended_of_ours, list_ours, resume};
 pub use self::group_error::VolumeGroupError;
 pub use self::kernel_pool::{KernelPool, KernelPoolConfig};

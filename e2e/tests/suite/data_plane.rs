@@ -24,6 +24,7 @@ const NODE: &str = "berth-node";
 pub fn scenarios() -> Vec<Scenario> {
     let thin = ["dmsetup", "lvm", "thin_check", "thin_dump", "thin_delta"].map(Need::Command);
     let nbd = ["qemu-nbd", "qemu-img"].map(Need::Command);
+    let scanners = ["udevadm", "mdadm", "sfdisk"].map(Need::Command);
     vec![
         // LVM takes half a second for each command in a guest.
         scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
@@ -36,6 +37,13 @@ pub fn scenarios() -> Vec<Scenario> {
             // One of them is the program that others kill, which does nothing by itself.
             let (which, least) = if long() { (None, 5) } else { (Some("a_template_is_"), 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
+        }),
+        scenario("data_plane::guest_disks_are_left_alone", &[&thin[..], &nbd, &scanners].concat(), || {
+            // The counter-test takes as long again.
+            let (which, least) = if long() { (None, 2) } else { (Some("nothing_on_"), 1) };
+            in_guest(DEVICE, "guest_disks", which, least, |host| {
+                host.disk("small", 128 * MIB).disk("large", GIB)
+            })
         }),
         scenario(
             "data_plane::a_pool_goes_on_after_power_cuts",
@@ -103,7 +111,9 @@ fn in_guest(
     eprintln!("runs on {}", host.description());
     let program = program.to_str().context("the path of the test program is text")?;
     let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which);
-    let output = host.command(words).limit(TESTS_LIMIT).run()?;
+    // Nothing that a test writes to the files of this host stays.
+    let command = host.command(words).env("BERTH_TEST_THROWAWAY_HOST", "1");
+    let output = command.limit(TESTS_LIMIT).run()?;
     let text = output.text();
     let passed = text
         .lines()
