@@ -151,10 +151,16 @@ impl AreaError {
                 ClaimError::InUseByPool { .. }
                 | ClaimError::InUseByNode { .. }
                 | ClaimError::ForeignImage { .. },
-            )
-            | Self::Group(VolumeGroupError::NotOurs { .. }) => Reason::InUseByPool,
+            ) => Reason::InUseByPool,
+            Self::Claim(ClaimError::ImageLost { .. }) | Self::Gone { .. } | Self::RecordVolumeGone { .. } => {
+                Reason::PoolAreaGone
+            }
             Self::Claim(ClaimError::TooSmall { .. }) | Self::Geometry(_) => Reason::InvalidSpec,
-            Self::Kernel(KernelPoolError::Damaged { .. }) => Reason::NeedsCheck,
+            Self::Missing(_) => Reason::PreflightFailed,
+            Self::Group(source) => source.reason(),
+            Self::Kernel(source) => source.reason(),
+            Self::Device(source) => source.reason(),
+            Self::ImageInUse { .. } => Reason::InUse,
             _ => Reason::PoolAreaFailed,
         }
     }

@@ -20,6 +20,7 @@ mod suspension;
 mod table;
 mod thin_device;
 mod thin_ids;
+mod users;
 mod volume_group;
 
 pub(crate) use self::dmsetup::ENVIRONMENT as LVM_ENVIRONMENT;

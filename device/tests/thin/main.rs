@@ -8,7 +8,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod full;
 mod groups;
+mod others;
 mod pools;
 
 use std::fs::{File, OpenOptions};

@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use berth_core::ledger::Class;
+use berth_core::reason::Reason;
 use berth_core::thin::{Action, Part, PoolMode, Room, StopReason, decide};
 use berth_core::units::Bytes;
 use berth_device::partition::Extent;
@@ -206,7 +207,8 @@ fn a_full_pool_fails_at_once_or_waits_to_grow() {
     let thin = ThinConfig { holder: &one, id: id(1), size: Bytes::mib(64), origin: None, read_only: false };
     let device = ThinDevice::activate(&pool, &thin).unwrap();
     let started = Instant::now();
-    fill(&device.path(), 0, 300, 1).expect_err("there are 256 blocks");
+    let error = fill(&device.path(), 0, 300, 1).expect_err("there are 256 blocks");
+    assert_eq!(error.raw_os_error(), Some(nix::libc::ENOSPC), "{error}");
     assert!(started.elapsed() < Duration::from_secs(30), "it does not wait for space");
     let state = pool.state().unwrap();
     assert_eq!((state.mode, state.data.percent()), (PoolMode::OutOfDataSpace, 100));
@@ -219,6 +221,7 @@ fn a_full_pool_fails_at_once_or_waits_to_grow() {
     assert_eq!(decide(&state, &none)[0], Action::StopGranting(StopReason::Data));
     let refused = pool.create_thin(id(2)).unwrap_err();
     assert!(matches!(refused, KernelPoolError::NotWritable { .. }), "{refused}");
+    assert_eq!(refused.reason(), Reason::DataAlmostFull);
     device.deactivate().unwrap();
     pool.delete(id(1)).unwrap();
     assert_eq!(pool.state().unwrap().mode, PoolMode::ReadWrite, "what was deleted is free");
