@@ -16,8 +16,12 @@ fn main() -> anyhow::Result<ExitCode> {
             commands::template::run(args, &stop).await.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         })),
         Command::Preflight(args) => {
-            let passed = commands::preflight::run(args.output)?;
+            let passed = commands::preflight::run(&args)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::HostConfig(args) => {
+            commands::host_config::run(&args)?;
+            Ok(ExitCode::SUCCESS)
         }
     };
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));

@@ -95,9 +95,10 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
     }
     let record = open_record(&args.state_dir, &args.node_name)?;
     let pools = Pools::new(args.node_name.clone(), args.mount_root.clone(), &args.state_dir);
+    let host_root = args.host_root.clone();
     let (pools, preflight) = tokio::task::spawn_blocking(move || {
         let reopened = pools.reopen_known();
-        reopened.map(|()| (pools, LastPreflight::take()))
+        reopened.map(|()| (pools, LastPreflight::take_at(host_root)))
     })
     .await??;
     let client = client(args.kubeconfig.as_deref()).await?;

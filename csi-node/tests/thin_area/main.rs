@@ -8,6 +8,7 @@
 #[path = "../bed/mod.rs"]
 mod bed;
 mod killed;
+mod refused;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};

@@ -28,19 +28,24 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         // LVM takes half a second for each command in a guest.
         scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
-            in_guest(DEVICE, "thin", None, 14, |host| host.disk("small", 64 * MIB).disk("large", GIB))
+            in_guest(DEVICE, "thin", &["--skip=full::", "--skip=others::"], 14, two_disks)
         }),
+        scenario(
+            "data_plane::full_pools_and_what_belongs_to_others",
+            &[&[Need::Long], &thin[..]].concat(),
+            || in_guest(DEVICE, "thin", &["full::", "others::"], 6, two_disks),
+        ),
         scenario("data_plane::kernel_nbd", &[&thin[..], &nbd].concat(), || {
-            in_guest(DEVICE, "nbd", None, 14, |host| host.disk("large", GIB))
+            in_guest(DEVICE, "nbd", &[], 14, |host| host.disk("large", GIB))
         }),
         scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
             // One of them is the program that others kill, which does nothing by itself.
-            let (which, least) = if long() { (None, 5) } else { (Some("a_template_is_"), 1) };
+            let (which, least) = if long() { (&[][..], 6) } else { (&["a_template_is_"][..], 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
         }),
         scenario("data_plane::guest_disks_are_left_alone", &[&thin[..], &nbd, &scanners].concat(), || {
             // The counter-test takes as long again.
-            let (which, least) = if long() { (None, 2) } else { (Some("nothing_on_"), 1) };
+            let (which, least) = if long() { (&[][..], 2) } else { (&["nothing_on_"][..], 1) };
             in_guest(DEVICE, "guest_disks", which, least, |host| {
                 host.disk("small", 128 * MIB).disk("large", GIB)
             })
@@ -51,6 +56,10 @@ pub fn scenarios() -> Vec<Scenario> {
             a_pool_goes_on_after_power_cuts,
         ),
     ]
+}
+
+fn two_disks(host: KernelHostBuilder) -> KernelHostBuilder {
+    host.disk("small", 64 * MIB).disk("large", GIB)
 }
 
 fn scenario(name: &'static str, more: &[Need], body: fn() -> anyhow::Result<()>) -> Scenario {
@@ -96,12 +105,12 @@ fn a_pool_goes_on_after_power_cuts() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a test program in a guest, all of it or what a word selects; `least` of its tests must pass,
+/// Runs a test program in a guest, all of it or what some words select; `least` of its tests must pass,
 /// and none may be skipped.
 fn in_guest(
     package: &'static str,
     test: &'static str,
-    which: Option<&str>,
+    which: &[&str],
     least: u32,
     disks: fn(KernelHostBuilder) -> KernelHostBuilder,
 ) -> anyhow::Result<()> {
@@ -110,7 +119,7 @@ fn in_guest(
     let host = disks(KernelHost::at(dir.path())).memory(768 * MIB).boot()?;
     eprintln!("runs on {}", host.description());
     let program = program.to_str().context("the path of the test program is text")?;
-    let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which);
+    let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which.iter().copied());
     // Nothing that a test writes to the files of this host stays.
     let command = host.command(words).env("BERTH_TEST_THROWAWAY_HOST", "1");
     let output = command.limit(TESTS_LIMIT).run()?;
