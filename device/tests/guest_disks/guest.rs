@@ -73,10 +73,10 @@ impl Disks {
         let group = group.unwrap();
         KernelPool::provision(&config(), &group, Bytes::mib(256), Bytes::mib(4)).unwrap();
         let pool = KernelPool::open(&config(), &group).unwrap();
-        // The first block of the volume that holds the data of the pool becomes the first of the guest's group.
+        // The first block of the volume that holds the data of the pool becomes that of the guest's root file system.
         let copy = volume(&pool, 1, None).unwrap();
         io::copy(
-            &mut File::open(images.dir.path().join("group.raw")).unwrap(),
+            &mut File::open(images.dir.path().join("root.raw")).unwrap(),
             &mut File::options().write(true).open(copy.path()).unwrap(),
         )
         .unwrap();

@@ -28,7 +28,7 @@ const CHECKSUM_XOR: u32 = 160_774;
 /// How many devices surely leave 512 KiB of metadata below 70 %.
 const FIRST: u32 = 50;
 
-fn thin<'a>(holder: &'a Uid, size: Bytes) -> ThinConfig<'a> {
+fn thin(holder: &Uid, size: Bytes) -> ThinConfig<'_> {
     ThinConfig { holder, id: id(1), size, origin: None, read_only: false }
 }
 
