@@ -1,5 +1,7 @@
 //! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
 
+mod scans;
+
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -454,7 +456,7 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         _ => String::new(),
     };
     if told.usable && matches!(open.spec.backend, Backend::Thin(_)) {
-        warn_of_scans(&mut told, &node.preflight.get().scans_guest_disks());
+        scans::warn(&mut told, &node.preflight.get().scans_guest_disks());
     }
     told.advisory = open.area.advisory().is_some();
     told.total_bytes = open.area.total().as_i64();
@@ -472,31 +474,9 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
     told
 }
 
-/// A pool whose devices the host looks into is used, and says so: only an administrator can change that.
-fn warn_of_scans(told: &mut NodePool, scans: &[&str]) {
-    if !scans.is_empty() {
-        told.reason = Reason::HostScansGuestDisks.to_string();
-        told.message = scans.join("; ");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_host_that_looks_into_guests_is_told_and_the_pool_stays_usable() {
-        let ready = NodePool { usable: true, reason: "Ready".to_owned(), ..NodePool::default() };
-        let mut told = ready.clone();
-        warn_of_scans(&mut told, &[]);
-        assert_eq!(told, ready);
-        warn_of_scans(&mut told, &["no rule", "no filter"]);
-        assert!(told.usable);
-        assert_eq!(
-            (told.reason.as_str(), told.message.as_str()),
-            ("HostScansGuestDisks", "no rule; no filter")
-        );
-    }
 
     #[test]
     fn only_own_fields_and_conditions_count() {
