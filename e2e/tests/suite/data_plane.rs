@@ -40,7 +40,7 @@ pub fn scenarios() -> Vec<Scenario> {
         }),
         scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
             // One of them is the program that others kill, which does nothing by itself.
-            let (which, least) = if long() { (&[][..], 6) } else { (&["a_template_is_"][..], 1) };
+            let (which, least) = if long() { (&[][..], 7) } else { (&["a_template_is_"][..], 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
         }),
         scenario("data_plane::guest_disks_are_left_alone", &[&thin[..], &nbd, &scanners].concat(), || {
