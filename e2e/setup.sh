@@ -30,6 +30,9 @@ optional=(
   "dmsetup dmsetup"
   "lvm lvm2"
   "thin_check thin-provisioning-tools"
+  # What looks at every disk of a host, to prove that it looks at none of a guest.
+  "udevadm udev"
+  "mdadm mdadm"
 )
 
 PATH=$PATH:/usr/sbin:/sbin

@@ -176,6 +176,8 @@ fn constraints(view: &View, pool: &PoolView) -> BTreeSet<Reason> {
     let mut found = BTreeSet::new();
     for (_, report) in carriers(view, pool) {
         found.extend(report.advisory.then_some(Reason::Advisory));
+        let scanned = report.usable && report.reason == Reason::HostScansGuestDisks;
+        found.extend(scanned.then_some(Reason::HostScansGuestDisks));
         let Some(state) = &report.thin else { continue };
         found.extend(state.data_runs_low(report.total).then_some(Reason::DataAlmostFull));
         found.extend(stopped(state).map(|stopped| stopped.reason()));
@@ -339,13 +341,15 @@ mod tests {
         add(&mut view, reservation("waits", 500, 0));
         node_pool(&mut view, "b").used = Bytes(7);
         node_pool(&mut view, "b").advisory = true;
+        node_pool(&mut view, "b").reason = Reason::HostScansGuestDisks;
         let report = told(&view);
         assert_eq!(
             (report.ready, report.nodes, report.message.as_str()),
             (true, 2, "2 nodes carry the pool")
         );
         assert_eq!((report.total, report.promised, report.unreferenced), (Bytes(150), Bytes(50), Bytes(20)));
-        assert_eq!((report.used, report.queued, report.constraints), (Bytes(7), 1, vec![Reason::Advisory]));
+        let constraints = vec![Reason::Advisory, Reason::HostScansGuestDisks];
+        assert_eq!((report.used, report.queued, report.constraints), (Bytes(7), 1, constraints));
     }
 
     #[test]

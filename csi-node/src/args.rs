@@ -50,6 +50,8 @@ pub enum Command {
     Batch(BatchArgs),
     /// Says what this node has and lacks.
     Preflight(PreflightArgs),
+    /// Writes the files that keep udev, LVM, mdadm and multipath of a host away from the disks of guests.
+    HostConfig(HostConfigArgs),
     /// Writes a man page for each command.
     Man(ManArgs),
     /// Prints the completions for a shell.
@@ -117,6 +119,9 @@ pub struct AgentArgs {
     /// itself; a device that is suspended when the agent is killed stays so until its next start then.
     #[arg(long, env = "BERTH_SUPERVISOR_SOCKET")]
     pub supervisor_socket: Option<PathBuf>,
+    /// Where the root of the host is, for its configuration.
+    #[arg(long, env = "BERTH_HOST_ROOT", default_value = "/")]
+    pub host_root: PathBuf,
     /// Where `/metrics`, `/healthz` and `/readyz` are served. Port 0 takes a free one.
     #[arg(long, env = "BERTH_METRICS_ADDR", default_value = "0.0.0.0:8081")]
     pub metrics_addr: SocketAddr,
@@ -148,6 +153,17 @@ pub struct PreflightArgs {
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+    /// Where the root of the host is, for its configuration.
+    #[arg(long, env = "BERTH_HOST_ROOT", default_value = "/")]
+    pub host_root: PathBuf,
+}
+
+/// Flags of `berth-node host-config`.
+#[derive(Clone, Debug, Args)]
+pub struct HostConfigArgs {
+    /// The folder that stands for `/etc`.
+    #[arg(long)]
+    pub dir: PathBuf,
 }
 
 /// How a command prints its result.

@@ -2,6 +2,7 @@
 
 pub mod asking;
 pub mod batch;
+pub mod host_config;
 pub mod pages;
 pub mod pool;
 pub mod preflight;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use berth_node::args::{Cli, Command};
 use berth_node::commands::template::{TemplateArgs, TemplateCommand};
-use berth_node::commands::{asking, batch, pages, preflight, template};
+use berth_node::commands::{asking, batch, host_config, pages, preflight, template};
 use berth_node::{run, telemetry};
 use clap::Parser as _;
 
@@ -29,9 +29,10 @@ fn main() -> anyhow::Result<ExitCode> {
         },
         Command::Batch(args) => Ok(batch::run(&args)?),
         Command::Preflight(args) => {
-            let passed = preflight::run(args.output)?;
+            let passed = preflight::run(&args)?;
             Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
+        Command::HostConfig(args) => Ok(host_config::run(&args).map(done)?),
         Command::Man(args) => Ok(pages::man(&args.dir).map(done)?),
         Command::Completions(args) => Ok(pages::completions(args.shell).map(done)?),
     }

@@ -66,28 +66,37 @@ pub struct Node {
 }
 
 /// The last look at what the machine has and lacks: looking starts programs, so it is not done for every report.
-pub struct LastPreflight(RwLock<(Instant, Preflight)>);
+pub struct LastPreflight {
+    host_root: PathBuf,
+    last: RwLock<(Instant, Preflight)>,
+}
 
 /// For how long a look is good.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(300);
 
 impl LastPreflight {
-    /// Looks now. Blocks for well under a second.
+    /// Looks now, at a host whose root is `/`. Blocks for well under a second.
     pub fn take() -> Self {
-        Self(RwLock::new((Instant::now(), Preflight::run())))
+        Self::take_at(PathBuf::from("/"))
+    }
+
+    /// The same where the host's root is somewhere else.
+    pub fn take_at(host_root: PathBuf) -> Self {
+        let last = RwLock::new((Instant::now(), Preflight::run_at(&host_root)));
+        Self { host_root, last }
     }
 
     /// What was found.
     pub fn get(&self) -> Preflight {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+        self.last.read().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
     /// Looks again, if it was long ago. Blocks for well under a second.
     pub fn refresh(&self) {
-        let old = self.0.read().unwrap_or_else(PoisonError::into_inner).0.elapsed() > PREFLIGHT_AGE;
+        let old = self.last.read().unwrap_or_else(PoisonError::into_inner).0.elapsed() > PREFLIGHT_AGE;
         if old {
-            let found = Preflight::run();
-            *self.0.write().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), found);
+            let found = Preflight::run_at(&self.host_root);
+            *self.last.write().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), found);
         }
     }
 }

@@ -116,10 +116,11 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
     };
     let pools = Pools::new(args.node_name.clone(), directories.mount_root.clone(), &directories.state_dir);
     let pools = pools.with_data_plane(data_plane);
+    let host_root = args.host_root.clone();
     let (pools, preflight) = tokio::task::spawn_blocking(move || {
         pools.data_plane().await_supervisor();
         let reopened = pools.reopen_known();
-        reopened.map(|()| (pools, LastPreflight::take()))
+        reopened.map(|()| (pools, LastPreflight::take_at(host_root)))
     })
     .await??;
     let client = client(args.kubeconfig.as_deref()).await?;

@@ -9,6 +9,7 @@ pub mod cgroup;
 mod confine;
 pub mod files;
 pub mod filesystem;
+pub mod host_config;
 pub mod loop_device;
 pub mod mounts;
 pub mod nbd;

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::host_config;
 use crate::program::{self, find_program};
 
 /// The oldest `qemu-img` that knows `--target-is-zero`.
@@ -32,8 +33,13 @@ pub struct Preflight {
 }
 
 impl Preflight {
-    /// Looks at everything. Takes well under a second; changes nothing.
+    /// Looks at everything, at the configuration of a host whose root is `/`. Takes well under a second; changes nothing.
     pub fn run() -> Self {
+        Self::run_at(Path::new("/"))
+    }
+
+    /// The same where the host's root is somewhere else, as in a container.
+    pub fn run_at(host_root: &Path) -> Self {
         let mut checks = pool_image_checks();
         checks.extend([
             qemu_img(),
@@ -41,12 +47,19 @@ impl Preflight {
             cgroups(),
             clock(),
         ]);
+        checks.extend(host_config::checks(host_root));
         Self { checks }
     }
 
     /// True if nothing that is required is missing.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.ok || !check.required)
+    }
+
+    /// Why the host would look into the disks of guests, one phrase for each program that would.
+    pub fn scans_guest_disks(&self) -> Vec<&str> {
+        let scans = self.failures().filter(|check| host_config::CHECKS.contains(&check.name));
+        scans.map(|check| check.detail.as_str()).collect()
     }
 
     /// What is not as it should be.
@@ -71,7 +84,11 @@ fn pool_image_checks() -> Vec<Check> {
     ]
 }
 
-fn check(name: &'static str, required: bool, result: Result<impl Into<String>, impl Into<String>>) -> Check {
+pub(crate) fn check(
+    name: &'static str,
+    required: bool,
+    result: Result<impl Into<String>, impl Into<String>>,
+) -> Check {
     let ok = result.is_ok();
     Check { name, ok, required, detail: result.map_or_else(Into::into, Into::into) }
 }

@@ -22,18 +22,25 @@ pub struct Stopped {
 impl Stopped {
     /// The documented reason.
     pub const fn reason(&self) -> Reason {
-        match self.why {
-            StopReason::Failed => Reason::PoolAreaFailed,
-            StopReason::NeedsCheck => Reason::NeedsCheck,
-            StopReason::ReadOnly => Reason::ReadOnly,
-            StopReason::Metadata => Reason::MetadataAlmostFull,
-            StopReason::Data => Reason::DataAlmostFull,
-        }
+        self.why.reason()
     }
 
     /// True if it passes when bytes are given back; otherwise somebody has to see to the pool.
     pub const fn is_about_space(&self) -> bool {
         matches!(self.why, StopReason::Metadata | StopReason::Data)
+    }
+}
+
+impl StopReason {
+    /// The documented reason.
+    pub const fn reason(self) -> Reason {
+        match self {
+            Self::Failed => Reason::PoolAreaFailed,
+            Self::NeedsCheck => Reason::NeedsCheck,
+            Self::ReadOnly => Reason::ReadOnly,
+            Self::Metadata => Reason::MetadataAlmostFull,
+            Self::Data => Reason::DataAlmostFull,
+        }
     }
 }
 
@@ -59,16 +66,25 @@ impl fmt::Display for Stopped {
 }
 
 impl PoolState {
-    /// Why nothing more may be promised in it, if that is so. Data that is used up is no reason by itself: a kernel pool
-    /// grows to what is promised in it, and what is promised may be written.
-    pub fn stopped(&self) -> Option<StopReason> {
+    /// Why its kernel pool takes no new block or device at this moment, if that is so.
+    pub fn unwritable(&self) -> Option<StopReason> {
         match self.mode {
             PoolMode::Failed => Some(StopReason::Failed),
             _ if self.needs_check => Some(StopReason::NeedsCheck),
             PoolMode::ReadOnly => Some(StopReason::ReadOnly),
-            _ if self.metadata.percent() > ADMISSION_PERCENT => Some(StopReason::Metadata),
             PoolMode::OutOfDataSpace => Some(StopReason::Data),
             PoolMode::ReadWrite => None,
+        }
+    }
+
+    /// Why nothing more may be promised in it, if that is so. Data that is used up is no reason by itself: a kernel pool
+    /// grows to what is promised in it, and what is promised may be written.
+    pub fn stopped(&self) -> Option<StopReason> {
+        match self.unwritable() {
+            None | Some(StopReason::Data) if self.metadata.percent() > ADMISSION_PERCENT => {
+                Some(StopReason::Metadata)
+            }
+            why => why,
         }
     }
 }
@@ -124,8 +140,9 @@ mod tests {
             (PoolState { mode: PoolMode::Failed, needs_check: true, ..well }, StopReason::Failed),
             (PoolState { mode: PoolMode::OutOfDataSpace, ..well }, StopReason::Data),
         ] {
-            assert_eq!(state.stopped(), Some(reason));
+            assert_eq!((state.stopped(), state.unwritable()), (Some(reason), Some(reason)));
         }
+        assert_eq!(used(701).unwritable(), None, "what is promised may be made");
         let full = PoolState { data: Usage { used: Bytes::gib(1), total: Bytes::gib(1) }, ..well };
         assert_eq!(full.stopped(), None, "what is promised may be written");
         let thin = ThinState { images: full, volumes: well };

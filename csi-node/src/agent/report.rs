@@ -1,5 +1,7 @@
 //! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
 
+mod scans;
+
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::observe::{ObserveError, observe, wanted_pools};
+use crate::area::Backend;
 use crate::node::{Node, now, versions};
 use crate::telemetry::chain;
 
@@ -452,6 +455,9 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         (_, None) => "the pool does not select this node any more".to_owned(),
         _ => String::new(),
     };
+    if told.usable && matches!(open.spec.backend, Backend::Thin(_)) {
+        scans::warn(&mut told, &node.preflight.get().scans_guest_disks());
+    }
     told.advisory = open.area.advisory().is_some();
     told.total_bytes = open.area.total().as_i64();
     told.thin = open.area.kernel_pools().as_ref().map(to_thin_pools);

@@ -14,8 +14,7 @@ use berth_device::mounts::MountError;
 use berth_device::nbd::AttachError;
 use berth_device::pool_area::ClaimError;
 use berth_device::thin::{
-    DeviceName, DmError, KernelPoolError, MappingError, NameError, SuspendError, ThinDeviceError,
-    VolumeGroupError,
+    DeviceName, KernelPoolError, MappingError, NameError, ThinDeviceError, VolumeGroupError,
 };
 use berth_device::users::UsersError;
 use berth_record::ChangeError;
@@ -191,63 +190,32 @@ impl AreaError {
                 ClaimError::InUseByPool { .. }
                 | ClaimError::InUseByNode { .. }
                 | ClaimError::ForeignImage { .. },
-            )
-            | Self::Group(VolumeGroupError::NotOurs { .. }) => Reason::InUseByPool,
+            ) => Reason::InUseByPool,
             Self::Claim(ClaimError::TooSmall { .. })
             | Self::Geometry(_)
             | Self::Name(_)
             | Self::NoKernelPools { .. }
-            | Self::ImageTooLarge { .. }
-            | Self::Group(VolumeGroupError::BadName { .. }) => Reason::InvalidSpec,
-            Self::Claim(ClaimError::ImageLost { .. })
-            | Self::Gone { .. }
-            | Self::RecordVolumeGone { .. }
-            | Self::Group(VolumeGroupError::NoGroup { .. } | VolumeGroupError::Incomplete { .. }) => {
+            | Self::ImageTooLarge { .. } => Reason::InvalidSpec,
+            Self::Claim(ClaimError::ImageLost { .. }) | Self::Gone { .. } | Self::RecordVolumeGone { .. } => {
                 Reason::PoolAreaGone
             }
-            Self::Group(VolumeGroupError::NotBlank { .. }) => Reason::NotBlank,
-            Self::Group(VolumeGroupError::Device { action: "take", .. }) => Reason::DeviceInUse,
-            Self::Group(VolumeGroupError::Foreign { .. }) => Reason::ForeignVolume,
             Self::Missing(_) => Reason::PreflightFailed,
             Self::Bound { .. } | Self::Group(VolumeGroupError::NoSpace { .. }) => Reason::CapacityRefused,
-            Self::Kernel(error) => kernel_reason(error),
-            Self::Device(ThinDeviceError::Below { source, .. }) => kernel_reason(source),
+            Self::Group(source) => source.reason(),
+            Self::Kernel(source) => source.reason(),
+            Self::Device(source) => source.reason(),
+            Self::Nbd(source) => source.reason(),
             Self::InUse { .. }
             | Self::ImageInUse { .. }
             | Self::NoInstantCopy { .. }
             | Self::Loop(LoopError::InUse { .. })
             | Self::Mount(MountError::Busy { .. })
-            | Self::Claim(ClaimError::Mount(MountError::Busy { .. }) | ClaimError::Locked { .. })
-            | Self::Device(ThinDeviceError::InUse { .. }) => Reason::InUse,
-            Self::Nbd(AttachError::Silent { .. }) => Reason::OriginSilent,
+            | Self::Claim(ClaimError::Mount(MountError::Busy { .. }) | ClaimError::Locked { .. }) => {
+                Reason::InUse
+            }
             Self::NoTemplate { .. } => Reason::VolumeNotFound,
-            Self::Device(ThinDeviceError::Suspend { source, .. }) => suspend_reason(source),
-            Self::Device(ThinDeviceError::Dm(DmError::StillSuspended { .. })) => Reason::DeviceSuspended,
             _ => Reason::PoolAreaFailed,
         }
-    }
-}
-
-fn kernel_reason(error: &KernelPoolError) -> Reason {
-    match error {
-        KernelPoolError::Damaged { .. } => Reason::NeedsCheck,
-        KernelPoolError::Suspend(source) => suspend_reason(source),
-        KernelPoolError::Dm(DmError::StillSuspended { .. }) => Reason::DeviceSuspended,
-        KernelPoolError::InUse { .. } => Reason::InUse,
-        KernelPoolError::NotWritable { .. } => Reason::ReadOnly,
-        KernelPoolError::Geometry(_) | KernelPoolError::BlockSize { .. } => Reason::InvalidSpec,
-        _ => Reason::PoolAreaFailed,
-    }
-}
-
-/// The machine-readable reason why something was not done that needs a suspended device.
-pub fn suspend_reason(error: &SuspendError) -> Reason {
-    match error {
-        SuspendError::Unavailable { .. } => Reason::SupervisorUnavailable,
-        SuspendError::OriginSilent { .. } => Reason::OriginSilent,
-        error if error.left_suspended() => Reason::DeviceSuspended,
-        SuspendError::Busy { .. } => Reason::InUse,
-        _ => Reason::PoolAreaFailed,
     }
 }
 

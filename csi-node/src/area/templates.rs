@@ -117,7 +117,7 @@ impl TemplateError {
             Self::Origin { .. } => Reason::InUse,
             Self::Record(_) => Reason::PoolAreaFailed,
             Self::Serve { source, .. } => serve_reason(source),
-            Self::Device { source, .. } => device_reason(source),
+            Self::Device { source, .. } => source.reason(),
         }
     }
 }
@@ -135,18 +135,6 @@ fn serve_reason(error: &ServeError) -> Reason {
         ServeError::Refused { .. } => Reason::AlreadyDifferent,
         ServeError::Cannot { .. } => Reason::OriginSilent,
         ServeError::State(_) | ServeError::Elsewhere { .. } => Reason::PoolAreaFailed,
-    }
-}
-
-fn device_reason(error: &AttachError) -> Reason {
-    match error {
-        AttachError::Exhausted { .. } => Reason::SlotsExhausted,
-        AttachError::InUse { .. } | AttachError::NotLetGo { .. } => Reason::InUse,
-        AttachError::Silent { .. } | AttachError::Read { .. } | AttachError::Handshake { .. } => {
-            Reason::OriginSilent
-        }
-        AttachError::Netlink(NetlinkError::NoFamily) => Reason::PreflightFailed,
-        _ => Reason::PoolAreaFailed,
     }
 }
 

@@ -4,16 +4,16 @@ use std::io::{self, Write};
 
 use berth_device::preflight::Preflight;
 
-use crate::args::Output;
+use crate::args::{Output, PreflightArgs};
 
 /// Looks, prints, and tells whether nothing that is required is missing.
 ///
 /// # Errors
 /// If standard output is closed.
-pub fn run(output: Output) -> io::Result<bool> {
-    let preflight = Preflight::run();
+pub fn run(args: &PreflightArgs) -> io::Result<bool> {
+    let preflight = Preflight::run_at(&args.host_root);
     let mut out = io::stdout().lock();
-    match output {
+    match args.output {
         Output::Text => {
             for check in &preflight.checks {
                 let mark = match (check.ok, check.required) {

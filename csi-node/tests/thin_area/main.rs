@@ -10,6 +10,7 @@ mod bed;
 mod killed;
 mod operations;
 mod pools;
+mod refused;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};

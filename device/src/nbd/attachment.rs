@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
+use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use nix::errno::Errno;
 use nix::libc;
@@ -134,6 +135,24 @@ pub enum AttachError {
         /// The device.
         index: u32,
     },
+}
+
+impl AttachError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Netlink(NetlinkError::NoFamily) => Reason::PreflightFailed,
+            Self::Exhausted { .. } => Reason::SlotsExhausted,
+            Self::Handshake { .. } | Self::Silent { .. } | Self::Read { .. } => Reason::OriginSilent,
+            Self::Size { .. } => Reason::AlreadyDifferent,
+            Self::BlockSize { .. } => Reason::ImageFormatUnsupported,
+            Self::InUse { .. } | Self::NotLetGo { .. } => Reason::InUse,
+            Self::NotAttached { .. } => Reason::VolumeNotFound,
+            Self::Netlink(_) | Self::Observe(_) | Self::Resend { .. } | Self::Holders { .. } => {
+                Reason::PoolAreaFailed
+            }
+        }
+    }
 }
 
 /// What is attached, and how.

@@ -102,11 +102,24 @@ impl Slot {
     }
 }
 
+impl Slot {
+    /// Who has it, for people.
+    fn holder(&self) -> String {
+        let who = match (self.usage(), self.pid) {
+            (SlotUse::Ours(id), _) => id.to_string(),
+            (SlotUse::Foreign, Some(pid)) => format!("of process {pid}"),
+            (SlotUse::Foreign, None) => "of others".to_owned(),
+            (SlotUse::Free | SlotUse::Held, _) => "held".to_owned(),
+        };
+        format!("nbd{} {who}", self.index)
+    }
+}
+
 /// No device is free.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "none of the {total} devices /dev/nbdN is free: {ours} ours, {foreign} of others, {quarantined} not yet let go; \
-     the option nbds_max of the module nbd makes more"
+    "none of the {total} devices /dev/nbdN is free: {ours} ours, {foreign} of others, {quarantined} not yet let go \
+     ({by}); the option nbds_max of the module nbd makes more"
 )]
 pub struct SlotsExhausted {
     /// How many there are.
@@ -117,6 +130,8 @@ pub struct SlotsExhausted {
     pub foreign: usize,
     /// How many are not connected, and not used before they were seen idle.
     pub quarantined: usize,
+    /// Who has each: `nbd0 BERTH-<UID>`, `nbd1 of process 7`, `nbd2 held`.
+    pub by: String,
 }
 
 /// Which devices are not to be used although they may look free.
@@ -167,7 +182,9 @@ impl Slots {
                 SlotUse::Free | SlotUse::Held => {}
             }
         }
-        SlotsExhausted { total: seen.len(), ours, foreign, quarantined: seen.len() - ours - foreign }
+        let by: Vec<_> = seen.iter().map(Slot::holder).collect();
+        let quarantined = seen.len() - ours - foreign;
+        SlotsExhausted { total: seen.len(), ours, foreign, quarantined, by: by.join(", ") }
     }
 }
 
@@ -226,7 +243,8 @@ mod tests {
         assert_eq!(slots.pick(&seen, &none()), Ok(3));
         assert_eq!(slots.pick(&seen, &BTreeSet::from([3])), Ok(5));
         let error = slots.pick(&seen, &BTreeSet::from([3, 5])).unwrap_err();
-        assert_eq!(error, SlotsExhausted { total: 4, ours: 0, foreign: 1, quarantined: 3 });
+        let by = "nbd5 held, nbd0 of process 7, nbd3 held, nbd1 held".to_owned();
+        assert_eq!(error, SlotsExhausted { total: 4, ours: 0, foreign: 1, quarantined: 3, by });
     }
 
     #[test]
@@ -240,7 +258,8 @@ mod tests {
         slots.observe(&[Slot { in_use: true, ..idle(0) }]);
         assert_eq!(slots.quarantined().collect::<Vec<_>>(), [0]);
         let error = slots.pick(&[connected(0, Some(&ours)), connected(1, Some(&ours))], &none()).unwrap_err();
-        assert_eq!(error, SlotsExhausted { total: 2, ours: 1, foreign: 0, quarantined: 1 });
+        let by = format!("nbd0 {ours}, nbd1 {ours}");
+        assert_eq!(error, SlotsExhausted { total: 2, ours: 1, foreign: 0, quarantined: 1, by });
         assert!(error.to_string().contains("none of the 2 devices"), "{error}");
         slots.observe(&[idle(0)]);
         assert_eq!(slots.pick(&[idle(0)], &none()), Ok(0));

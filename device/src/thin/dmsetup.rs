@@ -6,6 +6,7 @@
 use std::ffi::OsStr;
 use std::time::Duration;
 
+use berth_core::reason::Reason;
 use thiserror::Error;
 
 use super::names::{DeviceName, UUID_PREFIX};
@@ -13,7 +14,7 @@ use super::table::{DeviceNumber, ParseError, number};
 use crate::program::{self, RunError};
 
 /// For every program that talks to device mapper.
-pub(super) const ENVIRONMENT: &[(&str, &str)] =
+pub(crate) const ENVIRONMENT: &[(&str, &str)] =
     &[("DM_DISABLE_UDEV", "1"), ("LVM_SUPPRESS_FD_WARNINGS", "1")];
 /// For commands that only exchange a few bytes with the kernel.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -56,6 +57,14 @@ pub enum DmError {
 }
 
 impl DmError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::StillSuspended { .. } => Reason::DeviceSuspended,
+            Self::Run { .. } | Self::Answer { .. } => Reason::PoolAreaFailed,
+        }
+    }
+
     /// True if the kernel gave this reason, in the words of `strerror`.
     pub(super) fn says(&self, reason: &str) -> bool {
         matches!(self, Self::Run { source: RunError::Failed { output, .. }, .. } if output.contains(reason))

@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
+use berth_core::reason::Reason;
 use berth_core::units::Bytes;
+use nix::libc;
 use thiserror::Error;
 
 use super::volume_group::TAG;
@@ -64,7 +66,15 @@ pub enum VolumeGroupError {
     /// A device cannot be examined.
     #[error("failed to examine a device")]
     Examine(#[from] FilesystemError),
-    /// A device is in use, missing, or not writable.
+    /// Somebody uses a device.
+    #[error("{device} is in use: {}", by.join(", "), device = device.display())]
+    DeviceInUse {
+        /// The device.
+        device: PathBuf,
+        /// Who, one phrase each; perhaps only that somebody has it open.
+        by: Vec<String>,
+    },
+    /// A device is missing, or not readable or writable.
     #[error("failed to {action} {device}", device = device.display())]
     Device {
         /// What was tried.
@@ -127,4 +137,30 @@ pub enum VolumeGroupError {
 fn list(found: &[(PathBuf, Signature)]) -> String {
     let each = found.iter().map(|(device, signature)| format!("{} ({signature:?})", device.display()));
     each.collect::<Vec<_>>().join(", ")
+}
+
+impl VolumeGroupError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::NoGroup { .. } | Self::Incomplete { .. } | Self::NoVolume { .. } => Reason::PoolAreaGone,
+            Self::Device { source, .. } if is_absence(source) => Reason::PoolAreaGone,
+            Self::NotOurs { .. } => Reason::InUseByPool,
+            Self::NotBlank { .. } => Reason::NotBlank,
+            Self::DeviceInUse { .. } => Reason::DeviceInUse,
+            Self::Foreign { .. } => Reason::ForeignVolume,
+            Self::InUse { .. } | Self::NotEmpty { .. } => Reason::InUse,
+            Self::BadName { .. } => Reason::InvalidSpec,
+            Self::Run { .. }
+            | Self::Answer { .. }
+            | Self::Examine(_)
+            | Self::Device { .. }
+            | Self::NoSpace { .. } => Reason::PoolAreaFailed,
+        }
+    }
+}
+
+/// True if there is no such device, or none any more.
+pub(super) fn is_absence(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO))
 }

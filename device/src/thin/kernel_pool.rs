@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use berth_core::ids::Uid;
 use berth_core::ledger::Class;
-use berth_core::thin::{self, BlockSize, Part, PoolMode, PoolState};
+use berth_core::thin::{self, BlockSize, Part, PoolState, StopReason};
 use berth_core::units::Bytes;
 
 use super::dmsetup::{self, ENVIRONMENT, understood};
@@ -222,9 +222,8 @@ impl KernelPool {
         config: &KernelPoolConfig,
         suspender: &dyn Suspender,
     ) -> Result<(), KernelPoolError> {
-        match self.status()? {
-            PoolStatus::Working(WorkingPool { needs_check: false, .. }) => {}
-            _ => return Err(KernelPoolError::NotWritable { pool: self.name.clone() }),
+        if let Some(why @ (StopReason::Failed | StopReason::NeedsCheck)) = self.state()?.unwritable() {
+            return Err(KernelPoolError::NotWritable { pool: self.name.clone(), why });
         }
         let old = self.table()?;
         let new = sized(old, config)?;
@@ -268,9 +267,13 @@ impl KernelPool {
 
     /// True if it takes new blocks and new devices.
     pub(super) fn require_writable(&self) -> Result<WorkingPool, KernelPoolError> {
-        match self.status()? {
-            PoolStatus::Working(pool) if pool.mode == PoolMode::ReadWrite && !pool.needs_check => Ok(pool),
-            _ => Err(KernelPoolError::NotWritable { pool: self.name.clone() }),
+        let status = self.status()?;
+        match (status.state(self.block).unwritable(), status) {
+            (None, PoolStatus::Working(pool)) => Ok(pool),
+            (why, _) => {
+                let why = why.unwrap_or(StopReason::Failed);
+                Err(KernelPoolError::NotWritable { pool: self.name.clone(), why })
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 
 use super::dmsetup::ENVIRONMENT;
 use super::group_error::VolumeGroupError;
+use super::guests;
 use crate::program::{self, RunError};
 
 /// A command may wait for another one's lock on the volume group.
@@ -23,21 +24,27 @@ const MOST_OUTPUT: usize = 16 << 20;
 /// Drivers that LVM treats in ways of its own and that are not to be declared to it.
 const SPECIAL: &[&str] = &["device-mapper", "md", "mdp"];
 
+/// For named devices: what hides the disks of guests from the node's own LVM must not hide a device of ours from us.
+const SEE_ALL: &str = "filter=[\"a|.*|\"] global_filter=[\"a|.*|\"]";
+
 /// Which block devices LVM may look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// These alone.
     Only(Vec<PathBuf>),
-    /// All but these, NBD devices and Berth's own dm devices: to find a group whose devices are not known.
+    /// All but these and the disks of guests (NBD devices, Berth's own dm devices, loop devices over volumes): to find a
+    /// group whose devices are not known. What the node's `global_filter` hides stays hidden.
     AllBut(Vec<PathBuf>),
 }
 
 impl Scope {
     fn arguments(&self) -> Result<Vec<String>, VolumeGroupError> {
         let (devices, filter) = match self {
-            Self::Only(devices) => (&devices[..], String::new()),
+            Self::Only(devices) => (&devices[..], SEE_ALL.to_owned()),
             Self::AllBut(devices) => {
-                let rejected: Result<Vec<_>, _> = devices.iter().map(|path| plain(path)).collect();
+                let loops = guests::loop_devices();
+                let rejected: Result<Vec<_>, _> =
+                    devices.iter().chain(&loops).map(|path| plain(path)).collect();
                 let rejected: String = rejected?.iter().map(|path| format!("\"r|^{path}$|\",")).collect();
                 (&[][..], format!("filter=[{rejected}\"r|^/dev/nbd|\",\"r|^/dev/mapper/berth-|\"]"))
             }
@@ -163,6 +170,7 @@ mod tests {
     fn each_command_sees_only_what_it_may() {
         let only = Scope::Only(vec![PathBuf::from("/dev/sdb"), PathBuf::from("/dev/disk/by-id/x-1")]);
         let arguments = only.arguments().unwrap();
+        assert!(arguments[1].contains(SEE_ALL));
         assert_eq!(arguments[2..], ["--devices", "/dev/sdb", "--devices", "/dev/disk/by-id/x-1"]);
         let all_but = Scope::AllBut(vec![PathBuf::from("/dev/loop3")]).arguments().unwrap();
         assert!(all_but[1].contains(r#"filter=["r|^/dev/loop3$|","r|^/dev/nbd|","r|^/dev/mapper/berth-|"]"#));

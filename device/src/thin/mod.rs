@@ -10,6 +10,7 @@
 mod claim;
 mod dmsetup;
 mod group_error;
+mod guests;
 mod kernel_pool;
 mod lvm;
 mod mappings;
@@ -22,8 +23,10 @@ mod suspension;
 mod table;
 mod thin_device;
 mod thin_ids;
+mod users;
 mod volume_group;
 
+pub(crate) use self::dmsetup::ENVIRONMENT as LVM_ENVIRONMENT;
 pub use self::dmsetup::{DeviceInfo, DmError, all_suspended_of_ours, list_ours, resume};
 pub use self::group_error::VolumeGroupError;
 pub use self::kernel_pool::{KernelPool, KernelPoolConfig};

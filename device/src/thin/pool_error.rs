@@ -3,12 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
-use berth_core::thin::{BlockSize, GeometryError};
+use berth_core::reason::Reason;
+use berth_core::thin::{BlockSize, GeometryError, StopReason};
 use berth_core::units::Bytes;
 use thiserror::Error;
 
 use super::dmsetup::DmError;
-use super::group_error::VolumeGroupError;
+use super::group_error::{VolumeGroupError, is_absence};
 use super::names::{DeviceName, NameError};
 use super::suspender::SuspendError;
 use super::table::ThinId;
@@ -89,11 +90,13 @@ pub enum KernelPoolError {
         /// The device's size.
         is: Bytes,
     },
-    /// The kernel writes no metadata for it at the moment: it is full, failed, or has to be checked.
-    #[error("{pool} takes no changes: it is full, has failed, or has to be checked")]
+    /// The kernel writes no metadata for it at the moment.
+    #[error("{pool} takes no changes: {}", unwritable(*why))]
     NotWritable {
         /// The pool.
         pool: DeviceName,
+        /// Why.
+        why: StopReason,
     },
     /// Something of it is still active.
     #[error("{pool} is in use by {devices}")]
@@ -155,6 +158,36 @@ impl From<SuspendError> for KernelPoolError {
         match error {
             SuspendError::Dm(error) => Self::Dm(error),
             error => Self::Suspend(error),
+        }
+    }
+}
+
+fn unwritable(why: StopReason) -> &'static str {
+    match why {
+        StopReason::Failed => "it has failed",
+        StopReason::NeedsCheck => "its metadata has to be checked offline",
+        StopReason::ReadOnly => "it is read-only",
+        StopReason::Metadata => "it has no metadata left",
+        StopReason::Data => "it has no data left and has not grown yet",
+    }
+}
+
+impl KernelPoolError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Group(source) => source.reason(),
+            Self::Geometry(_) => Reason::InvalidSpec,
+            Self::Device { source, .. } if is_absence(source) => Reason::PoolAreaGone,
+            Self::MetadataLost { .. } | Self::Damaged { .. } => Reason::NeedsCheck,
+            Self::BlockSize { .. } => Reason::AlreadyDifferent,
+            Self::NotWritable { why, .. } => why.reason(),
+            Self::InUse { .. } => Reason::InUse,
+            Self::ForeignDevice { .. } => Reason::ForeignVolume,
+            Self::Suspend(source) => source.reason(),
+            Self::Dm(source) => source.reason(),
+            Self::NoSuchId { .. } => Reason::VolumeLost,
+            _ => Reason::PoolAreaFailed,
         }
     }
 }

@@ -10,6 +10,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use berth_core::reason::Reason;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -110,6 +111,17 @@ pub enum SuspendError {
 }
 
 impl SuspendError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Unavailable { .. } => Reason::SupervisorUnavailable,
+            Self::OriginSilent { .. } => Reason::OriginSilent,
+            error if error.left_suspended() => Reason::DeviceSuspended,
+            Self::Busy { .. } => Reason::InUse,
+            _ => Reason::PoolAreaFailed,
+        }
+    }
+
     /// True if a device is left suspended.
     pub fn left_suspended(&self) -> bool {
         matches!(self, Self::StillSuspended(_) | Self::Dm(DmError::StillSuspended { .. }))

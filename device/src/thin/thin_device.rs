@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use berth_core::ids::Uid;
+use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use thiserror::Error;
 
@@ -96,6 +97,23 @@ pub enum ThinDeviceError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+impl ThinDeviceError {
+    /// The machine-readable reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Below { source, .. } => source.reason(),
+            Self::Suspend { source, .. } => source.reason(),
+            Self::Dm(source) => source.reason(),
+            Self::Size { .. } | Self::Smaller { .. } => Reason::InvalidSpec,
+            Self::Different { .. } => Reason::AlreadyDifferent,
+            Self::InUse { .. } => Reason::InUse,
+            Self::Name(_) | Self::OriginInSamePool { .. } | Self::NotActive { .. } | Self::Discard { .. } => {
+                Reason::PoolAreaFailed
+            }
+        }
+    }
 }
 
 /// How a thin device is used.

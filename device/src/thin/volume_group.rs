@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use super::group_error::VolumeGroupError;
 use super::lvm::{self, Scope};
+use super::users::users;
 use crate::filesystem;
 use crate::sys;
 
@@ -131,7 +132,7 @@ impl VolumeGroup {
     ///
     /// # Errors
     /// [`VolumeGroupError::NotBlank`] if any of them holds anything and `consent` does not name it; nothing was written
-    /// then. [`VolumeGroupError::Device`] if one is mounted or in use in another way, with consent or without.
+    /// then. [`VolumeGroupError::DeviceInUse`] if one is mounted or in use in another way, with consent or without.
     pub fn create(
         name: &str,
         pool: &Uid,
@@ -226,7 +227,11 @@ impl VolumeGroup {
     /// Every volume in it, ours or not.
     pub fn volumes(&self) -> Result<Vec<LogicalVolume>, VolumeGroupError> {
         let fields = "lv_name,lv_uuid,lv_size,lv_tags,lv_active,lv_path";
-        let rows: Vec<VolumeRow> = lvm::report(&self.name, &self.scope(), "lvs", fields, &[&self.name])?;
+        let rows: Vec<VolumeRow> = match lvm::report(&self.name, &self.scope(), "lvs", fields, &[&self.name])
+        {
+            Err(error) if lvm::is_missing(&error) => return Err(self.gone()),
+            rows => rows?,
+        };
         let volume = |row: VolumeRow| LogicalVolume {
             name: row.name,
             uuid: row.uuid,
@@ -353,11 +358,14 @@ impl VolumeGroup {
 
     fn row(&self) -> Result<GroupRow, VolumeGroupError> {
         let fields = "vg_size,vg_free,vg_extent_size,vg_missing_pv_count,vg_tags";
-        let gone = || VolumeGroupError::NoGroup { group: self.name.clone() };
         match lvm::report(&self.name, &self.scope(), "vgs", fields, &[&self.name]) {
-            Err(error) if lvm::is_missing(&error) => Err(gone()),
-            rows => rows?.pop().ok_or_else(gone),
+            Err(error) if lvm::is_missing(&error) => Err(self.gone()),
+            rows => rows?.pop().ok_or_else(|| self.gone()),
         }
+    }
+
+    fn gone(&self) -> VolumeGroupError {
+        VolumeGroupError::NoGroup { group: self.name.clone() }
     }
 
     fn ours(&self, volume: &str) -> Result<LogicalVolume, VolumeGroupError> {
@@ -396,12 +404,14 @@ fn check_name(name: &str) -> Result<(), VolumeGroupError> {
 
 /// Opens a device that nobody else uses; the kernel lets nobody mount it while it is held.
 fn hold(device: &Path) -> Result<File, VolumeGroupError> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_EXCL)
-        .open(device)
-        .map_err(|source| device_error("take", device, source))
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(device).map_err(|source| {
+        match source.raw_os_error() {
+            Some(libc::EBUSY) => {
+                VolumeGroupError::DeviceInUse { device: device.to_owned(), by: users(device) }
+            }
+            _ => device_error("take", device, source),
+        }
+    })
 }
 
 fn wipe(device: &Path, file: &File) -> Result<(), VolumeGroupError> {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use berth_core::reason::Reason;
 use berth_device::nbd::{self, AttachConfig, AttachError, Attachment, Nbd, ServedFormat, SlotUse};
 use berth_device::qemu::SourceDriver;
 
@@ -136,7 +137,11 @@ fn when_no_device_is_free_it_says_what_they_are_used_for() {
     let source = loop {
         match bench.attach(&id(100 + u32::try_from(attached.len()).unwrap()), &served.socket(), DEAD) {
             Ok(attachment) => attached.push(attachment),
-            Err(AttachError::Exhausted { source, .. }) => break source,
+            Err(error @ AttachError::Exhausted { .. }) => {
+                assert_eq!(error.reason(), Reason::SlotsExhausted);
+                let AttachError::Exhausted { source, .. } = error else { unreachable!() };
+                break source;
+            }
             Err(error) => panic!("{error}"),
         }
         assert!(attached.len() < all.len(), "more than there are");
@@ -144,6 +149,11 @@ fn when_no_device_is_free_it_says_what_they_are_used_for() {
     let used = all.iter().filter(|slot| slot.usage() != SlotUse::Free).count();
     assert_eq!((source.total, source.ours), (all.len(), all.len() - used - 1));
     assert!(source.quarantined >= 1 && source.to_string().contains(&all.len().to_string()), "{source}");
+    for attachment in &attached {
+        let whose = format!("nbd{} {}", attachment.index(), attachment.id());
+        assert!(source.to_string().contains(&whose), "{whose} in {source}");
+    }
+    assert!(source.to_string().contains(&format!("nbd{} held", all[2].index)), "{source}");
     assert_eq!(read_block(&attached[5].path(), 6).unwrap(), byte(1, 6));
     drop(open);
     for attachment in attached {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use berth_core::ledger::Class;
+use berth_core::reason::Reason;
 use berth_core::thin::{Part, PoolMode};
 use berth_core::units::Bytes;
 use berth_device::thin::{
@@ -77,6 +78,7 @@ fn a_silent_origin_stops_snapshots_and_growth_but_leaves_nothing_suspended() {
     let started = Instant::now();
     let silent = bed.volumes.create_snap(id(2), id(1), &InProcess).unwrap_err();
     assert!(matches!(silent, KernelPoolError::Suspend(SuspendError::OriginSilent { .. })), "{silent}");
+    assert_eq!(silent.reason(), Reason::OriginSilent);
     assert!(started.elapsed() < Duration::from_secs(30));
     assert_eq!(suspended(), [bed.template.name().name()], "the clone was not touched");
 
@@ -174,10 +176,17 @@ fn metadata_that_is_lost_or_damaged_is_never_made_anew_nor_repaired() {
     let damaged = std::fs::read(&device).unwrap();
     let error = KernelPool::open(&config, &group).unwrap_err();
     assert!(matches!(error, KernelPoolError::Damaged { .. }), "{error}");
+    assert_eq!(error.reason(), Reason::NeedsCheck);
     assert!(std::fs::read(&device).unwrap() == damaged, "nothing was written");
-    fill(&device, 0, 1, 0).unwrap();
-    let error = KernelPool::open(&config, &group).unwrap_err();
-    assert!(matches!(error, KernelPoolError::MetadataLost { .. }), "{error}");
+    // A superblock of somebody else, and none at all.
+    for foreign in [0x5A, 0] {
+        fill(&device, 0, 1, foreign).unwrap();
+        let before = std::fs::read(&device).unwrap();
+        let error = KernelPool::open(&config, &group).unwrap_err();
+        assert!(matches!(error, KernelPoolError::MetadataLost { .. }), "{error}");
+        assert_eq!(error.reason(), Reason::NeedsCheck);
+        assert!(std::fs::read(&device).unwrap() == before, "nothing was written");
+    }
     // Made anew by whoever: new metadata beside data that was used is a loss, too.
     group.deactivate(&metadata).unwrap();
     group.remove_volume(&metadata).unwrap();

@@ -36,7 +36,7 @@ fn devices_with_anything_on_them_need_consent_by_name() {
     let consent = WipeConsent::for_devices([bench.small.clone()]);
     let user = OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(&bench.small).unwrap();
     let error = create(Some(&consent)).unwrap_err();
-    assert!(matches!(error, VolumeGroupError::Device { action: "take", .. }), "{error}");
+    assert!(matches!(error, VolumeGroupError::DeviceInUse { .. }), "{error}");
     drop(user);
     let group = create(Some(&consent)).unwrap();
     assert_eq!(group.devices().len(), 2);

@@ -8,8 +8,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod full;
 mod groups;
 mod growth;
+mod others;
 mod pools;
 
 use std::fs::{File, OpenOptions};

@@ -1,9 +1,13 @@
 //! Kernel pools and thin devices that work as they should.
 
-use std::os::unix::fs::FileExt as _;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use berth_core::ledger::Class;
+use berth_core::reason::Reason;
 use berth_core::thin::{Action, Part, PoolMode, Room, StopReason, decide};
 use berth_core::units::Bytes;
 use berth_device::partition::Extent;
@@ -124,7 +128,7 @@ fn what_an_earlier_device_held_is_never_seen() {
     for (number, origin) in [(4, None), (5, Some(&*origin))] {
         volumes.create_thin(id(number)).unwrap();
         let later = ThinDevice::activate(&volumes, &thin(&one, id(number), size, origin, false)).unwrap();
-        let file = std::fs::OpenOptions::new().read(true).write(true).open(later.path()).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(later.path()).unwrap();
         for block in 0..100 {
             file.write_all_at(&[7; 4096], block * 65_536 + 8192).unwrap(); // the rest of each is the kernel's to fill
         }
@@ -194,6 +198,14 @@ fn everything_survives_closing_and_grows_in_use() {
     group.remove().unwrap();
 }
 
+/// Writes a part of a block past memory, which tells what the kernel says: from memory, every failure is the same.
+fn write_directly(device: &Path, block: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).custom_flags(nix::libc::O_DIRECT).open(device)?;
+    let buffer = vec![1; 8192];
+    let start = buffer.as_ptr().align_offset(4096);
+    file.write_all_at(&buffer[start..start + 4096], block * 65_536)
+}
+
 #[test]
 fn a_full_pool_fails_at_once_or_waits_to_grow() {
     let Some(bench) = Bench::new("a_full_pool_fails_at_once_or_waits_to_grow") else { return };
@@ -207,6 +219,8 @@ fn a_full_pool_fails_at_once_or_waits_to_grow() {
     let device = ThinDevice::activate(&pool, &thin).unwrap();
     let started = Instant::now();
     fill(&device.path(), 0, 300, 1).expect_err("there are 256 blocks");
+    let error = write_directly(&device.path(), 900).expect_err("it is full");
+    assert_eq!(error.raw_os_error(), Some(nix::libc::ENOSPC), "{error}");
     assert!(started.elapsed() < Duration::from_secs(30), "it does not wait for space");
     let state = pool.state().unwrap();
     assert_eq!((state.mode, state.data.percent()), (PoolMode::OutOfDataSpace, 100));
@@ -219,6 +233,7 @@ fn a_full_pool_fails_at_once_or_waits_to_grow() {
     assert_eq!(decide(&state, &none)[0], Action::StopGranting(StopReason::Data));
     let refused = pool.create_thin(id(2)).unwrap_err();
     assert!(matches!(refused, KernelPoolError::NotWritable { .. }), "{refused}");
+    assert_eq!(refused.reason(), Reason::DataAlmostFull);
     device.deactivate().unwrap();
     pool.delete(id(1)).unwrap();
     assert_eq!(pool.state().unwrap().mode, PoolMode::ReadWrite, "what was deleted is free");

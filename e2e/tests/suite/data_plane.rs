@@ -24,29 +24,42 @@ const NODE: &str = "berth-node";
 pub fn scenarios() -> Vec<Scenario> {
     let thin = ["dmsetup", "lvm", "thin_check", "thin_dump", "thin_delta"].map(Need::Command);
     let nbd = ["qemu-nbd", "qemu-img"].map(Need::Command);
+    let scanners = ["udevadm", "mdadm", "sfdisk"].map(Need::Command);
     vec![
         // LVM takes half a second for each command in a guest.
         scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
-            in_guest(DEVICE, "thin", None, 15, |host| host.disk("small", 64 * MIB).disk("large", GIB))
+            let which = &["--skip=full::", "--skip=others::", "--skip=growth::"];
+            in_guest(DEVICE, "thin", which, 14, two_disks)
         }),
         scenario("data_plane::pools_grow_under_writes", &[&[Need::Long], &thin[..]].concat(), || {
             let growth = |host: KernelHostBuilder| {
                 host.env("BERTH_TEST_GROWTHS", "100").disk("small", 64 * MIB).disk("large", 2 * GIB)
             };
-            in_guest(DEVICE, "thin", Some("both_pools_grow_"), 1, growth)
-        })
-        .limited(3 * LIMIT),
+            in_guest(DEVICE, "thin", &["growth::"], 1, growth)
+        }),
+        scenario(
+            "data_plane::full_pools_and_what_belongs_to_others",
+            &[&[Need::Long], &thin[..]].concat(),
+            || in_guest(DEVICE, "thin", &["full::", "others::"], 6, two_disks),
+        ),
         scenario("data_plane::kernel_nbd", &[&thin[..], &nbd].concat(), || {
-            in_guest(DEVICE, "nbd", None, 14, |host| host.disk("large", GIB))
+            in_guest(DEVICE, "nbd", &[], 14, |host| host.disk("large", GIB))
         }),
         scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
             // One of them is the program that others kill, which does nothing by itself.
-            let (which, least) = if long() { (None, 7) } else { (Some("a_template_is_"), 1) };
+            let (which, least) = if long() { (&[][..], 9) } else { (&["a_template_is_"][..], 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
         }),
         // One of them is the plugin that others kill, which does nothing by itself.
         scenario("data_plane::what_outlives_the_plugin", &[&thin[..], &nbd].concat(), || {
-            in_guest(NODE, "supervisor", None, 13, |host| host.disk("large", GIB))
+            in_guest(NODE, "supervisor", &[], 13, |host| host.disk("large", GIB))
+        }),
+        scenario("data_plane::guest_disks_are_left_alone", &[&thin[..], &nbd, &scanners].concat(), || {
+            // The counter-test takes as long again.
+            let (which, least) = if long() { (&[][..], 2) } else { (&["nothing_on_"][..], 1) };
+            in_guest(DEVICE, "guest_disks", which, least, |host| {
+                host.disk("small", 128 * MIB).disk("large", GIB)
+            })
         }),
         scenario(
             "data_plane::a_pool_goes_on_after_power_cuts",
@@ -56,10 +69,14 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
+fn two_disks(host: KernelHostBuilder) -> KernelHostBuilder {
+    host.disk("small", 64 * MIB).disk("large", GIB)
+}
+
 fn scenario(name: &'static str, more: &[Need], body: fn() -> anyhow::Result<()>) -> Scenario {
     let needs = [&[Need::Kernel], more].concat();
     let body = move || async move { tokio::task::spawn_blocking(body).await? };
-    Scenario::new(name, &needs, body).limited(LIMIT)
+    Scenario::new(name, &needs, body).limited(if long() { 4 * LIMIT } else { LIMIT })
 }
 
 /// After how long the power is cut, each time from where the one before has left it. Making the area takes 5 s and all of
@@ -99,12 +116,12 @@ fn a_pool_goes_on_after_power_cuts() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a test program in a guest, all of it or what a word selects; `least` of its tests must pass,
+/// Runs a test program in a guest, all of it or what some words select; `least` of its tests must pass,
 /// and none may be skipped.
 fn in_guest(
     package: &'static str,
     test: &'static str,
-    which: Option<&str>,
+    which: &[&str],
     least: u32,
     disks: fn(KernelHostBuilder) -> KernelHostBuilder,
 ) -> anyhow::Result<()> {
@@ -113,8 +130,10 @@ fn in_guest(
     let host = disks(KernelHost::at(dir.path())).memory(768 * MIB).boot()?;
     eprintln!("runs on {}", host.description());
     let program = program.to_str().context("the path of the test program is text")?;
-    let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which);
-    let output = host.command(words).limit(TESTS_LIMIT).run()?;
+    let words = [program, "--nocapture", "--test-threads=1"].into_iter().chain(which.iter().copied());
+    // Nothing that a test writes to the files of this host stays.
+    let command = host.command(words).env("BERTH_TEST_THROWAWAY_HOST", "1");
+    let output = command.limit(if long() { 4 * TESTS_LIMIT } else { TESTS_LIMIT }).run()?;
     let text = output.text();
     let passed = text
         .lines()
