@@ -32,7 +32,8 @@ pub async fn balance(site: &Site, volumes: &[&Volume]) -> anyhow::Result<()> {
     let mut promised: Vec<i64> = of(PromiseClass::Volumes).map(|promise| promise.data_bytes).collect();
     let mut sizes =
         volumes.iter().map(|volume| i64::try_from(volume.bytes)).collect::<Result<Vec<_>, _>>()?;
-    (promised.sort_unstable(), sizes.sort_unstable());
+    promised.sort_unstable();
+    sizes.sort_unstable();
     ensure!(promised == sizes, "promised {promised:?} for volumes of {sizes:?}");
     ensure!(of(PromiseClass::Images).count() == 1, "one image is staged: {:?}", ledger.spec.promises);
 
@@ -81,7 +82,8 @@ async fn as_the_kernel_says(site: &Site) -> anyhow::Result<()> {
             let thin = pool.thin.context("kernel pools")?;
             let mut told =
                 [thin.images.data_used_bytes, thin.volumes.data_used_bytes].map(|used| used / BLOCK);
-            (used.sort_unstable(), told.sort_unstable());
+            used.sort_unstable();
+            told.sort_unstable();
             let all = (told[0] + told[1]) * BLOCK;
             let all = pool.used_bytes % USED_UNIT == 0 && (0..USED_UNIT).contains(&(pool.used_bytes - all));
             anyhow::Ok((

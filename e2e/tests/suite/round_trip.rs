@@ -21,7 +21,7 @@ use crate::scene::{
 };
 
 /// The same on every kind of node, which is on every backend of pools.
-pub async fn qcow2_to_mount_and_back(kind: NodeKind) -> anyhow::Result<()> {
+pub async fn there_and_back(kind: NodeKind) -> anyhow::Result<()> {
     let scene = Scene::start(S3Kind::Test, kind).await?;
     import_and_look_at_every_status(&scene).await?;
     let (node, csi) = (scene.node(), scene.node().csi());

@@ -63,14 +63,21 @@ const CLONE: Needs = Needs::Controller("CLONE_VOLUME");
 const MODIFY: Needs = Needs::Controller("MODIFY_VOLUME");
 
 pub fn scenarios() -> Vec<Scenario> {
-    let scenario = |name, kind, backend_name| {
-        let needs = [scene::needs(kind), vec![Need::Tool(Tool::CsiSanity), Need::Command("mke2fs")]].concat();
-        Scenario::new(name, &needs, move || backend(kind, backend_name)).limited(Duration::from_secs(600))
-    };
+    let needs = |kind| [scene::needs(kind), vec![Need::Tool(Tool::CsiSanity)]].concat();
+    let limit = Duration::from_secs(600);
     vec![
-        scenario("sanity::filesystem_backend", NodeKind::Namespace, "filesystem"),
-        scenario("sanity::thin_backend", NodeKind::Kernel, "dmThin"),
+        Scenario::new("sanity::filesystem_backend", &needs(NodeKind::Namespace), filesystem_backend)
+            .limited(limit),
+        Scenario::new("sanity::thin_backend", &needs(NodeKind::Kernel), thin_backend).limited(limit),
     ]
+}
+
+async fn filesystem_backend() -> anyhow::Result<()> {
+    backend(NodeKind::Namespace, "filesystem").await
+}
+
+async fn thin_backend() -> anyhow::Result<()> {
+    backend(NodeKind::Kernel, "dmThin").await
 }
 
 /// On the backend that goes with this kind of nodes.

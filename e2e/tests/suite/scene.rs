@@ -37,7 +37,7 @@ pub const RAW: &[(&str, &str)] = &[("pool", POOL), ("template", "default/disk")]
 /// What a scene takes of the machine.
 pub fn needs(kind: NodeKind) -> Vec<Need> {
     let commands = ["sfdisk", "mke2fs", "qemu-img", "mkfs.xfs"].map(Need::Command);
-    let thin = ["dmsetup", "lvm", "thin_check", "thin_metadata_size"].map(Need::Command);
+    let thin = ["dmsetup", "lvm", "thin_check", "thin_dump", "thin_delta"].map(Need::Command);
     match kind {
         NodeKind::Namespace => [Need::SITE, &commands].concat(),
         NodeKind::Kernel => [Need::SITE, &[Need::Kernel], &commands, &thin].concat(),

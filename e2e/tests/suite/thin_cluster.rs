@@ -16,7 +16,7 @@ use kube::core::ResourceExt as _;
 use serde_json::json;
 
 use crate::remains::nothing_remains;
-use crate::round_trip;
+use crate::round_trip::there_and_back;
 use crate::scenario::Scenario;
 use crate::scene::{self, IMPORT_LIMIT, POOL, RAW, Scene, claim, give, same_start, sha256, show, take_back};
 
@@ -24,13 +24,14 @@ pub fn scenarios() -> Vec<Scenario> {
     let needs = scene::needs(NodeKind::Kernel);
     let limit = Duration::from_secs(600);
     vec![
-        Scenario::new("thin::qcow2_to_mount_and_back", &needs, || {
-            round_trip::qcow2_to_mount_and_back(NodeKind::Kernel)
-        })
-        .limited(limit),
+        Scenario::new("thin::qcow2_to_mount_and_back", &needs, qcow2_to_mount_and_back).limited(limit),
         Scenario::new("thin::a_node_goes_on_after_a_power_cut", &needs, a_node_goes_on_after_a_power_cut)
             .limited(limit),
     ]
+}
+
+async fn qcow2_to_mount_and_back() -> anyhow::Result<()> {
+    there_and_back(NodeKind::Kernel).await
 }
 
 /// The power of the node is cut while it imports, and while a volume is in use: after its boot, the import goes on and ends

@@ -16,7 +16,7 @@ use kube::Api;
 use serde_json::json;
 use tonic::Code;
 
-use crate::round_trip;
+use crate::round_trip::there_and_back;
 use crate::scenario::{Need, Scenario};
 use crate::scene::{
     self, DISK_BYTES, IMPORT_LIMIT, MOUNTED, OS_RELEASE, RAW, Scene, claim, give, same_start, sha256,
@@ -33,15 +33,17 @@ pub fn scenarios() -> Vec<Scenario> {
     let mut with_minio = needs.clone();
     with_minio.push(Need::Tool(Tool::Minio));
     vec![
-        Scenario::new("volume::qcow2_to_mount_and_back", &needs, || {
-            round_trip::qcow2_to_mount_and_back(NodeKind::Namespace)
-        }),
+        Scenario::new("volume::qcow2_to_mount_and_back", &needs, qcow2_to_mount_and_back),
         Scenario::new("volume::casync_reads_what_is_stored", &with_casync, casync_reads_what_is_stored),
         Scenario::new("volume::every_source_gives_the_same_image", &needs, every_source_gives_the_same_image),
         Scenario::new("volume::classes_that_are_refused", &needs, classes_that_are_refused),
         Scenario::new("volume::two_nodes_and_two_operators", &needs, two_nodes_and_two_operators),
         Scenario::new("volume::through_minio", &with_minio, through_minio),
     ]
+}
+
+async fn qcow2_to_mount_and_back() -> anyhow::Result<()> {
+    there_and_back(NodeKind::Namespace).await
 }
 
 async fn casync_reads_what_is_stored() -> anyhow::Result<()> {
