@@ -380,7 +380,8 @@ pub(super) async fn report_node(
             }
         };
     };
-    let pools = pools(node, view);
+    // It asks the kernel, in a pool of the device mapper through a program that may take long.
+    let pools = tokio::task::block_in_place(|| pools(node, view));
     let preflight = node.preflight.get();
     let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
     let missing: Vec<&str> =

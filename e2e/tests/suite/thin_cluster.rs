@@ -17,15 +17,17 @@ use serde_json::json;
 
 use crate::remains::nothing_remains;
 use crate::round_trip::there_and_back;
-use crate::scenario::Scenario;
+use crate::scenario::{Need, Scenario};
 use crate::scene::{self, IMPORT_LIMIT, POOL, RAW, Scene, claim, give, same_start, sha256, show, take_back};
 
 pub fn scenarios() -> Vec<Scenario> {
     let needs = scene::needs(NodeKind::Kernel);
+    // Two boots.
+    let long = [&[Need::Long], &needs[..]].concat();
     let limit = Duration::from_secs(600);
     vec![
         Scenario::new("thin::qcow2_to_mount_and_back", &needs, qcow2_to_mount_and_back).limited(limit),
-        Scenario::new("thin::a_node_goes_on_after_a_power_cut", &needs, a_node_goes_on_after_a_power_cut)
+        Scenario::new("thin::a_node_goes_on_after_a_power_cut", &long, a_node_goes_on_after_a_power_cut)
             .limited(limit),
     ]
 }
@@ -34,13 +36,19 @@ async fn qcow2_to_mount_and_back() -> anyhow::Result<()> {
     there_and_back(NodeKind::Kernel).await
 }
 
-/// The power of the node is cut while it imports, and while a volume is in use: after its boot, the import goes on and ends
-/// well, and the volume has what was written to its disk.
+/// The agent is killed, and later the power of the node is cut while it imports, while a volume is in use: after its boot, the
+/// import goes on and ends well, and the volume has what was written to its disk.
 async fn a_node_goes_on_after_a_power_cut() -> anyhow::Result<()> {
     let mut scene = Scene::start(S3Kind::Test, NodeKind::Kernel).await?;
     let kept =
         give(scene.node(), &scene.node().csi(), &claim("kept", View::Filesystem, &[("pool", POOL)])).await?;
     scene.node().write(&kept.target.join("file"), b"written to the disk")?;
+
+    // An agent that is killed takes nothing along, and the next one finds it.
+    scene.site.node_mut(0).kill9();
+    ensure!(scene.node().read(&kept.target.join("file"))? == b"written to the disk", "without the agent");
+    scene.site.node_mut(0).start_agent()?;
+    scene.node().wait_ready().await?;
 
     let data = scene.site.dir().join("s3");
     let slow = FaultRule::new(FaultAction::Delay { ms: 1000 }).op("PutObject").key_prefix("images/chunks/");

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::started::Job;
 use super::{Layout, SiteError, Started};
 use crate::csi::Address;
-use crate::kernel::{GIB, KernelHost, KernelNetwork, MIB, Running};
+use crate::kernel::{GIB, KernelHost, KernelNetwork, MIB, NETWORK, Running};
 use crate::process::Program;
 
 /// What the agent has there; the most of it is mapped files of the machine.
@@ -80,7 +80,7 @@ impl Guest {
             csi: Address::Relay(reach(CSI_PORT)?),
             health: format!("http://{}/readyz", reach(METRICS_PORT)?),
             metrics: format!("0.0.0.0:{METRICS_PORT}"),
-            servers: "10.77.0.0/24",
+            servers: NETWORK,
         };
         Ok((guest, layout))
     }
