@@ -221,8 +221,10 @@ impl Run<'_> {
         let node = &self.site.nodes()[0];
         let pool = node.pool_root(POOL);
         for folder in ["staging", "images", "volumes"] {
-            let names = node.names(&pool.join(folder)).unwrap_or_default();
-            left.extend(names.iter().map(|name| format!("{folder}/{name}")));
+            match node.names(&pool.join(folder)) {
+                Ok(names) => left.extend(names.iter().map(|name| format!("{folder}/{name}"))),
+                Err(error) => left.push(format!("{folder}, which cannot be looked into: {error}")),
+            }
         }
         let now = leaks::Snapshot::below(self.site.dir());
         for thing in self.before.added(&now) {
