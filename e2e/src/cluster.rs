@@ -216,6 +216,11 @@ impl Cluster {
         format!("https://127.0.0.1:{}", self.ports.apiserver)
     }
 
+    /// The port of 127.0.0.1 on which the API server listens.
+    pub fn port(&self) -> u16 {
+        self.ports.apiserver
+    }
+
     /// The folder of etcd's data: copied while etcd is down, it is a backup that a test can restore.
     pub fn etcd_data(&self) -> PathBuf {
         self.dir.join("etcd")

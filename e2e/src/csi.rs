@@ -3,11 +3,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
@@ -141,6 +142,15 @@ pub struct Volume {
     pub context: HashMap<String, String>,
 }
 
+/// Where a plugin is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// At its socket.
+    Socket(PathBuf),
+    /// At a port of this machine that passes connections on to its socket.
+    Relay(SocketAddrV4),
+}
+
 /// A client of one node's plugin; it connects anew when the plugin was restarted.
 #[derive(Debug, Clone)]
 pub struct Csi {
@@ -150,18 +160,24 @@ pub struct Csi {
 }
 
 impl Csi {
-    /// A client of the plugin of `node` that listens on `socket`. Calls that may succeed later are repeated for
-    /// `limit`. Nothing is sent yet.
+    /// A client of the plugin of `node` at `address`. Calls that may succeed later are repeated for `limit`. Nothing is
+    /// sent yet.
     ///
     /// # Panics
     /// Never: the address that is parsed is a constant.
-    pub fn new(node: &str, socket: &Path, limit: Duration) -> Self {
-        let socket = socket.to_owned();
+    pub fn new(node: &str, address: &Address, limit: Duration) -> Self {
         let endpoint = Endpoint::from_static("http://plugin.invalid").timeout(CALL_LIMIT);
-        let channel = endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }));
+        let channel = match address.clone() {
+            Address::Socket(socket) => endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| {
+                let socket = socket.clone();
+                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            })),
+            Address::Relay(relay) => {
+                endpoint.connect_with_connector_lazy(service_fn(move |_: Uri| async move {
+                    TcpStream::connect(relay).await.map(TokioIo::new)
+                }))
+            }
+        };
         Self { node: node.to_owned(), channel, limit }
     }
 

@@ -1,5 +1,6 @@
 //! What a user of a site does and waits for: pools, image stores, imports.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use berth_api::conditions::{self, ConditionType};
@@ -12,7 +13,7 @@ use kube::{Api, Client};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
-use crate::site::{BUCKET, NODE_LABEL, Site, SiteError};
+use crate::site::{BUCKET, NODE_LABEL, Site, SiteError, SiteNode};
 use crate::wait::{self, Look, WaitError};
 
 /// How long a pool or an image store may take to become ready on a busy machine.
@@ -65,17 +66,29 @@ pub enum DriveError {
     },
 }
 
-/// Makes a pool on every node, with `size` bytes as a quantity, and waits until it is ready.
+/// Makes a pool of a directory on every node, with `size` bytes as a quantity, and waits until it is ready.
 ///
 /// # Errors
 /// [`DriveError`].
 pub async fn make_pool(site: &Site, name: &str, size: &str) -> Result<(), DriveError> {
+    let backend = json!({ "filesystem": { "path": site.pool_path(name), "size": size } });
+    make_pool_of(site, name, &backend).await
+}
+
+/// Makes a pool of the device mapper on the disk that each node with a kernel of its own has for it, and waits until it is
+/// ready.
+///
+/// # Errors
+/// [`DriveError`].
+pub async fn make_thin_pool(site: &Site, name: &str) -> Result<(), DriveError> {
+    let devices: BTreeSet<_> = site.nodes().iter().filter_map(SiteNode::pool_device).collect();
+    make_pool_of(site, name, &json!({ "dmThin": { "devices": devices, "wipe": true } })).await
+}
+
+async fn make_pool_of(site: &Site, name: &str, backend: &Value) -> Result<(), DriveError> {
     let pool = json!({
         "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingPool", "metadata": { "name": name },
-        "spec": {
-            "backend": { "filesystem": { "path": site.pool_path(name), "size": size } },
-            "nodeSelector": { NODE_LABEL: "yes" },
-        },
+        "spec": { "backend": backend, "nodeSelector": { NODE_LABEL: "yes" } },
     });
     site.apply(&pool.to_string()).await?;
     wait_pool(&site.client(), name, site.nodes().len()).await
@@ -113,7 +126,7 @@ pub async fn make_store(site: &Site, namespace: &str, name: &str) -> Result<(), 
         "apiVersion": "staging.berth.dev/v1alpha1", "kind": "ImageStore",
         "metadata": { "name": name, "namespace": namespace },
         "spec": {
-            "endpoint": site.s3().endpoint(), "bucket": BUCKET, "prefix": name, "secretRef": { "name": "images-s3" },
+            "endpoint": site.s3_endpoint(), "bucket": BUCKET, "prefix": name, "secretRef": { "name": "images-s3" },
         },
     });
     site.apply(&store.to_string()).await?;

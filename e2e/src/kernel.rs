@@ -39,7 +39,7 @@ mod write_log;
 pub use self::command::{CommandError, GuestCommand, Output, Running};
 pub use self::error::{BootError, NetworkError};
 pub use self::host::KernelHost;
-pub use self::network::{GATEWAY, KernelNetwork};
+pub use self::network::{GATEWAY, KernelNetwork, NETWORK};
 pub use self::plan::{Disk, KernelHostBuilder};
 pub use self::write_log::{Point, WriteLog, WriteLogError};
 

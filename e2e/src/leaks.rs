@@ -109,8 +109,13 @@ impl Snapshot {
 
 /// The paths that the mounts of process `pid` (or `self`) cover.
 pub fn mounts(pid: &str) -> Vec<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-    text.lines()
+    mount_points(&fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default())
+}
+
+/// The paths that the mounts of a `/proc/PID/mountinfo` cover.
+pub fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
+    mountinfo
+        .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .map(|path| PathBuf::from(unescaped(path)))
         .collect()

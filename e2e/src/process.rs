@@ -123,6 +123,35 @@ impl Program {
         self
     }
 
+    /// The same program, started by another one whose last arguments are it and its own.
+    #[must_use]
+    pub fn through<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(mut self, starter: &Path, args: I) -> Self {
+        let before = args.into_iter().map(|arg| arg.as_ref().to_owned());
+        let path = std::mem::replace(&mut self.path, starter.to_owned());
+        self.args = before.chain([path.into_os_string()]).chain(self.args).collect();
+        self
+    }
+
+    /// What it is called in messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where its output goes.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// It and its arguments.
+    pub(crate) fn words(&self) -> impl Iterator<Item = &OsStr> {
+        [self.path.as_os_str()].into_iter().chain(self.args.iter().map(OsString::as_os_str))
+    }
+
+    /// The variables of its environment that are set for it.
+    pub(crate) fn variables(&self) -> &[(OsString, OsString)] {
+        &self.env
+    }
+
     /// Starts it.
     ///
     /// # Errors
@@ -208,34 +237,19 @@ impl Process {
 
     /// The last 4 KiB of its output, in whole lines.
     pub fn log_tail(&self) -> String {
-        tail(&self.log).unwrap_or_else(|error| format!("(log {} not readable: {error})", self.log.display()))
+        log_tail(&self.log)
     }
 
     /// Waits until `probe` says that the program answers, for `limit` at most.
     ///
     /// # Errors
     /// [`ReadyError`], at once when the program ends, always with the end of its log.
-    pub async fn wait_ready<F, Fut>(&self, limit: Duration, mut probe: F) -> Result<(), ReadyError>
+    pub async fn wait_ready<F, Fut>(&self, limit: Duration, probe: F) -> Result<(), ReadyError>
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<(), String>>,
     {
-        let waited = wait::until(&self.name, limit, || {
-            let ended = self.ended();
-            let probing = probe();
-            async move {
-                match ended {
-                    Some(status) => Look::Failed(status),
-                    None => probing.await.map_or_else(Look::NotYet, Look::Done),
-                }
-            }
-        })
-        .await;
-        let (name, log_tail) = (self.name.clone(), self.log_tail());
-        waited.map_err(|error| match error {
-            WaitError::Failed { source: status, .. } => ReadyError::Ended { name, status, log_tail },
-            WaitError::TimedOut { limit, last, .. } => ReadyError::TimedOut { name, limit, last, log_tail },
-        })
+        wait_ready(&self.name, &self.log, limit, || self.ended(), probe).await
     }
 
     /// Asks it to end (SIGTERM), waits for `grace` at most, then kills what is left of its group.
@@ -293,6 +307,41 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill9().ok();
     }
+}
+
+/// Waits until `probe` says that a program answers, for `limit` at most, or until `ended` says how it has ended.
+pub(crate) async fn wait_ready<F, Fut>(
+    name: &str,
+    log: &Path,
+    limit: Duration,
+    ended: impl Fn() -> Option<String>,
+    mut probe: F,
+) -> Result<(), ReadyError>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result<(), String>>,
+{
+    let waited = wait::until(name, limit, || {
+        let ended = ended();
+        let probing = probe();
+        async move {
+            match ended {
+                Some(status) => Look::Failed(status),
+                None => probing.await.map_or_else(Look::NotYet, Look::Done),
+            }
+        }
+    })
+    .await;
+    let (name, log_tail) = (name.to_owned(), log_tail(log));
+    waited.map_err(|error| match error {
+        WaitError::Failed { source: status, .. } => ReadyError::Ended { name, status, log_tail },
+        WaitError::TimedOut { limit, last, .. } => ReadyError::TimedOut { name, limit, last, log_tail },
+    })
+}
+
+/// The last 4 KiB of a log, in whole lines.
+pub(crate) fn log_tail(log: &Path) -> String {
+    tail(log).unwrap_or_else(|error| format!("(log {} not readable: {error})", log.display()))
 }
 
 /// The last [`TAIL_BYTES`] of a file, without the first, cut line.

@@ -13,8 +13,8 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::csi::{Capabilities, View};
-use crate::process::{Process, Program, SpawnError};
-use crate::site::SiteNode;
+use crate::process::Program;
+use crate::site::{SiteError, SiteNode, Started};
 use crate::wait::{self, Look, WaitError};
 
 /// How long one run may take on a busy machine. On an idle one it takes 5 s.
@@ -38,7 +38,7 @@ pub enum SanityError {
     },
     /// It could not be started.
     #[error(transparent)]
-    Spawn(#[from] SpawnError),
+    Start(#[from] SiteError),
     /// It has not ended.
     #[error("csi-sanity does not end; end of its log:\n{log_tail}")]
     Late {
@@ -153,8 +153,8 @@ impl Report {
     }
 }
 
-/// Runs the program against the plugin of `node`, in the node's mount namespace, for volumes of a class with these
-/// parameters that are used as `view`. All its files lie in `dir`, which is made.
+/// Runs the program on `node` against its plugin, for volumes of a class with these parameters that are used as `view`.
+/// All its files lie in `dir`, which is made: a folder that the node and this machine share.
 ///
 /// # Errors
 /// [`SanityError`]; tests that fail are in the report.
@@ -177,21 +177,19 @@ pub async fn run(
     fs::write(&class, parameters).map_err(file("write", &class))?;
     let flag = |name: &str, value: &Path| format!("--{name}={}", value.display());
     let access = if view == View::Block { "block" } else { "mount" };
-    let process = Program::new("csi-sanity", Path::new("nsenter"), &dir.join("log"))
-        .args([format!("--mount=/proc/{}/ns/mnt", node.namespace_pid())])
-        .args([Path::new("--"), program])
+    let sanity = Program::new("csi-sanity", program, &dir.join("log"))
         .args([format!("--csi.endpoint=unix://{}", node.csi_socket().display())])
         .args([flag("csi.mountdir", &dir.join("target")), flag("csi.stagingdir", &dir.join("staging"))])
         .args([flag("csi.testvolumeparameters", &class), format!("--csi.testvolumesize={VOLUME_BYTES}")])
         .args([format!("--csi.testvolumeaccesstype={access}"), flag("ginkgo.json-report", &report)])
-        .args(["--ginkgo.no-color"])
-        .spawn()?;
-    wait_for_end(&process).await?;
+        .args(["--ginkgo.no-color"]);
+    let started = node.start_program(&sanity)?;
+    wait_for_end(&started).await?;
     let text = fs::read(&report).map_err(file("read", &report))?;
-    parse(&text).map_err(|source| SanityError::Report { path: report, log_tail: process.log_tail(), source })
+    parse(&text).map_err(|source| SanityError::Report { path: report, log_tail: started.log_tail(), source })
 }
 
-async fn wait_for_end(process: &Process) -> Result<(), SanityError> {
+async fn wait_for_end(process: &Started) -> Result<(), SanityError> {
     let ended = wait::until("csi-sanity to end", RUN_LIMIT, || {
         std::future::ready(if process.is_running() {
             Look::NotYet("it runs".to_owned())

@@ -3,8 +3,8 @@
 //!
 //! What stands in for a cluster: Node objects are made by hand; each node is a mount namespace of its own in which
 //! its agent runs, so that all nodes may have a pool at the same path, a mount outlives the agent that made it, and
-//! no mount outlives the site. Kubelet and the CSI sidecars are played by [`crate::csi`]. Garbage collection by owner
-//! references does not happen.
+//! no mount outlives the site; or a host with a kernel of its own ([`NodeKind`]). Kubelet and the CSI sidecars are
+//! played by [`crate::csi`]. Garbage collection by owner references does not happen.
 
 mod error;
 mod node;
@@ -13,6 +13,7 @@ mod servers;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,10 +23,11 @@ use kube::{Api, Client};
 use serde_json::json;
 
 pub use self::error::SiteError;
-pub use self::node::SiteNode;
+pub use self::node::{NodeKind, SiteNode, Started};
 pub use self::programs::{Programs, ProgramsError};
 pub use self::servers::{BUCKET, S3Kind, S3Server, ServerError, http_get_signed};
 use crate::cluster::{Cluster, SYSTEM_NAMESPACE};
+use crate::kernel::{GATEWAY, KernelNetwork};
 use crate::leaks::{self, Loop};
 use crate::ports::free_port;
 use crate::process::{Process, Program};
@@ -61,6 +63,8 @@ pub struct SiteOptions {
     pub dir: PathBuf,
     /// How many nodes, called `node-1` and so on.
     pub nodes: usize,
+    /// What they are.
+    pub kind: NodeKind,
     /// How many operators.
     pub operators: usize,
     /// The object store.
@@ -70,9 +74,10 @@ pub struct SiteOptions {
 }
 
 impl SiteOptions {
-    /// One node, one operator, the test S3 server, no defect.
+    /// One node that is a mount namespace, one operator, the test S3 server, no defect.
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), nodes: 1, operators: 1, s3: S3Kind::Test, sabotage: None }
+        let kind = NodeKind::Namespace;
+        Self { dir: dir.to_owned(), nodes: 1, kind, operators: 1, s3: S3Kind::Test, sabotage: None }
     }
 }
 
@@ -91,6 +96,8 @@ pub struct Site {
     http: servers::HttpServer,
     s3: S3Server,
     cluster: Cluster,
+    /// Of nodes with kernels of their own.
+    network: Option<KernelNetwork>,
     dir: PathBuf,
 }
 
@@ -114,7 +121,13 @@ impl Site {
             async { S3Server::start(options.s3, &dir, &programs.s3).await.map_err(SiteError::from) },
         )?;
         let http = servers::HttpServer::start(&dir, &programs.http).await?;
-        let mut site = Self { nodes: Vec::new(), operators: Vec::new(), http, s3, cluster, dir };
+        let network = match options.kind {
+            NodeKind::Namespace => None,
+            NodeKind::Kernel => Some(KernelNetwork::new()?),
+        };
+        let (nodes, operators) = (Vec::new(), Vec::new());
+        let mut site = Self { nodes, operators, http, s3, cluster, network, dir };
+        site.expose()?;
         site.install().await?;
         for number in 1..=options.operators {
             site.add_operator(number, &programs, options.sabotage.as_ref()).await?;
@@ -177,12 +190,31 @@ impl Site {
         self.dir.join("files")
     }
 
-    /// The address of the file server; what follows it chooses the server's mood, as in `/plain/FILE`.
-    pub fn http(&self) -> &str {
-        self.http.endpoint()
+    /// The address of the file server for the nodes; what follows it chooses the server's mood, as in `/plain/FILE`.
+    pub fn http(&self) -> String {
+        self.for_nodes(self.http.endpoint())
     }
 
-    /// The path at which each node has a disk of its own: where pools of this site go.
+    /// The address of the object store for the nodes.
+    pub fn s3_endpoint(&self) -> String {
+        self.for_nodes(&self.s3.endpoint())
+    }
+
+    /// This machine as the nodes know it.
+    fn server(&self) -> Ipv4Addr {
+        if self.network.is_some() { GATEWAY } else { Ipv4Addr::LOCALHOST }
+    }
+
+    fn for_nodes(&self, address: &str) -> String {
+        address.replace("127.0.0.1", &self.server().to_string())
+    }
+
+    /// What the nodes are.
+    pub fn kind(&self) -> NodeKind {
+        if self.network.is_some() { NodeKind::Kernel } else { NodeKind::Namespace }
+    }
+
+    /// The path at which each node that is a mount namespace has a disk of its own: where pools of directories go.
     pub fn pool_path(&self, pool: &str) -> PathBuf {
         self.dir.join("disk").join(pool)
     }
@@ -274,6 +306,17 @@ impl Site {
         leaks::detach_loops_below(&self.dir)
     }
 
+    /// Lets nodes with kernels of their own reach the servers of this site.
+    fn expose(&self) -> Result<(), SiteError> {
+        let Some(network) = &self.network else { return Ok(()) };
+        network.expose(self.cluster.port())?;
+        for address in [self.http.endpoint().to_owned(), self.s3.endpoint()] {
+            let port = address.rsplit(':').next().and_then(|port| port.parse().ok());
+            network.expose(port.ok_or(SiteError::Address { address })?)?;
+        }
+        Ok(())
+    }
+
     /// The kinds, the accounts and their rights.
     async fn install(&self) -> Result<(), SiteError> {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -308,13 +351,16 @@ impl Site {
         programs: &Programs,
         sabotage: Option<&(Saboteur, String)>,
     ) -> Result<(), SiteError> {
-        let kubeconfig = self.cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, NODE_ACCOUNT, name).await?;
+        let kubeconfig =
+            self.cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, NODE_ACCOUNT, name, self.server());
+        let kubeconfig = kubeconfig.await?;
         let labels = BTreeMap::from([(NODE_LABEL, "yes"), ("kubernetes.io/hostname", name)]);
         let labels = json!({ "metadata": { "labels": labels } });
         let nodes: Api<Node> = Api::all(self.client());
         let patched = nodes.patch(name, &PatchParams::default(), &Patch::Merge(&labels)).await;
         patched.map_err(|source| SiteError::Node { node: name.to_owned(), source })?;
-        let node = SiteNode::start(name, &self.dir, &kubeconfig, &programs.node, |program| {
+        let (network, program) = (self.network.as_ref(), &programs.node);
+        let node = SiteNode::start(name, &self.dir, network, &kubeconfig, program, |program| {
             sabotaged(logging(program), Saboteur::Node, sabotage)
         });
         self.nodes.push(node.await?);
@@ -324,7 +370,8 @@ impl Site {
     async fn wait_ready(&self) -> Result<(), SiteError> {
         for operator in &self.operators {
             if let Some(process) = &operator.process {
-                servers::wait_for_ok(process, &operator.health).await?;
+                let probe = servers::OkProbe::new(&operator.health)?;
+                process.wait_ready(READY_LIMIT, || probe.ask()).await?;
             }
         }
         for node in &self.nodes {
@@ -334,7 +381,7 @@ impl Site {
     }
 
     fn end_all(&mut self, gently: bool) {
-        for node in &mut self.nodes {
+        for node in self.nodes.drain(..) {
             node.end(gently);
         }
         for operator in &mut self.operators {

@@ -383,7 +383,8 @@ pub(super) async fn report_node(
             }
         };
     };
-    let pools = pools(node, view);
+    // It asks the kernel, in a pool of the device mapper through a program that may take long.
+    let pools = tokio::task::block_in_place(|| pools(node, view));
     let preflight = node.preflight.get();
     let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
     let missing: Vec<&str> =
@@ -460,8 +461,11 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
     }
     told.advisory = open.area.advisory().is_some();
     told.total_bytes = open.area.total().as_i64();
-    told.thin = open.area.kernel_pools().as_ref().map(to_thin_pools);
-    told.used_bytes = open.area.used().round_up(USED_UNIT).as_i64();
+    let kernel = open.area.kernel_pools();
+    // One look for both: in a pool of the device mapper each is a program to be run.
+    let used = kernel.as_ref().map(|state| state.images.data.used.saturating_add(state.volumes.data.used));
+    told.thin = kernel.as_ref().map(to_thin_pools);
+    told.used_bytes = used.unwrap_or_else(|| open.area.used()).round_up(USED_UNIT).as_i64();
     told.lineage = area.lineage.as_ref().map(ToString::to_string);
     told.obeyed_revision = i64::try_from(area.revision).unwrap_or(i64::MAX);
     for (uid, promise) in &area.promises {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -86,7 +87,8 @@ impl Cluster {
     }
 
     /// Like [`Cluster::service_account_kubeconfig`], with a token bound to the Node object `node` (created if need
-    /// be), as a pod's token on that node is: policies see `authentication.kubernetes.io/node-name`.
+    /// be), as a pod's token on that node is: policies see `authentication.kubernetes.io/node-name`. `server` is this
+    /// machine as the node knows it; the API server's certificate names 127.0.0.1 and [`crate::kernel::GATEWAY`].
     ///
     /// # Errors
     /// [`IdentityError`].
@@ -95,6 +97,7 @@ impl Cluster {
         namespace: &str,
         name: &str,
         node: &str,
+        server: Ipv4Addr,
     ) -> Result<PathBuf, IdentityError> {
         self.ensure_account(namespace, name).await?;
         let nodes: Api<Node> = Api::all(self.admin());
@@ -103,7 +106,7 @@ impl Cluster {
         created(nodes.create(&PostParams::default(), &wanted).await, || format!("create node {node}"))?;
         let get_error = |source| IdentityError::Request { action: format!("read node {node}"), source };
         let found = nodes.get(node).await.map_err(get_error)?;
-        self.token_kubeconfig(namespace, name, Some(&found)).await
+        self.token_kubeconfig(namespace, name, Some((&found, server))).await
     }
 
     /// A client of whoever a kubeconfig file stands for.
@@ -127,10 +130,10 @@ impl Cluster {
         &self,
         namespace: &str,
         name: &str,
-        node: Option<&Node>,
+        node: Option<(&Node, Ipv4Addr)>,
     ) -> Result<PathBuf, IdentityError> {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.admin(), namespace);
-        let bound_object_ref = node.map(|node| BoundObjectReference {
+        let bound_object_ref = node.map(|(node, _)| BoundObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Node".to_owned()),
             name: Some(node.name_any()),
@@ -154,9 +157,11 @@ impl Cluster {
             })?;
         let no_token = || IdentityError::NoToken { namespace: namespace.to_owned(), name: name.to_owned() };
         let token = issued.status.ok_or_else(no_token)?.token;
-        let suffix = node.map(|node| format!(".{}", node.name_any())).unwrap_or_default();
+        let suffix = node.map(|(node, _)| format!(".{}", node.name_any())).unwrap_or_default();
         let path = self.dir.join(format!("{namespace}.{name}{suffix}.kubeconfig"));
-        write_kubeconfig(&path, &self.pki, self.ports.apiserver, &json!({ "token": token }))?;
+        let server = node.map_or(Ipv4Addr::LOCALHOST, |(_, server)| server);
+        let server = SocketAddrV4::new(server, self.ports.apiserver);
+        write_kubeconfig(&path, &self.pki, server, &json!({ "token": token }))?;
         Ok(path)
     }
 }
@@ -165,7 +170,7 @@ impl Cluster {
 pub(super) fn write_admin_kubeconfig(dir: &Path, pki: &Pki, port: u16) -> Result<PathBuf, IdentityError> {
     let path = admin_path(dir);
     let user = json!({ "client-certificate": pki.file("admin.crt"), "client-key": pki.file("admin.key") });
-    write_kubeconfig(&path, pki, port, &user)?;
+    write_kubeconfig(&path, pki, SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), &user)?;
     Ok(path)
 }
 
@@ -186,8 +191,8 @@ fn admin_path(dir: &Path) -> PathBuf {
 }
 
 /// Writes a kubeconfig, as JSON, which is YAML too.
-fn write_kubeconfig(path: &Path, pki: &Pki, port: u16, user: &Value) -> Result<(), IdentityError> {
-    let server = format!("https://127.0.0.1:{port}");
+fn write_kubeconfig(path: &Path, pki: &Pki, server: SocketAddrV4, user: &Value) -> Result<(), IdentityError> {
+    let server = format!("https://{server}");
     let config = json!({
         "apiVersion": "v1",
         "kind": "Config",

@@ -23,6 +23,9 @@ use super::error::NetworkError;
 /// The machine's own address in the network of guests.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
+/// The addresses of the network of guests: the gateway's and their own.
+pub const NETWORK: &str = "10.77.0.0/24";
+
 /// The bridge.
 const BRIDGE: &str = "guests";
 

@@ -221,8 +221,10 @@ impl Run<'_> {
         let node = &self.site.nodes()[0];
         let pool = node.pool_root(POOL);
         for folder in ["staging", "images", "volumes"] {
-            let entries = fs::read_dir(node.inside(&pool.join(folder))).into_iter().flatten().flatten();
-            left.extend(entries.map(|entry| format!("{folder}/{}", entry.file_name().to_string_lossy())));
+            match node.names(&pool.join(folder)) {
+                Ok(names) => left.extend(names.iter().map(|name| format!("{folder}/{name}"))),
+                Err(error) => left.push(format!("{folder}, which cannot be looked into: {error}")),
+            }
         }
         let now = leaks::Snapshot::below(self.site.dir());
         for thing in self.before.added(&now) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::programs::ProgramsError;
 use super::servers::ServerError;
 use crate::cluster::{ApplyError, ClusterError, IdentityError};
+use crate::kernel::{BootError, CommandError, NetworkError};
 use crate::process::{ReadyError, SpawnError};
 use crate::wait::WaitError;
 
@@ -55,4 +56,35 @@ pub enum SiteError {
     /// A process did not get ready; the message holds the end of its log.
     #[error(transparent)]
     Ready(#[from] ReadyError),
+    /// A network for nodes with kernels of their own could not be made.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// A node with a kernel of its own did not boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A command on a node with a kernel of its own.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A command on a node.
+    #[error("`{command}` on node {node} failed: {said}")]
+    Run {
+        /// The node.
+        node: String,
+        /// The command.
+        command: String,
+        /// What was said.
+        said: String,
+    },
+    /// A node that is a part of this machine has no power of its own that could be cut.
+    #[error("node {node} has no power of its own")]
+    NoPower {
+        /// The node.
+        node: String,
+    },
+    /// An address of this site's servers is none that it could have.
+    #[error("no port in the address {address}")]
+    Address {
+        /// The address.
+        address: String,
+    },
 }

@@ -261,18 +261,26 @@ async fn wait_for_answer(process: &Process, url: &str) -> Result<(), ServerError
     Ok(process.wait_ready(READY_LIMIT, answer).await?)
 }
 
-/// Waits until a process answers 200 at `url`.
-pub(super) async fn wait_for_ok(process: &Process, url: &str) -> Result<(), ServerError> {
-    let client = probe().map_err(ServerError::Probe)?;
-    let answer = || async {
-        let answer = client.get(url).send().await.map_err(|error| format!("{error:?}"))?;
+/// Asks whether something answers 200.
+pub(super) struct OkProbe {
+    client: reqwest::Client,
+    url: String,
+}
+
+impl OkProbe {
+    pub(super) fn new(url: &str) -> Result<Self, ServerError> {
+        Ok(Self { client: probe().map_err(ServerError::Probe)?, url: url.to_owned() })
+    }
+
+    /// What it answers instead, in words.
+    pub(super) async fn ask(&self) -> Result<(), String> {
+        let answer = self.client.get(&self.url).send().await.map_err(|error| format!("{error:?}"))?;
         let status = answer.status();
         if status.is_success() {
             return Ok(());
         }
         Err(format!("{status}: {}", answer.text().await.unwrap_or_default().trim()))
-    };
-    Ok(process.wait_ready(READY_LIMIT, answer).await?)
+    }
 }
 
 fn probe() -> reqwest::Result<reqwest::Client> {

@@ -188,7 +188,7 @@ async fn each_ends_with_its_reason() -> anyhow::Result<()> {
         "apiVersion": "staging.berth.dev/v1alpha1", "kind": "ImageStore",
         "metadata": { "name": "nowhere", "namespace": "default" },
         "spec": {
-            "endpoint": site.s3().endpoint(), "bucket": "no-such-bucket", "secretRef": { "name": "images-s3" },
+            "endpoint": site.s3_endpoint(), "bucket": "no-such-bucket", "secretRef": { "name": "images-s3" },
         },
     });
     site.apply(&store.to_string()).await?;
@@ -263,8 +263,7 @@ async fn nothing_is_left(site: &Site, before: &Snapshot) -> anyhow::Result<()> {
     ensure!(open.is_empty(), "open uploads: {open:?}");
     let node = &site.nodes()[0];
     for folder in ["staging", "images", "volumes"] {
-        let entries = fs::read_dir(node.inside(&node.pool_root("work").join(folder)))?;
-        let left: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        let left = node.names(&node.pool_root("work").join(folder))?;
         ensure!(left.is_empty(), "left in {folder}: {left:?}");
     }
     let added = before.settle(Duration::from_secs(10), || Snapshot::below(site.dir()));

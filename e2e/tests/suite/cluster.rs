@@ -1,5 +1,6 @@
 //! The test control plane itself: what every other scenario stands on.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -107,7 +108,8 @@ fn is_forbidden<T>(outcome: &kube::Result<T>) -> bool {
 async fn tokens_name_their_node() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let cluster = Cluster::start(dir.path()).await?;
-    let bound = cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", "node-7").await?;
+    let bound =
+        cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", "node-7", Ipv4Addr::LOCALHOST).await?;
     let plain = cluster.service_account_kubeconfig(SYSTEM_NAMESPACE, "berth-node").await?;
     let node = node_claim(cluster.client_for(&bound).await?).await?;
     ensure!(node == ["node-7"], "the bound token says {node:?}");

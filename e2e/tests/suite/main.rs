@@ -4,6 +4,7 @@
 //! What the machine cannot run is reported as ignored, with the reason.
 
 mod bad_input;
+mod books;
 mod cluster;
 mod data_plane;
 mod kernel;
@@ -13,9 +14,13 @@ mod minio;
 mod operator;
 mod outage;
 mod process;
+mod remains;
+mod round_trip;
 mod safety;
 mod sanity;
 mod scenario;
+mod scene;
+mod thin_cluster;
 mod volume;
 
 use std::process::ExitCode;
@@ -33,6 +38,7 @@ fn scenarios() -> Vec<Scenario> {
         minio::scenarios(),
         operator::scenarios(),
         volume::scenarios(),
+        thin_cluster::scenarios(),
         sanity::scenarios(),
         bad_input::scenarios(),
         outage::scenarios(),

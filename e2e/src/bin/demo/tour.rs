@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -108,7 +109,7 @@ async fn apply_examples(screen: &Screen, site: &Site, url: &str) -> anyhow::Resu
     let pool = site.pool_path("quickstart").to_string_lossy().into_owned();
     let access_key = format!("accessKeyId: {} ", site.s3().access_key());
     let secret_key = format!("secretKey: {}", site.s3().secret_key());
-    let endpoint = site.s3().endpoint();
+    let endpoint = site.s3_endpoint();
     let applied = async |name: &str, replaced: &[(&str, &str)]| -> anyhow::Result<_> {
         let path = folder.join(name);
         let mut text =
@@ -196,22 +197,25 @@ async fn give(
 }
 
 fn show_content(screen: &Screen, node: &SiteNode, used: &Used) -> anyhow::Result<()> {
-    let root = node.inside(&used.target);
+    let root = &used.target;
     screen.line("  /etc/os-release, read inside the volume:");
     // In an image it may be a symbolic link that is absolute: it must not be followed out of the volume.
     let release = [root.join("etc/os-release"), root.join("usr/lib/os-release")];
-    let found =
-        release.iter().find(|path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_file()));
-    match found {
+    let file = r#"[ ! -L "$1" ] && [ -f "$1" ]"#;
+    let is_file = |path: &Path| {
+        let words = ["sh", "-c", file, "sh"].map(OsStr::new);
+        node.run(words.into_iter().chain([path.as_os_str()])).is_ok()
+    };
+    match release.iter().find(|path| is_file(path)) {
         Some(path) => {
-            for line in fs::read_to_string(path)?.lines().take(4) {
+            for line in String::from_utf8_lossy(&node.read(path)?).lines().take(4) {
                 screen.line(&format!("    {line}"));
             }
         }
         None => screen.line("    (there is none)"),
     }
     let probe = root.join("written-by-the-demonstration");
-    fs::write(&probe, "the volume is writable\n").context("the volume is not writable")?;
+    node.write(&probe, b"the volume is writable\n").context("the volume is not writable")?;
     screen.line("  and a file was written to it");
     Ok(())
 }
@@ -252,8 +256,8 @@ fn show_commands(screen: &Screen, site: &Site, node: &SiteNode, used: &Used) {
     ] {
         screen.line(&format!("  {command}"));
     }
-    let namespace = format!("/proc/{}/ns/mnt", node.namespace_pid());
-    screen.line(&format!("  nsenter --mount={namespace} ls {}", used.target.display()));
+    let namespace = node.namespace_argument().unwrap_or_default();
+    screen.line(&format!("  nsenter {namespace} ls {}", used.target.display()));
 }
 
 /// Sizes in status are never negative.

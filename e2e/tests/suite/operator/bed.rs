@@ -1,6 +1,7 @@
 //! A control plane with Berth's kinds and rights, one pool, operators as processes, and fake nodes.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -90,7 +91,10 @@ impl Bed {
 
     /// Starts a node that carries the pool, with a node's rights and no more.
     pub async fn node(&self, name: &str, total: i64) -> anyhow::Result<FakeNode> {
-        let kubeconfig = self.cluster.node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", name).await?;
+        let kubeconfig = self
+            .cluster
+            .node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", name, Ipv4Addr::LOCALHOST)
+            .await?;
         let client = self.cluster.client_for(&kubeconfig).await?;
         FakeNode::start(client, name, "p", total).await
     }
