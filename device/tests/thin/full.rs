@@ -13,8 +13,8 @@ use berth_device::files;
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::partition::Extent;
 use berth_device::thin::{
-    Discards, KernelPool, KernelPoolError, PoolStatus, Scope, ThinConfig, ThinDevice, VolumeGroup, WhenFull,
-    WipeConsent, volume_name,
+    Discards, InProcess, KernelPool, KernelPoolError, PoolStatus, Scope, ThinConfig, ThinDevice, VolumeGroup,
+    WhenFull, WipeConsent, volume_name,
 };
 
 use super::{BLOCK, Bench, POOL, config, end_pool, fill, holder, id, open_pool, read_block, run, uid};
@@ -88,7 +88,7 @@ fn full_metadata_stops_grants_and_new_blocks_and_growth_mends_it() {
     assert_eq!(read_block(&device.path(), 3), 9, "reads go on");
     fill(&image.path(), 0, 16, 5).expect("the other class goes on");
 
-    pool.grow(&config, &group, Part::Metadata, Bytes::kib(512)).unwrap();
+    pool.grow(&config, &group, Part::Metadata, Bytes::kib(512), &InProcess).unwrap();
     assert_eq!((pool.state().unwrap().mode, pool.state().unwrap().stopped()), (PoolMode::ReadWrite, None));
     fill(&device.path(), 4, 50, 8).unwrap();
     assert_eq!((read_block(&device.path(), 3), read_block(&device.path(), 53)), (9, 8));
@@ -126,8 +126,8 @@ fn metadata_that_needs_a_check_is_read_and_mended_only_by_a_person() {
     fill(&device.path(), 4, 1, 9).expect_err("nothing new is written");
     for refused in [
         pool.create_thin(id(2)),
-        pool.create_snap(id(2), id(1)),
-        pool.grow(&config, &group, Part::Data, Bytes::mib(4)),
+        pool.create_snap(id(2), id(1), &InProcess),
+        pool.grow(&config, &group, Part::Data, Bytes::mib(4), &InProcess),
     ] {
         let error = refused.unwrap_err();
         assert_eq!(error.reason(), Reason::NeedsCheck, "{error}");
