@@ -7,6 +7,8 @@
 set -euo pipefail
 first=$1 template=$2
 export LC_ALL=C
+# What is done here is not what is cut.
+trap 'sync; dmsetup message disk 0 mark staged' EXIT
 sectors=$(blockdev --getsz /dev/ubdb)
 dmsetup create ground --table "0 $sectors linear /dev/ubdb 0"
 dmsetup create disk --table "0 $sectors log-writes /dev/mapper/ground /dev/ubda"

@@ -27,6 +27,8 @@ pub const TEMPLATE_SIZE: u64 = 8 * MIB;
 pub const LOOK: &str = include_str!("../../crash/look.sh");
 
 const STAGE: &str = include_str!("../../crash/stage.sh");
+/// The mark that it leaves in the log at its end.
+const STAGED: &str = "staged";
 /// Room for the pool, and 128 MiB for the node's state.
 const DISK_SIZE: u64 = GIB + 128 * MIB;
 const LOG_SIZE: u64 = 8 * GIB;
@@ -169,8 +171,10 @@ impl Bed {
             self.host = Some(host.env("BERTH_RECORD_DUMP", &self.programs.dump).boot()?);
         }
         let template = self.dir.join("template.raw");
-        let words = ["bash", "-c", STAGE, "stage", if self.new { "1" } else { "0" }];
-        let words = words.iter().map(AsRef::as_ref).chain([template.as_os_str()]);
+        let script = self.dir.join("stage.sh");
+        self.file("stage.sh", fs::write(&script, STAGE))?;
+        let words = [script.as_os_str(), if self.new { "1" } else { "0" }.as_ref(), template.as_os_str()];
+        let words = ["bash".as_ref()].into_iter().chain(words);
         let output = self.host().command(words).limit(STAGE_LIMIT).run()?;
         self.new = false;
         Ok(staged(&output.text()))
@@ -261,7 +265,7 @@ fn moment(entries: &[LogEntry], number: Option<usize>, seeded: &mut Seeded) -> u
     let at =
         |text: &str| entries.iter().position(|entry| matches!(entry, LogEntry::Mark(mark) if mark == text));
     let (begin, end) = marks(number.unwrap_or_default());
-    let begin = if number.is_some() { at(&begin) } else { Some(0) };
+    let begin = at(if number.is_some() { &begin } else { STAGED });
     let Some(begin) = begin else { return entries.len() };
     let end = at(&end).unwrap_or(entries.len());
     let flushes = (begin..end).filter(|at| entries[*at] == LogEntry::Flush);

@@ -34,6 +34,7 @@ pub struct History<'a> {
     cut_off: Option<Step>,
     /// What happened, for whoever has to find out why it failed.
     story: Vec<String>,
+    began: Instant,
     /// Tells it at once as well, under this number.
     pub verbose: Option<u64>,
     /// What was done.
@@ -59,6 +60,7 @@ impl<'a> History<'a> {
             model: Model::default(),
             cut_off: None,
             story: Vec::new(),
+            began: Instant::now(),
             verbose: None,
             report: Report::default(),
         })
@@ -104,6 +106,7 @@ impl<'a> History<'a> {
             return Ok(());
         }
         self.tell(&format!("a run of {} steps, cut in {kind}, disk {cut:?}", script.steps.len()));
+        self.tell("it is on, and was looked at");
         let playing = self.bed.play(lines(&script))?;
         let refusing = self.cut_in(&playing, &script, kind, cut)?;
         self.bed.cut();
@@ -262,10 +265,11 @@ impl<'a> History<'a> {
     }
 
     fn tell(&mut self, what: &str) {
+        let what = format!("{:5.1} s: {what}", self.began.elapsed().as_secs_f64());
         if let Some(lane) = self.verbose {
             eprintln!("{lane}: {what}");
         }
-        self.story.push(what.to_owned());
+        self.story.push(what);
     }
 
     fn tell_all(&mut self, script: &Script, said: &[Said], playing: &Running) {

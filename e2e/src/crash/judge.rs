@@ -117,6 +117,7 @@ impl Judge<'_> {
         self.thin_devices();
         self.shown();
         self.promises();
+        self.attachments();
         self.templates();
     }
 
@@ -266,6 +267,19 @@ impl Judge<'_> {
             if !known && row["released"] != true {
                 self.fail(Total::Leaked, format!("space is promised to {uid}, which is not there"));
             }
+        }
+    }
+
+    /// What is attached is recorded, so that nothing of it is taken away.
+    fn attachments(&mut self) {
+        let recorded: BTreeSet<String> = self.found.rows("attachments").into_keys().collect();
+        let attached = self.model.volumes.iter().filter(|(_, volume)| volume.attached);
+        let attached: BTreeSet<String> = attached.map(|(uid, _)| uid.clone()).collect();
+        for uid in attached.difference(&recorded) {
+            self.fail(Total::LostAcknowledged, format!("volume {uid} is attached, and not recorded so"));
+        }
+        for uid in recorded.difference(&attached) {
+            self.fail(Total::Leaked, format!("volume {uid} is recorded as attached, and is not"));
         }
     }
 

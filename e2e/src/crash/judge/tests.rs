@@ -59,6 +59,7 @@ fn record() -> Value {
         "thin": {VOLUME: {"class": "Volumes", "id": 3, "size": 8 << 20, "state": "Made"}},
         "thin_counters": {"volumes": {"transaction": 2, "last_id": 3}},
         "templates": {TEMPLATE: {"state": "Attached"}},
+        "attachments": {VOLUME: {"mode": "Device"}},
         "promises": {VOLUME: {"released": false}},
     }})
 }
@@ -91,6 +92,8 @@ fn each_kind_of_damage_is_noticed() {
     assert_eq!(with("dev_id=\"3\"", "dev_id=\"4\""), [RecordMismatch, Leaked]);
     assert_eq!(with("  <device", "  <device dev_id=\"9\">\n  <device"), [Leaked]);
     assert_eq!(with("thin 254:8 3", "thin 254:8 4"), [RecordMismatch]);
+    assert_eq!(with("\"Device\"", "\"Device\"}, \"x\": {\"y\": 0"), [Leaked]);
+    assert_eq!(with("\"attachments\"", "\"others\""), [LostAcknowledged]);
     assert_eq!(with("\"Made\"", "\"Removing\""), [RecordMismatch]);
     assert_eq!(with("\"Ready\"", "\"Creating\""), [LostAcknowledged]);
     assert_eq!(with("\"Volume\"", "\"Snapshot\""), [LostAcknowledged]);
@@ -107,7 +110,7 @@ fn what_nobody_has_is_a_leak_and_what_is_gone_must_be_gone() {
     let mut model = model();
     model.apply(&Step::Destroy(VOLUME.into()));
     let found = failures(&model, &text(&record()));
-    assert_eq!(found, [LostAcknowledged, Leaked, Leaked, Leaked]);
+    assert_eq!(found, [LostAcknowledged, Leaked, Leaked, Leaked, Leaked]);
     model.gone.clear();
     assert!(failures(&model, &text(&record())).contains(&Leaked));
     let none = Model::default();
