@@ -80,7 +80,26 @@ struct Sabotage {
     ways: &'static [Cut],
 }
 
-const SABOTAGES: &[Sabotage] = &[];
+const SABOTAGES: &[Sabotage] = &[
+    Sabotage { name: "no-intent", kinds: &[Kind::VolumeCreate], ways: &[Cut::AsItWas, Cut::Lost] },
+    Sabotage {
+        name: "ack-before-sync",
+        kinds: &[Kind::VolumeCreate, Kind::VolumeResize, Kind::VolumeDestroy],
+        ways: &[Cut::AsItWas, Cut::Lost],
+    },
+    Sabotage { name: "skip-transaction", kinds: &[Kind::VolumeCreate], ways: &[Cut::AsItWas] },
+    Sabotage {
+        name: "forget-before-delete",
+        kinds: &[Kind::VolumeDestroy],
+        ways: &[Cut::AsItWas, Cut::Lost],
+    },
+    Sabotage {
+        name: "trust-half-made",
+        kinds: &[Kind::VolumeCreate, Kind::VolumeSnapshot],
+        ways: &[Cut::AsItWas, Cut::Reordered],
+    },
+    Sabotage { name: "attach-unrecorded", kinds: &[Kind::VolumeAttach, Kind::Write], ways: &[Cut::AsItWas] },
+];
 
 /// The names of the defects.
 pub fn sabotages() -> Vec<&'static str> {

@@ -6,13 +6,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use redb::{
-    Builder, Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError, TableError,
-};
+use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{ChangeError, CreateError, OpenError, ReadError};
+use crate::sabotage;
 use crate::schema::{
     FORMAT_VERSION, HEADER, KEY_DAMAGE, KEY_OWNER, KEY_VERSION, Owner, RecordKey, StructTable,
 };
@@ -334,7 +333,7 @@ fn decode_row<K: RecordKey, V: Serialize + DeserializeOwned>(
 /// active state is never one that was half written: a bad checksum then always means damage.
 fn begin(db: &Database) -> Result<redb::WriteTransaction, redb::Error> {
     let mut txn = db.begin_write()?;
-    txn.set_durability(Durability::Immediate)?;
+    txn.set_durability(sabotage::durability())?;
     txn.set_two_phase_commit(true);
     Ok(txn)
 }

@@ -10,6 +10,7 @@ use super::error::OperationError;
 use super::volumes::{found, recorded, require_no_template, require_unused};
 use crate::agent::pools::OpenPool;
 use crate::area::templates;
+use crate::sabotage;
 
 /// Makes a block device of a volume, a snapshot or a template appear.
 pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, OperationError> {
@@ -41,6 +42,9 @@ pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, Op
         staged_path: PathBuf::new(),
         mode: AttachmentMode::Device,
     };
+    if sabotage::active(sabotage::ATTACH_UNRECORDED) {
+        return Ok(Outcome::Device(pool.area.attach(uid, None, read_only)?));
+    }
     pool.record.attach(uid, &attachment)?;
     let device = pool.area.attach(uid, None, read_only)?;
     attachment.loop_device = Some(device.clone());

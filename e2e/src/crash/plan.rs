@@ -105,7 +105,7 @@ impl Planner {
             Step::Create { volume, .. }
             | Step::Clone { volume, .. }
             | Step::Snapshot { snapshot: volume, .. }
-                if self.seeded.chance(30) =>
+                if self.seeded.chance(40) =>
             {
                 Some(Step::Destroy(volume.clone()))
             }
