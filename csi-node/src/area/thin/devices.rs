@@ -46,12 +46,15 @@ impl Thin {
         self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)?;
         self.reconcile(record, class)?;
         let size = size.round_up(self.group.block().bytes());
-        if sabotage::active(sabotage::NO_INTENT) {
+        let early = sabotage::active(sabotage::NO_INTENT);
+        if early {
             pool.create_thin(next_id(record, class)?)?;
             sabotage::linger();
         }
         let entry = record.begin_thin(uid, recorded(class), size)?;
-        pool.create_thin(thin_id(&entry)?)?;
+        if !early {
+            pool.create_thin(thin_id(&entry)?)?;
+        }
         self.reconcile(record, class)?;
         Ok(entry)
     }
