@@ -67,7 +67,7 @@ pub struct CrashOptions {
     pub lanes: u64,
     /// A defect of the program, which must be noticed.
     pub sabotage: Option<String>,
-    /// What is cut; [`Kind::usual`] if empty.
+    /// What is cut; everything if empty.
     pub only: Vec<Kind>,
     /// Tells what happens.
     pub verbose: bool,
@@ -113,8 +113,7 @@ pub fn sabotages() -> Vec<&'static str> {
 pub fn run(options: &CrashOptions) -> Result<Report, BedError> {
     let programs = Programs::obtain(options.sabotage.as_deref())?;
     let chosen = SABOTAGES.iter().find(|sabotage| options.sabotage.as_deref() == Some(sabotage.name));
-    let usual = Kind::usual();
-    let (kinds, ways) = chosen.map_or((&usual[..], &WAYS[..]), |one| (one.kinds, one.ways));
+    let (kinds, ways) = chosen.map_or((&Kind::ALL[..], &WAYS[..]), |one| (one.kinds, one.ways));
     let kinds = if options.only.is_empty() { kinds } else { &options.only[..] };
     let schedule = Mutex::new(Schedule::new(options.cuts, kinds, ways));
     let lanes: Vec<Result<Report, BedError>> = thread::scope(|scope| {
@@ -156,6 +155,11 @@ fn run_lane(
         ended?;
         report.add(std::mem::take(&mut history.report));
         number += 1;
+        if report.failures.is_empty() {
+            drop(history);
+            // Nobody needs what is left of it, and the next one needs the space.
+            std::fs::remove_dir_all(&dir).ok();
+        }
     }
     Ok(report)
 }

@@ -70,13 +70,6 @@ impl Kind {
         Self::VolumeDestroy,
         Self::Write,
     ];
-
-    /// Those that are cut unless asked otherwise. `templateAttach` and `templateDetach` come in when the program does them.
-    pub fn usual() -> Vec<Self> {
-        Self::ALL.into_iter().filter(|kind| !Self::TEMPLATES.contains(kind)).collect()
-    }
-
-    const TEMPLATES: [Self; 2] = [Self::TemplateAttach, Self::TemplateDetach];
 }
 
 impl fmt::Display for Kind {
