@@ -214,6 +214,11 @@ impl Step {
         })
     }
 
+    /// Whether a refusal says that what it is to take away is gone.
+    pub fn is_gone(&self, refusal: &str) -> bool {
+        matches!(self, Self::TemplateDetach(_)) && refusal.starts_with("VolumeNotFound:")
+    }
+
     /// The line of the player's script.
     pub fn line(&self, number: usize) -> String {
         let play = match self {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::Value;
+
 use super::found::Found;
 use super::judge::{Failure, Total, judge};
 use super::model::Model;
@@ -116,6 +118,12 @@ impl Outcome {
                     self.acknowledge(step);
                 }
             }
+            // What was cut off had come to its end.
+            Some(Answer::Refused(why)) if number == 0 && step.is_some_and(|step| step.is_gone(&why)) => {
+                if counts(number) {
+                    self.acknowledge(step);
+                }
+            }
             Some(Answer::Refused(why)) if refusable != Some(number) => {
                 self.fail(Total::Other, format!("{step:?} was refused: {why}"));
             }
@@ -140,12 +148,15 @@ impl Outcome {
         begun: &BTreeSet<usize>,
         counts: &impl Fn(usize) -> bool,
     ) -> Option<Step> {
+        let good = |number: usize, answer: &Value| match Answer::read(answer) {
+            Some(Answer::Done(_)) => true,
+            Some(Answer::Refused(why)) => number == 0 && steps.first().is_some_and(|step| step.is_gone(&why)),
+            None => false,
+        };
         let done = |number: usize| {
             counts(number)
                 && said.iter().any(|line| match line {
-                    Said::Answered(at, answer) => {
-                        *at == number && matches!(Answer::read(answer), Some(Answer::Done(_)))
-                    }
+                    Said::Answered(at, answer) => *at == number && good(number, answer),
                     Said::Written(at) => *at == number,
                     _ => false,
                 })
@@ -198,6 +209,19 @@ mod tests {
         let outcome = take(&model, &steps(), &said, |_| true, None);
         assert_eq!(outcome.failures[0].total, Total::RecordMismatch);
         assert_eq!(outcome.cut_off, None);
+    }
+
+    #[test]
+    fn what_is_taken_away_again_may_be_gone() {
+        let gone = json!({"refused": {"reason": "VolumeNotFound", "message": "x"}});
+        let mut model = Model::default();
+        model.apply(&Step::TemplateAttach("t".into()));
+        let steps = [Step::TemplateDetach("t".into()), Step::TemplateDetach("t".into())];
+        let said = |number| [Said::Begun(number), Said::Answered(number, gone.clone())];
+        let outcome = take(&model, &steps, &said(0), |_| true, None);
+        assert_eq!((outcome.failures.len(), outcome.cut_off), (0, None));
+        assert!(outcome.model.templates.is_empty());
+        assert_eq!(take(&model, &steps, &said(1), |_| true, None).failures.len(), 1, "it was there before");
     }
 
     #[test]
