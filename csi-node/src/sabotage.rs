@@ -27,9 +27,11 @@ pub const ATTACH_UNRECORDED: &str = "attach-unrecorded";
 pub const CRASH: &[&str] =
     &[NO_INTENT, ACK_BEFORE_SYNC, SKIP_TRANSACTION, FORGET_BEFORE_DELETE, TRUST_HALF_MADE, ATTACH_UNRECORDED];
 
-/// Waits where a defect has left something half done, so that it is met there.
-pub fn linger() {
-    std::thread::sleep(std::time::Duration::from_millis(400));
+/// Waits where this defect, if it is active, leaves something half done, so that it is met there.
+pub fn linger(name: &str) {
+    if active(name) {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+    }
 }
 
 /// True if the environment variable `BERTH_SABOTAGE` names this defect.

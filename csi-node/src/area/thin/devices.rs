@@ -49,9 +49,10 @@ impl Thin {
         let early = sabotage::active(sabotage::NO_INTENT);
         if early {
             pool.create_thin(next_id(record, class)?)?;
-            sabotage::linger();
+            sabotage::linger(sabotage::NO_INTENT);
         }
         let entry = record.begin_thin(uid, recorded(class), size)?;
+        sabotage::linger(sabotage::TRUST_HALF_MADE);
         if !early {
             pool.create_thin(thin_id(&entry)?)?;
         }
@@ -82,6 +83,7 @@ impl Thin {
         self.reconcile(record, Class::Volumes)?;
         let size = size.round_up(self.group.block().bytes());
         let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
+        sabotage::linger(sabotage::TRUST_HALF_MADE);
         pool.create_snap(thin_id(&entry)?, thin_id(&of)?, &*self.suspender)?;
         self.reconcile(record, Class::Volumes)?;
         Ok(entry)
@@ -127,7 +129,7 @@ impl Thin {
         record.begin_remove_thin(uid)?;
         if sabotage::active(sabotage::FORGET_BEFORE_DELETE) {
             record.forget_thin(uid)?;
-            sabotage::linger();
+            sabotage::linger(sabotage::FORGET_BEFORE_DELETE);
         }
         pool.delete(thin_id(&entry)?)?;
         self.reconcile(record, class)?;
