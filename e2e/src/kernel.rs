@@ -41,7 +41,7 @@ pub use self::error::{BootError, NetworkError};
 pub use self::host::KernelHost;
 pub use self::network::{GATEWAY, KernelNetwork, NETWORK};
 pub use self::plan::{Disk, KernelHostBuilder};
-pub use self::write_log::{Point, WriteLog, WriteLogError};
+pub use self::write_log::{LogEntry, Point, Replayed, WriteLog, WriteLogError};
 
 /// Bytes in a mebibyte.
 pub const MIB: u64 = 1 << 20;

@@ -6,6 +6,7 @@
 //! a directory that the caller gives.
 
 pub mod cluster;
+pub mod crash;
 pub mod csi;
 pub mod drive;
 pub mod image;

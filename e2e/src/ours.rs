@@ -54,6 +54,9 @@ pub const OPERATOR: Ours = Ours { package: "berth-operator", binary: "berth-oper
 /// The node plugin.
 pub const NODE: Ours = Ours { package: "berth-node", binary: "berth-node", feature: None };
 
+/// Shows a record.
+pub const RECORD_DUMP: Ours = Ours { package: "berth-record", binary: "berth-record-dump", feature: None };
+
 /// The S3 test server.
 pub const TEST_S3: Ours = Ours { package: "berth-testkit", binary: "berth-test-s3", feature: None };
 

@@ -17,6 +17,7 @@ mod entry;
 mod error;
 mod node;
 mod pool;
+mod sabotage;
 mod schema;
 mod store;
 mod template;

@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{ChangeError, CreateError, OpenError, ReadError};
+use crate::sabotage;
 use crate::schema::{
     FORMAT_VERSION, HEADER, KEY_DAMAGE, KEY_OWNER, KEY_VERSION, Owner, RecordKey, StructTable,
 };
@@ -158,7 +159,7 @@ impl Record {
     ) -> Result<T, E> {
         let failed =
             |source: redb::Error| ChangeError::Commit { path: self.path.clone(), source: Box::new(source) };
-        let txn = begin(&self.db).map_err(failed)?;
+        let txn = begin(&self.db, sabotage::durability()).map_err(failed)?;
         let answer = change(&Change { txn: &txn })?;
         txn.commit().map_err(|e| failed(e.into()))?;
         Ok(answer)
@@ -330,17 +331,17 @@ fn decode_row<K: RecordKey, V: Serialize + DeserializeOwned>(
     Ok((key, value))
 }
 
-/// Begins a transaction whose commit returns only when it is on stable storage. Two-phase, so that after a crash the
+/// Begins a transaction. Its commit returns only when it is on stable storage, if `durability` says so. Two-phase, so that after a crash the
 /// active state is never one that was half written: a bad checksum then always means damage.
-fn begin(db: &Database) -> Result<redb::WriteTransaction, redb::Error> {
+fn begin(db: &Database, durability: Durability) -> Result<redb::WriteTransaction, redb::Error> {
     let mut txn = db.begin_write()?;
-    txn.set_durability(Durability::Immediate)?;
+    txn.set_durability(durability)?;
     txn.set_two_phase_commit(true);
     Ok(txn)
 }
 
 fn write_header(db: &Database, owner: &Owner, header: &[(&str, Vec<u8>)]) -> Result<(), redb::Error> {
-    let txn = begin(db)?;
+    let txn = begin(db, Durability::Immediate)?;
     {
         let mut table = txn.open_table(HEADER)?;
         table.insert(KEY_VERSION, to_json(&FORMAT_VERSION).as_slice())?;
@@ -354,14 +355,14 @@ fn write_header(db: &Database, owner: &Owner, header: &[(&str, Vec<u8>)]) -> Res
 }
 
 fn raise_version(db: &Database) -> Result<(), redb::Error> {
-    let txn = begin(db)?;
+    let txn = begin(db, Durability::Immediate)?;
     txn.open_table(HEADER)?.insert(KEY_VERSION, to_json(&FORMAT_VERSION).as_slice())?;
     Ok(txn.commit()?)
 }
 
 /// The integrity check puts an older state in place of a damaged one; it must never pass for the record.
 fn mark_damaged(db: &Database) {
-    let marked = begin(db).and_then(|txn| {
+    let marked = begin(db, Durability::Immediate).and_then(|txn| {
         let what = to_json(&"pages did not have their checksums when it was opened");
         txn.open_table(HEADER)?.insert(KEY_DAMAGE, what.as_slice())?;
         Ok(txn.commit()?)

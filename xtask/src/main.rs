@@ -3,6 +3,7 @@
 mod bench;
 mod codegen;
 mod layers;
+mod safety;
 mod test_run;
 
 use std::path::{Path, PathBuf};
@@ -29,6 +30,12 @@ enum Task {
     },
     /// Fail if a crate depends on one that it may not.
     CheckLayers,
+    /// Cut the power of a machine at random moments of every operation on its pool.
+    Crash(Arguments),
+    /// Kill the processes of imports at random moments.
+    KillImport(Arguments),
+    /// Let two operators admit at the same time.
+    AdmissionRace(Arguments),
     /// Run the tests; the last line is `N passed, N failed, N skipped`.
     Test {
         /// What to test, as arguments of `cargo test`; everything if none.
@@ -37,11 +44,23 @@ enum Task {
     },
 }
 
+/// What a safety command is given.
+#[derive(clap::Args)]
+#[command(disable_help_flag = true)]
+struct Arguments {
+    /// Passed on; `--help` shows what there is.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
 fn main() -> anyhow::Result<()> {
     match Args::parse().task {
         Task::Bench(args) => bench::run(&root(), &args),
         Task::Codegen { check } => codegen::run(&root(), check),
         Task::CheckLayers => layers::run(&root()),
+        Task::Crash(given) => safety::run(&root(), "crash", &given.arguments),
+        Task::KillImport(given) => safety::run(&root(), "kill-import", &given.arguments),
+        Task::AdmissionRace(given) => safety::run(&root(), "admission-race", &given.arguments),
         Task::Test { selection } => test_run::run(&root(), &selection),
     }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use berth_core::ids::Uid;
+use berth_device::thin::DeviceNumber;
 use berth_record::{Attachment, AttachmentMode, VolumeKind, tables};
 
 use super::Outcome;
@@ -10,6 +11,7 @@ use super::error::OperationError;
 use super::volumes::{found, recorded, require_no_template, require_unused};
 use crate::agent::pools::OpenPool;
 use crate::area::templates;
+use crate::sabotage;
 
 /// Makes a block device of a volume, a snapshot or a template appear.
 pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, OperationError> {
@@ -41,6 +43,9 @@ pub fn attach(pool: &OpenPool, uid: &Uid, read_only: bool) -> Result<Outcome, Op
         staged_path: PathBuf::new(),
         mode: AttachmentMode::Device,
     };
+    if sabotage::active(sabotage::ATTACH_UNRECORDED) {
+        return Ok(Outcome::Device(pool.area.attach(uid, None, read_only)?));
+    }
     pool.record.attach(uid, &attachment)?;
     let device = pool.area.attach(uid, None, read_only)?;
     attachment.loop_device = Some(device.clone());
@@ -69,8 +74,8 @@ pub fn detach(pool: &OpenPool, uid: &Uid) -> Result<Outcome, OperationError> {
 
 /// True if the kernel refuses writes to a device.
 fn refuses_writes(device: &Path) -> bool {
-    let name = std::fs::canonicalize(device).ok();
-    let name = name.as_deref().and_then(Path::file_name).map(Path::new);
-    let flag = name.map(|name| Path::new("/sys/class/block").join(name).join("ro"));
-    flag.and_then(|flag| std::fs::read_to_string(flag).ok()).is_some_and(|text| text.trim() == "1")
+    // By its number: without udev a device mapper's node is no link to the name that the kernel has for it.
+    let Ok(number) = DeviceNumber::of(device) else { return false };
+    let flag = format!("/sys/dev/block/{number}/ro");
+    std::fs::read_to_string(flag).is_ok_and(|text| text.trim() == "1")
 }

@@ -104,8 +104,10 @@ impl KernelPool {
                 wanted: config.block,
             });
         }
-        group.mark_used(&metadata.name)?; // before the data, whose mark alone allows no formatting
-        group.mark_used(&data.name)?;
+        // Metadata before data, whose mark alone allows no formatting.
+        for volume in [&metadata, &data].into_iter().filter(|volume| volume.is_new()) {
+            group.mark_used(&volume.name)?;
+        }
         Ok(pool)
     }
 

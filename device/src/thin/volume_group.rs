@@ -74,7 +74,7 @@ pub struct LogicalVolume {
     pub size: Bytes,
     /// True if its node is there.
     pub active: bool,
-    /// Its node, while it is active.
+    /// Its node, which is there while it is active.
     pub path: PathBuf,
     /// Its tags.
     pub tags: Vec<String>,
@@ -312,10 +312,11 @@ impl VolumeGroup {
 
     /// Makes the node of a volume of ours appear.
     pub fn activate(&self, volume: &str) -> Result<LogicalVolume, VolumeGroupError> {
-        if !self.ours(volume)?.active {
+        let found = self.ours(volume)?;
+        if !found.active {
             self.change(volume, "lvchange", &["-ay"])?;
         }
-        self.ours(volume)
+        Ok(LogicalVolume { active: true, ..found })
     }
 
     /// Makes the node of a volume of ours go.

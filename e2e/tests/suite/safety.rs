@@ -6,16 +6,19 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use berth_e2e::ours::{NODE_SABOTAGE, OPERATOR, OPERATOR_SABOTAGE};
+use berth_e2e::ours::{NODE, NODE_SABOTAGE, OPERATOR, OPERATOR_SABOTAGE, RECORD_DUMP};
 use tokio::process::Command;
 
 use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 
 const ADMISSION_RACE: &str = env!("CARGO_BIN_EXE_admission-race");
+const CRASH: &str = env!("CARGO_BIN_EXE_crash");
 const KILL_IMPORT: &str = env!("CARGO_BIN_EXE_kill-import");
 
 /// How long a command may take in its short version, alone on two cores.
 const SHORT: Duration = Duration::from_mins(12);
+/// The same for the cuts, each of which takes two starts and some forty commands of LVM in a guest.
+const CUTS: Duration = Duration::from_mins(40);
 /// The same for the long version.
 const LONG: Duration = Duration::from_mins(60);
 
@@ -25,12 +28,18 @@ pub fn scenarios() -> Vec<Scenario> {
     let kill = [Need::SITE, &[Need::Command("qemu-img"), Need::Command("casync"), Need::Command("mkfs.xfs")]]
         .concat();
     let sabotaged_kill = [&kill[..], &[Need::Program(NODE_SABOTAGE)]].concat();
+    let thin = ["dmsetup", "lvm", "thin_check", "thin_dump", "qemu-nbd"].map(Need::Command);
+    let crash = [&[Need::Kernel, Need::Program(NODE), Need::Program(RECORD_DUMP)], &thin[..]].concat();
+    let sabotaged_crash = [&crash[..], &[Need::Program(NODE_SABOTAGE)]].concat();
     let limit = if long() { LONG } else { SHORT };
     vec![
         Scenario::new("race::two_operators_never_promise_too_much", &race, admission_race).limited(limit),
         Scenario::new("race::every_sabotage_is_noticed", &sabotaged_race, race_sabotages).limited(limit),
         Scenario::new("kill::an_import_survives_every_kill", &kill, kill_import).limited(limit),
         Scenario::new("kill::every_sabotage_is_noticed", &sabotaged_kill, kill_sabotages).limited(limit),
+        Scenario::new("crash::a_pool_survives_every_cut", &crash, crash_cuts).limited(limit.max(CUTS)),
+        Scenario::new("crash::every_sabotage_is_noticed", &sabotaged_crash, crash_sabotages)
+            .limited(limit.max(CUTS)),
     ]
 }
 
@@ -88,4 +97,13 @@ async fn kill_import() -> anyhow::Result<()> {
 
 async fn kill_sabotages() -> anyhow::Result<()> {
     must_notice_all(KILL_IMPORT, &["--data-mib", "256", "--kills-per-stage", "1"], 6).await
+}
+
+/// Five of each of the 16 operations in the short version.
+async fn crash_cuts() -> anyhow::Result<()> {
+    must_pass(CRASH, &["--cuts", if long() { "100" } else { "80" }]).await
+}
+
+async fn crash_sabotages() -> anyhow::Result<()> {
+    must_notice_all(CRASH, &["--cuts", "24"], 6).await
 }

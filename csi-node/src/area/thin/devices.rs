@@ -11,6 +11,7 @@ use berth_record::{ChangeError, PoolRecord, PromiseClass, ThinEntry, ThinState, 
 
 use super::super::error::AreaError;
 use super::Thin;
+use crate::sabotage;
 
 pub(super) const fn recorded(class: Class) -> PromiseClass {
     match class {
@@ -36,14 +37,25 @@ impl Thin {
         class: Class,
         size: Bytes,
     ) -> Result<ThinEntry, AreaError> {
+        if let Some(half_made) = trusted(record, uid)? {
+            return Ok(half_made);
+        }
         self.remove(record, uid)?;
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.kernel()?.of(class);
         self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)?;
         self.reconcile(record, class)?;
         let size = size.round_up(self.group.block().bytes());
+        let early = sabotage::active(sabotage::NO_INTENT);
+        if early {
+            pool.create_thin(next_id(record, class)?)?;
+            sabotage::linger(sabotage::NO_INTENT);
+        }
         let entry = record.begin_thin(uid, recorded(class), size)?;
-        pool.create_thin(thin_id(&entry)?)?;
+        sabotage::linger(sabotage::TRUST_HALF_MADE);
+        if !early {
+            pool.create_thin(thin_id(&entry)?)?;
+        }
         self.reconcile(record, class)?;
         Ok(entry)
     }
@@ -56,6 +68,9 @@ impl Thin {
         source: &Uid,
         size: Bytes,
     ) -> Result<ThinEntry, AreaError> {
+        if let Some(half_made) = trusted(record, uid)? {
+            return Ok(half_made);
+        }
         self.remove(record, uid)?;
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = self.kernel()?.of(Class::Volumes);
@@ -68,6 +83,7 @@ impl Thin {
         self.reconcile(record, Class::Volumes)?;
         let size = size.round_up(self.group.block().bytes());
         let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
+        sabotage::linger(sabotage::TRUST_HALF_MADE);
         pool.create_snap(thin_id(&entry)?, thin_id(&of)?, &*self.suspender)?;
         self.reconcile(record, Class::Volumes)?;
         Ok(entry)
@@ -111,6 +127,10 @@ impl Thin {
         }
         self.reconcile(record, class)?;
         record.begin_remove_thin(uid)?;
+        if sabotage::active(sabotage::FORGET_BEFORE_DELETE) {
+            record.forget_thin(uid)?;
+            sabotage::linger(sabotage::FORGET_BEFORE_DELETE);
+        }
         pool.delete(thin_id(&entry)?)?;
         self.reconcile(record, class)?;
         Ok(record.forget_thin(uid)?)
@@ -155,6 +175,9 @@ impl Thin {
     /// # Errors
     /// [`AreaError::Transaction`] if the kernel pool is not the one, or not as new or old, as the record says.
     pub(super) fn reconcile(&self, record: &PoolRecord, class: Class) -> Result<(), AreaError> {
+        if sabotage::active(sabotage::SKIP_TRANSACTION) {
+            return Ok(());
+        }
         let pool = self.kernel()?.of(class);
         let wanted = record.thin_counters(recorded(class)).map_err(ChangeError::from)?.transaction;
         match at_transaction(pool)? {
@@ -163,6 +186,18 @@ impl Thin {
             found => Err(AreaError::Transaction { pool: pool.name().clone(), recorded: wanted, found }),
         }
     }
+}
+
+/// A thin device that may be half made, and is taken as it is: a defect, chosen in test builds only.
+fn trusted(record: &PoolRecord, uid: &Uid) -> Result<Option<ThinEntry>, AreaError> {
+    let active = sabotage::active(sabotage::TRUST_HALF_MADE);
+    Ok(if active { record.thin(uid).map_err(ChangeError::from)? } else { None })
+}
+
+/// The number that the next thin device gets, mostly: for a defect that does not wait for it.
+fn next_id(record: &PoolRecord, class: Class) -> Result<ThinId, AreaError> {
+    let id = record.thin_counters(recorded(class)).map_err(ChangeError::from)?.last_id + 1;
+    ThinId::new(id).ok_or(AreaError::ThinId { id })
 }
 
 fn at_transaction(pool: &KernelPool) -> Result<u64, AreaError> {
