@@ -101,11 +101,19 @@ pub async fn run(node: Arc<Node>) {
     }
 }
 
-/// Resumes what was left suspended, and attaches templates that nobody could serve. Blocks.
+/// Resumes what was left suspended, and attaches templates that nobody could serve; volumes that start from them are shown
+/// then. Blocks.
 fn mend(pools: &Pools) {
     let data_plane = pools.data_plane();
     data_plane.resume_left_behind();
-    pools.all().iter().for_each(|pool| templates::restore_missing(&pool.record, data_plane));
+    for pool in pools.all() {
+        let _turn = pool.turn();
+        if templates::restore_missing(&pool.record, data_plane)
+            && let Err(error) = pool.area.start(&pool.record)
+        {
+            tracing::warn!(pool = %pool.name, error = chain(&error), "what starts from its templates is not shown");
+        }
+    }
 }
 
 /// Plans, executes and reports until nothing can be done at once.

@@ -92,6 +92,15 @@ pub struct NodeArgs {
     /// The name of this node, which its pools remember. Default: the host name.
     #[arg(long, env = "BERTH_NODE_NAME", value_name = "NAME", value_parser = node_name, global = true, help_heading = "Node")]
     pub node_name: Option<NodeName>,
+    /// The socket of `berth-node supervise`, where one runs: only that may suspend devices then.
+    #[arg(
+        long,
+        env = "BERTH_SUPERVISOR_SOCKET",
+        value_name = "SOCKET",
+        global = true,
+        help_heading = "Node"
+    )]
+    pub supervisor_socket: Option<PathBuf>,
     /// How the result is printed.
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Output::Text, global = true, help_heading = "Node")]
     pub output: Output,

@@ -110,10 +110,8 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
     }
     let directories = &args.directories;
     let record = open_record(&directories.state_dir, &args.node_name)?;
-    let data_plane = match &args.supervisor_socket {
-        Some(socket) => DataPlane::supervised(socket),
-        None => DataPlane::in_process(&directories.state_dir.join("servers"), Watch::Always),
-    };
+    let data_plane =
+        DataPlane::choose(args.supervisor_socket.as_deref(), &directories.state_dir, Watch::Always);
     let pools = Pools::new(args.node_name.clone(), directories.mount_root.clone(), &directories.state_dir);
     let pools = pools.with_data_plane(data_plane);
     let host_root = args.host_root.clone();

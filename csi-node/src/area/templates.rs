@@ -241,13 +241,17 @@ pub fn restore(record: &PoolRecord, data_plane: &DataPlane) {
     }
 }
 
-/// The same for those that have no device at this moment, because nobody could serve them when the pool was opened.
-pub fn restore_missing(record: &PoolRecord, data_plane: &DataPlane) {
+/// The same for those that have no device at this moment, because nobody could serve them when the pool was opened. True if
+/// all have one again: then what starts from them can be shown.
+pub fn restore_missing(record: &PoolRecord, data_plane: &DataPlane) -> bool {
     let templates = record.record().entries(berth_record::tables::TEMPLATES).unwrap_or_default();
     let lacks = |uid: &Uid| BackendId::new(uid).is_ok_and(|id| matches!(find(uid, &id), Ok(None)));
-    if templates.iter().any(|(uid, _)| lacks(uid)) {
-        restore(record, data_plane);
+    let any_lacks = || templates.iter().any(|(uid, _)| lacks(uid));
+    if !any_lacks() {
+        return false;
     }
+    restore(record, data_plane);
+    !any_lacks()
 }
 
 /// Takes every device and server away and leaves the record as it is, for the next opening of the pool.

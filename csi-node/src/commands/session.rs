@@ -15,6 +15,8 @@ use crate::agent::pools::{PoolError, Pools};
 use crate::args::NodeArgs;
 use crate::node_lock::{LockError, NodeLock};
 use crate::operation::{Answer, Operation, Refusal, carry_out, lines};
+use crate::supervisor::DataPlane;
+use crate::supervisor::keeper::Watch;
 use crate::telemetry::chain;
 use crate::values;
 
@@ -110,7 +112,9 @@ impl Session {
             }
         };
         let name = node.node_name.clone().map_or_else(host_name, Ok)?;
+        let data_plane = DataPlane::choose(node.supervisor_socket.as_deref(), state_dir, Watch::WhenAsked);
         let pools = Pools::new(name, node.directories.mount_root.clone(), state_dir);
+        let pools = pools.with_data_plane(data_plane);
         pools.reopen_known()?;
         Ok(Self::Own { pools, lock })
     }

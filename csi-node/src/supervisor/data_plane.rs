@@ -57,6 +57,14 @@ impl DataPlane {
         Arc::clone(&self.suspender)
     }
 
+    /// By the supervisor at this socket, or without one by this process, which keeps what it serves in mind in `state_dir`.
+    pub fn choose(supervisor: Option<&Path>, state_dir: &Path, watch: Watch) -> Self {
+        match supervisor {
+            Some(socket) => Self::supervised(socket),
+            None => Self::in_process(&state_dir.join("servers"), watch),
+        }
+    }
+
     /// Who serves images.
     pub fn servers(&self) -> &dyn Servers {
         &*self.servers

@@ -6,7 +6,9 @@ use std::sync::PoisonError;
 use berth_core::ids::Uid;
 use berth_core::ledger::Class;
 use berth_core::units::Bytes;
-use berth_device::thin::{KernelPool, PoolStatus, ThinConfig, ThinDevice, ThinDeviceError, ThinId};
+use berth_device::thin::{
+    KernelPool, KernelPoolError, PoolStatus, ThinConfig, ThinDevice, ThinDeviceError, ThinId,
+};
 use berth_record::{ChangeError, PoolRecord, PromiseClass, ThinEntry, ThinState, tables};
 
 use super::super::error::AreaError;
@@ -54,10 +56,28 @@ impl Thin {
         let entry = record.begin_thin(uid, recorded(class), size)?;
         sabotage::linger(sabotage::TRUST_HALF_MADE);
         if !early {
-            pool.create_thin(thin_id(&entry)?)?;
+            self.made_or_not_ours(record, uid, class, pool.create_thin(thin_id(&entry)?))?;
         }
         self.reconcile(record, class)?;
         Ok(entry)
+    }
+
+    /// A number that the kernel pool has and nobody recorded is somebody else's: it is left alone, and the next attempt
+    /// takes another one.
+    fn made_or_not_ours(
+        &self,
+        record: &PoolRecord,
+        uid: &Uid,
+        class: Class,
+        made: Result<(), KernelPoolError>,
+    ) -> Result<(), AreaError> {
+        if matches!(made, Err(KernelPoolError::IdTaken { .. })) {
+            self.reconcile(record, class)?;
+            record.begin_remove_thin(uid)?;
+            self.reconcile(record, class)?;
+            record.forget_thin(uid)?;
+        }
+        Ok(made?)
     }
 
     /// Makes a snapshot of a thin device, with room for its size as in [`Self::make`]. The device may be in use.
@@ -84,7 +104,8 @@ impl Thin {
         let size = size.round_up(self.group.block().bytes());
         let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
         sabotage::linger(sabotage::TRUST_HALF_MADE);
-        pool.create_snap(thin_id(&entry)?, thin_id(&of)?, &*self.suspender)?;
+        let made = pool.create_snap(thin_id(&entry)?, thin_id(&of)?, &*self.suspender);
+        self.made_or_not_ours(record, uid, Class::Volumes, made)?;
         self.reconcile(record, Class::Volumes)?;
         Ok(entry)
     }
