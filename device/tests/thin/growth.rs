@@ -61,7 +61,7 @@ impl<'a> Slow<'a> {
         run("dmsetup", &["resume", Self::NAME]);
     }
 
-    fn end(self) {
+    fn remove() {
         run("dmsetup", &["remove", "--retry", Self::NAME]);
     }
 }
@@ -226,7 +226,7 @@ fn both_pools_grow_under_first_writes_to_clones_and_nobody_waits_for_long() {
     }
     bed.end(&group);
     group.remove().unwrap();
-    slow.end();
+    Slow::remove();
 }
 
 /// Each of the first blocks has its page, and the template's bytes around it; the next one is the template's.
