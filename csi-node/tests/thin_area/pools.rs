@@ -176,3 +176,22 @@ fn elsewhere(asked: Asked, bench: &Bench, dir: &Path) {
     );
     asked.done(&Operation::PoolDestroy { pool: name(), with_contents: true });
 }
+
+#[test]
+fn a_thin_device_that_nobody_recorded_is_left_alone() {
+    let Some(bench) = Bench::new("a_thin_device_that_nobody_recorded_is_left_alone") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let asked = Asked::new(dir.path(), &bench);
+    // The number that the first volume gets.
+    let volumes = "berth-0f3c9a1e-volumes";
+    dmsetup(&["message", volumes, "0", "create_thin 1"]);
+    let volume = create(1, Bytes::mib(1), None);
+    asked.refused(&volume, Reason::PoolAreaFailed, "has a thin device 1 already");
+    asked.done(&volume);
+    assert_eq!(asked.findings(), [(FindingKind::Leaked, format!("{volumes}:1"))], "it is still there");
+    dmsetup(&["message", volumes, "0", "delete 1"]);
+    asked.done(&destroy(1));
+    assert_eq!(asked.findings(), []);
+    asked.done(&Operation::PoolDestroy { pool: name(), with_contents: false });
+    bench.assert_nothing_is_left();
+}

@@ -47,7 +47,7 @@ pub fn scenarios() -> Vec<Scenario> {
         }),
         scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
             // One of them is the program that others kill, which does nothing by itself.
-            let (which, least) = if long() { (&[][..], 9) } else { (&["a_template_is_"][..], 1) };
+            let (which, least) = if long() { (&[][..], 10) } else { (&["a_template_is_"][..], 1) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
         }),
         // One of them is the plugin that others kill, which does nothing by itself.

@@ -1,7 +1,7 @@
 //! Thin devices with their record: the intent, the message to the kernel pool, the transaction, the record again.
 
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 
 use berth_core::ids::Uid;
 use berth_core::ledger::Class;
@@ -42,11 +42,8 @@ impl Thin {
         if let Some(half_made) = trusted(record, uid)? {
             return Ok(half_made);
         }
-        self.remove(record, uid)?;
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.make_room(record, uid, class)?;
         let pool = self.kernel()?.of(class);
-        self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)?;
-        self.reconcile(record, class)?;
         let size = size.round_up(self.group.block().bytes());
         let early = sabotage::active(sabotage::NO_INTENT);
         if early {
@@ -60,6 +57,25 @@ impl Thin {
         }
         self.reconcile(record, class)?;
         Ok(entry)
+    }
+
+    /// Removes what may have this name, and makes the kernel pool as large as what is promised in it. Nothing else is told to
+    /// the kernel pools until the guard goes.
+    fn make_room(
+        &self,
+        record: &PoolRecord,
+        uid: &Uid,
+        class: Class,
+    ) -> Result<MutexGuard<'_, ()>, AreaError> {
+        self.remove(record, uid)?;
+        let alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        self.grow_to_promises(record, class)?;
+        self.reconcile(record, class)?;
+        Ok(alone)
+    }
+
+    fn grow_to_promises(&self, record: &PoolRecord, class: Class) -> Result<(), AreaError> {
+        self.group.grow(self.kernel()?, class, promised(record, class)?, &*self.suspender)
     }
 
     /// A number that the kernel pool has and nobody recorded is somebody else's: it is left alone, and the next attempt
@@ -91,16 +107,8 @@ impl Thin {
         if let Some(half_made) = trusted(record, uid)? {
             return Ok(half_made);
         }
-        self.remove(record, uid)?;
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.make_room(record, uid, Class::Volumes)?;
         let pool = self.kernel()?.of(Class::Volumes);
-        self.group.grow(
-            self.kernel()?,
-            Class::Volumes,
-            promised(record, Class::Volumes)?,
-            &*self.suspender,
-        )?;
-        self.reconcile(record, Class::Volumes)?;
         let size = size.round_up(self.group.block().bytes());
         let (entry, of) = record.begin_thin_snapshot(uid, source, size)?;
         sabotage::linger(sabotage::TRUST_HALF_MADE);
@@ -113,12 +121,7 @@ impl Thin {
     /// Makes a thin device of a volume larger: room for it first, then what is recorded, then the device.
     pub(super) fn resize(&self, record: &PoolRecord, uid: &Uid, size: Bytes) -> Result<ThinEntry, AreaError> {
         let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        self.group.grow(
-            self.kernel()?,
-            Class::Volumes,
-            promised(record, Class::Volumes)?,
-            &*self.suspender,
-        )?;
+        self.grow_to_promises(record, Class::Volumes)?;
         let entry = record.thin_resized(uid, size.round_up(self.group.block().bytes()))?;
         self.fit(uid, &entry)?;
         Ok(entry)
