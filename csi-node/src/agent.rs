@@ -108,7 +108,8 @@ fn mend(pools: &Pools) {
     data_plane.resume_left_behind();
     for pool in pools.all() {
         let _turn = pool.turn();
-        if templates::restore_missing(&pool.record, data_plane)
+        templates::restore_missing(&pool.record, data_plane);
+        if templates::hides_volumes(&pool)
             && let Err(error) = pool.area.start(&pool.record)
         {
             tracing::warn!(pool = %pool.name, error = chain(&error), "what starts from its templates is not shown");

@@ -149,7 +149,7 @@ pub struct AgentArgs {
 #[derive(Clone, Debug, Args)]
 pub struct SuperviseArgs {
     /// The socket that it listens on, for root only.
-    #[arg(long, env = "BERTH_SUPERVISOR_SOCKET", default_value = "/run/berth/supervisor.sock")]
+    #[arg(long, env = "BERTH_SUPERVISOR_SOCKET", default_value = crate::supervisor::SOCKET)]
     pub socket: PathBuf,
     /// Where it keeps what it serves, for its next start. Needs to last no longer than the kernel's devices.
     #[arg(long, env = "BERTH_SUPERVISOR_DIR", default_value = "/run/berth/supervisor")]

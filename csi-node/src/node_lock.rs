@@ -1,10 +1,11 @@
 //! One process at a time has the pools of a node open: the agent for its life, or one command.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use berth_core::reason::Reason;
+use berth_device::files::open_private;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
@@ -56,8 +57,7 @@ impl NodeLock {
         let path = state_dir.join("node.lock");
         let failed = |source| LockError::Io { path: path.clone(), source };
         std::fs::create_dir_all(state_dir).map_err(failed)?;
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        let file = open_private(&path).map_err(failed)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut lock) => {
                 sign(&mut lock, who).map_err(failed)?;

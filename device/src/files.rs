@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use berth_core::units::Bytes;
@@ -148,6 +148,15 @@ fn allocate(
 pub fn allocated_bytes(path: &Path) -> Result<Bytes, FileError> {
     let metadata = fs::metadata(path).map_err(|source| failed("examine", path, source))?;
     Ok(Bytes(metadata.blocks().saturating_mul(512)))
+}
+
+/// Opens a file that nobody but its owner may open, making it if need be: one that is locked, so that others cannot keep it
+/// locked.
+pub fn open_private(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    Ok(file)
 }
 
 /// Makes a file's content and its name durable.

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_core::ids::volume_handle;
+use berth_core::ids::{PoolName, volume_handle};
 use berth_core::reason::Reason;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use crate::agent::observe::wanted_pools;
 use crate::node::Node;
 use crate::operation::{Answer, Operation, Outcome, Refusal, carry_out, lines};
 use crate::socket::{is_trusted, listen_alone};
@@ -113,6 +114,9 @@ impl Carrier for Agent {
             let busy = |error| Refusal { reason: Reason::InUse, message: chain(&error) };
             held.push(node.in_flight.begin(&volume_handle(volume), name).map_err(busy)?);
         }
+        if let Operation::PoolDestroy { pool, .. } = &operation {
+            require_no_cluster(node, pool)?;
+        }
         let here = Arc::clone(node);
         tracing::info!(operation = name, pool = operation.pool().map(tracing::field::display), "asked for");
         let work = tokio::task::spawn_blocking(move || {
@@ -130,6 +134,23 @@ impl Carrier for Agent {
     }
 }
 
+/// Refuses to destroy a pool that the cluster has here: the agent would make it anew, and its volumes empty.
+fn require_no_cluster(node: &Node, pool: &PoolName) -> Result<(), Refusal> {
+    let local = node.pools.is_local(pool);
+    let local = local.map_err(|error| Refusal { reason: error.reason(), message: chain(&error) })?;
+    let wanted = wanted_pools(node).contains_key(pool);
+    if may_destroy(local, node.watches.synced(), wanted) {
+        return Ok(());
+    }
+    let message = format!("StagingPool {pool} selects this node, or may: delete it, or let it select others");
+    Err(Refusal { reason: Reason::InUse, message })
+}
+
+/// What the API server has not shown yet is not known to be gone.
+const fn may_destroy(local: bool, synced: bool, wanted: bool) -> bool {
+    !wanted && (local || synced)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -138,6 +159,15 @@ mod tests {
     use super::*;
     use crate::commands::asking::Carrier as _;
     use crate::commands::session::{Conversation, SessionError};
+
+    #[test]
+    fn a_pool_of_the_cluster_is_not_destroyed_nor_one_that_may_be() {
+        for (local, synced) in [(true, true), (true, false), (false, true), (false, false)] {
+            assert!(!may_destroy(local, synced, true));
+        }
+        assert!(may_destroy(true, false, false) && may_destroy(false, true, false));
+        assert!(!may_destroy(false, false, false), "the API server has not shown it yet");
+    }
 
     /// Notes what is asked, and refuses to forget pools.
     #[derive(Default)]

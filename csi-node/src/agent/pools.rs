@@ -172,7 +172,12 @@ impl Pools {
 
     fn try_prepare(&self, name: &PoolName, spec: &PoolSpec, local: bool) -> Result<(), PoolError> {
         // A pool that has taken over an area is served from there: the API knows nothing of it.
-        let known = self.known.get(name)?.filter(|known| known.spec.uid == spec.uid);
+        let known = self.known.get(name)?;
+        if let Some(other) = known.as_ref().filter(|known| known.spec.uid != spec.uid) {
+            // Made anew, its devices would be wiped if that was ever agreed to: a person introduces it first.
+            let found = Box::new(other.spec.clone());
+            return Err(PoolError::Different { pool: name.clone(), found });
+        }
         if known.as_ref().is_some_and(|known| known.destroying) {
             return Err(PoolError::BeingDestroyed { pool: name.clone() });
         }

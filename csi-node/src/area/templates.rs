@@ -15,7 +15,9 @@ use berth_device::nbd::{
     AttachConfig, AttachError, Attachment, BackendId, BackendIdError, Nbd, NetlinkError, Slots,
 };
 use berth_image::{ImageFormat, Probe, ProbeError, probe_file, probe_file_as};
-use berth_record::{ChangeError, PoolRecord, ReadError, TemplateEntry, TemplateState};
+use berth_record::{
+    ChangeError, PoolRecord, ReadError, TemplateEntry, TemplateState, VolumeOrigin, VolumeState, tables,
+};
 use thiserror::Error;
 
 use crate::agent::pools::OpenPool;
@@ -224,7 +226,7 @@ pub fn device(pool: &OpenPool, template: &Uid) -> Result<Option<PathBuf>, Templa
 /// Gives every template that is recorded its server and its device again, and ends what was being detached. One that fails
 /// is told; what starts from it fails then for itself. Blocks.
 pub fn restore(record: &PoolRecord, data_plane: &DataPlane) {
-    let templates = record.record().entries(berth_record::tables::TEMPLATES).unwrap_or_else(|error| {
+    let templates = record.record().entries(tables::TEMPLATES).unwrap_or_else(|error| {
         tracing::error!(error = chain(&error), "templates are not restored");
         Vec::new()
     });
@@ -241,17 +243,26 @@ pub fn restore(record: &PoolRecord, data_plane: &DataPlane) {
     }
 }
 
-/// The same for those that have no device at this moment, because nobody could serve them when the pool was opened. True if
-/// all have one again: then what starts from them can be shown.
-pub fn restore_missing(record: &PoolRecord, data_plane: &DataPlane) -> bool {
-    let templates = record.record().entries(berth_record::tables::TEMPLATES).unwrap_or_default();
+/// The same for those that have no device at this moment, because nobody could serve them when the pool was opened.
+pub fn restore_missing(record: &PoolRecord, data_plane: &DataPlane) {
+    let templates = record.record().entries(tables::TEMPLATES).unwrap_or_default();
     let lacks = |uid: &Uid| BackendId::new(uid).is_ok_and(|id| matches!(find(uid, &id), Ok(None)));
-    let any_lacks = || templates.iter().any(|(uid, _)| lacks(uid));
-    if !any_lacks() {
-        return false;
+    if templates.iter().any(|(uid, _)| lacks(uid)) {
+        restore(record, data_plane);
     }
-    restore(record, data_plane);
-    !any_lacks()
+}
+
+/// True if a volume is not shown though what it starts from is: its template came after it.
+pub fn hides_volumes(pool: &OpenPool) -> bool {
+    let volumes = pool.record.record().entries(tables::VOLUMES).unwrap_or_default();
+    volumes.into_iter().any(|(uid, volume)| match volume.origin {
+        Some(VolumeOrigin::Template { template }) => {
+            volume.state == VolumeState::Ready
+                && !pool.area.has_volume(&uid)
+                && matches!(device(pool, &template), Ok(Some(_)))
+        }
+        _ => false,
+    })
 }
 
 /// Takes every device and server away and leaves the record as it is, for the next opening of the pool.
@@ -260,7 +271,7 @@ pub fn restore_missing(record: &PoolRecord, data_plane: &DataPlane) -> bool {
 /// [`TemplateError::Device`] while anybody has one open. The others may be gone by then; [`restore`] brings them back.
 pub fn release(record: &PoolRecord, data_plane: &DataPlane) -> Result<(), TemplateError> {
     let mut slots = data_plane.slots();
-    for (template, _) in record.record().entries(berth_record::tables::TEMPLATES)? {
+    for (template, _) in record.record().entries(tables::TEMPLATES)? {
         let id = BackendId::new(&template)?;
         let_go(data_plane, &mut slots, &template, &id)?;
     }

@@ -57,10 +57,13 @@ impl DataPlane {
         Arc::clone(&self.suspender)
     }
 
-    /// By the supervisor at this socket, or without one by this process, which keeps what it serves in mind in `state_dir`.
+    /// By the supervisor at this socket, or without one by this process, which keeps what it serves in mind in `state_dir`. A
+    /// supervisor that answers at its usual place is never worked against.
     pub fn choose(supervisor: Option<&Path>, state_dir: &Path, watch: Watch) -> Self {
+        let usual = Path::new(super::SOCKET);
         match supervisor {
             Some(socket) => Self::supervised(socket),
+            None if usual.exists() && Client::new(usual).hello().is_ok() => Self::supervised(usual),
             None => Self::in_process(&state_dir.join("servers"), watch),
         }
     }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 use berth_core::ids::Uid;
-use berth_device::files;
+use berth_device::files::{self, open_private};
 use berth_device::nbd::{Attachment, BackendId, Nbd};
 
 use super::kept::Kept;
@@ -201,8 +201,7 @@ fn lock_folder(folder: &Path) -> Result<File, StateError> {
     // The servers' user goes through it to a folder of its own.
     fs::set_permissions(folder, fs::Permissions::from_mode(0o711)).map_err(StateError::io(folder))?;
     let path = folder.join(LOCK);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(StateError::io(&path))?;
+    let file = open_private(&path).map_err(StateError::io(&path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(StateError::Locked { folder: folder.to_owned() }),

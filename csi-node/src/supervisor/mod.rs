@@ -14,3 +14,6 @@ pub mod serve;
 pub mod servers;
 
 pub use self::data_plane::DataPlane;
+
+/// Where it listens, unless it is told otherwise.
+pub const SOCKET: &str = "/run/berth/supervisor.sock";

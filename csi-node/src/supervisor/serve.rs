@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use berth_device::files::open_private;
 use berth_device::thin::{DeviceName, InProcess, SuspendError, Suspender};
 use serde::Serialize;
 use thiserror::Error;
@@ -95,7 +96,7 @@ fn lock(folder: &Path) -> Result<File, SuperviseError> {
     let path = folder.join("lock");
     let made = |source| SuperviseError::Make { path: path.clone(), source };
     fs::create_dir_all(folder).map_err(made)?;
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(made)?;
+    let file = open_private(&path).map_err(made)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(SuperviseError::Locked { path }),

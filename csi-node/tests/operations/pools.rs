@@ -196,3 +196,39 @@ fn a_deletion_that_was_cut_off_is_ended_and_nothing_is_made_anew() {
     fs::remove_file(node.dir.path().join("area/berth-pool.xfs")).unwrap();
     node.end();
 }
+
+#[test]
+fn what_is_there_under_another_uid_is_introduced_and_never_made_anew() {
+    let test = "what_is_there_under_another_uid_is_introduced_and_never_made_anew";
+    let Some(node) = Node::new(test) else { return };
+    node.done(&blank(1, Bytes::mib(8)));
+    let new = Uid::from(uuid::Uuid::new_v4().to_string());
+    let Node { dir, pools: first, uid: area } = node;
+    let backend = Backend::Filesystem { path: dir.path().join("area"), size: Bytes::mib(512) };
+    // A takeover that was cut off: the record has the new owner, the list of pools the old one.
+    let open = first.get(&name()).unwrap();
+    drop(first);
+    let OpenPool { area: opened, mut record, .. } = Arc::into_inner(open).unwrap();
+    record.give_to(&new, &name(), &"n1".into(), None).unwrap();
+    drop(record);
+    opened.close().unwrap();
+
+    let second = pools("n1", dir.path());
+    second.reopen_known().unwrap();
+    assert!(second.get(&name()).is_none(), "it is not its old owner's any more");
+    let as_new = PoolSpec::new(new.clone(), backend.clone());
+    let refused = second.prepare(&name(), &as_new).unwrap_err();
+    assert_eq!(refused.reason(), Reason::AlreadyDifferent, "{refused}");
+    let introduce = Operation::PoolIntroduce { pool: name(), area: area.clone(), uid: Some(new), backend };
+    for _ in 0..2 {
+        assert_eq!(carry_out(&second, &introduce), Ok(Outcome::Done), "the takeover, repeated");
+    }
+    drop(second);
+    let third = pools("n1", dir.path());
+    third.prepare(&name(), &as_new).unwrap();
+    let pool = third.get(&name()).unwrap();
+    assert!(pool.area.has_volume(&volume(1)), "with what it held");
+    drop(pool);
+    let destroy = Operation::PoolDestroy { pool: name(), with_contents: true };
+    assert_eq!(carry_out(&third, &destroy), Ok(Outcome::Done));
+}

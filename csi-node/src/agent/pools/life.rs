@@ -41,7 +41,7 @@ impl Pools {
         let result = match (open, uid) {
             (None, _) => self.try_introduce(name, area, uid, backend),
             (Some(present), Some(uid)) if *uid != present => self.give_to(name, uid),
-            (Some(_), _) => Ok(()),
+            (Some(_), _) => self.write_down(name), // the one before may have been cut off
         };
         self.note(name, &result);
         result
@@ -96,11 +96,17 @@ impl Pools {
             let area = pool.record.identity().area().clone();
             pool.spec = PoolSpec { uid: uid.clone(), area: (area != *uid).then_some(area), ..pool.spec };
         }
-        let spec = pool.spec.clone();
         locked(&self.open).insert(name.clone(), Arc::new(pool));
         given.map_err(|source| PoolError::Adopt { pool: name.clone(), source: source.into() })?;
-        // Whoever gives it a UID does so for a `StagingPool`.
-        self.known.put(name, Known { spec, local: false, destroying: false })
+        self.write_down(name)
+    }
+
+    /// Writes an open pool into the list as it is open. Whoever has given it a UID did so for a `StagingPool`.
+    fn write_down(&self, name: &PoolName) -> Result<(), PoolError> {
+        let Some(pool) = self.get(name) else { return Ok(()) };
+        let known = self.known.get(name)?;
+        let local = known.is_some_and(|known| known.local && known.spec.uid == pool.spec.uid);
+        self.known.put(name, Known { spec: pool.spec.clone(), local, destroying: false })
     }
 
     /// Refuses an area that another pool has here.
@@ -119,17 +125,15 @@ impl Pools {
         if self.get(name).is_none() {
             return Ok(());
         }
-        self.close_open(name)
+        self.close_open(name, |_| Ok(()))
     }
 
     /// The same as a person asks for it: refused while a volume is attached, and possible for a pool that cannot be opened as
     /// long as nothing of it is mounted. One that is not known is forgotten already.
     pub fn forget(&self, name: &PoolName) -> Result<(), PoolError> {
         let _life = locked(&self.life);
-        if let Some(pool) = self.get(name) {
-            require_unused(&pool)?;
-            drop(pool);
-            return self.close_open(name);
+        if self.get(name).is_some() {
+            return self.close_open(name, require_unused);
         }
         let mount_point = self.mount_root.join(name.as_str());
         let mounted = mounts::is_mounted(&mount_point).map_err(|source| in_area(name, source.into()))?;
@@ -142,20 +146,37 @@ impl Pools {
         Ok(())
     }
 
-    fn close_open(&self, name: &PoolName) -> Result<(), PoolError> {
-        drop(self.let_go(name)?);
+    fn close_open(
+        &self,
+        name: &PoolName,
+        allow: impl Fn(&OpenPool) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        drop(self.let_go(name, allow)?);
         self.known.remove(name)?; // only now: what is not known may be made anew
         tracing::info!(pool = %name, "pool closed");
         Ok(())
     }
 
-    /// Takes an open pool out of the list and closes its area. While something in it is in use, it is served again.
-    fn let_go(&self, name: &PoolName) -> Result<Box<dyn Area>, PoolError> {
+    /// Takes an open pool out of the list and closes its area. While something in it is in use, it is served again; the same
+    /// if it is not allowed, which is asked once nobody else can work in it any more.
+    fn let_go(
+        &self,
+        name: &PoolName,
+        allow: impl Fn(&OpenPool) -> Result<(), PoolError>,
+    ) -> Result<Box<dyn Area>, PoolError> {
+        if let Some(pool) = self.get(name) {
+            allow(&pool)?; // while others work in it too: then it is told why
+        }
         let pool = self.take(name)?;
-        if let Err(source) = templates::release(&pool.record, &self.data_plane) {
-            templates::restore(&pool.record, &self.data_plane);
+        let released = allow(&pool).and_then(|()| {
+            templates::release(&pool.record, &self.data_plane).map_err(|source| {
+                templates::restore(&pool.record, &self.data_plane);
+                PoolError::Template { pool: name.clone(), source: Box::new(source) }
+            })
+        });
+        if let Err(refused) = released {
             locked(&self.open).insert(name.clone(), Arc::new(pool));
-            return Err(PoolError::Template { pool: name.clone(), source: Box::new(source) });
+            return Err(refused);
         }
         let OpenPool { area, record, spec, .. } = pool;
         let owner = record.identity().owner();
@@ -172,21 +193,15 @@ impl Pools {
     pub fn destroy(&self, name: &PoolName, with_contents: bool) -> Result<(), PoolError> {
         let _life = locked(&self.life);
         let Some(known) = self.known.get(name)? else { return Ok(()) };
-        let result = match self.get(name) {
-            Some(pool) => {
-                require_unused(&pool)?;
-                require_consent(&pool, with_contents)?;
-                drop(pool);
-                self.destroy_open(name, known)
-            }
-            None if known.destroying => {
-                area::destroy_rest(&self.place(name, &known.spec, true), &known.spec.backend)
-                    .map_err(|source| in_area(name, source))
-            }
-            None => {
-                let why = self.failure(name).map(|(_, message)| message).unwrap_or_default();
-                return Err(PoolError::NotOpen { pool: name.clone(), why });
-            }
+        let open = self.get(name).is_some();
+        let result = if open {
+            self.destroy_open(name, known, with_contents)
+        } else if known.destroying {
+            area::destroy_rest(&self.place(name, &known.spec, true), &known.spec.backend)
+                .map_err(|source| in_area(name, source))
+        } else {
+            let why = self.failure(name).map(|(_, message)| message).unwrap_or_default();
+            return Err(PoolError::NotOpen { pool: name.clone(), why });
         };
         self.note(name, &result);
         result?;
@@ -195,8 +210,11 @@ impl Pools {
         Ok(())
     }
 
-    fn destroy_open(&self, name: &PoolName, known: Known) -> Result<(), PoolError> {
-        let area = self.let_go(name)?;
+    fn destroy_open(&self, name: &PoolName, known: Known, with_contents: bool) -> Result<(), PoolError> {
+        let area = self.let_go(name, |pool| {
+            require_unused(pool)?;
+            require_consent(pool, with_contents)
+        })?;
         self.known.put(name, Known { destroying: true, ..known })?;
         area.destroy().map_err(|source| in_area(name, source))
     }

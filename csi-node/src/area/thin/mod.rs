@@ -206,9 +206,9 @@ impl Area for Thin {
             let opened = self.group.open_kernel_pools()?;
             self.kernel.get_or_init(|| opened);
         }
-        for class in [Class::Images, Class::Volumes] {
-            self.reconcile(record, class)?;
-        }
+        let alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        [Class::Images, Class::Volumes].into_iter().try_for_each(|class| self.reconcile(record, class))?;
+        drop(alone);
         self.restore(record)
     }
 
