@@ -11,7 +11,7 @@ const LEAST_INSIDE: u64 = 50;
 /// At least so many in 100 cuts must have lost writes that were not safe yet.
 const LEAST_LOSSES: u64 = 15;
 /// At least so many in 100 cuts must have left something half done on the disk.
-const LEAST_RECOVERIES: u64 = 4;
+const LEAST_RECOVERIES: u64 = 2;
 /// Operations acknowledged for each cut.
 const LEAST_ACKNOWLEDGED: u64 = 3;
 /// With fewer cuts than these nothing is said about shares of them.
@@ -113,7 +113,7 @@ impl Report {
             floor("cuts before the answer".to_owned(), inside, share(LEAST_INSIDE));
             floor("cuts that lost writes".to_owned(), self.losses.0, share(LEAST_LOSSES));
             let recoveries = "starts that found something half done".to_owned();
-            floor(recoveries, self.recoveries, share(LEAST_RECOVERIES));
+            floor(recoveries, self.recoveries, (cuts * LEAST_RECOVERIES).div_ceil(100));
             floor("operations acknowledged".to_owned(), self.acknowledged, LEAST_ACKNOWLEDGED * cuts);
         }
         below
