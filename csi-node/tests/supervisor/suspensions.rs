@@ -246,16 +246,17 @@ fn nothing_is_done_to_devices_of_others_nor_anything_but_what_is_known() {
     let (device, pool) = (bed.device.name().clone(), bed.pool.name().clone());
     let absent = DeviceName::thin(&uid(1), Class::Volumes, &uid(99)).unwrap();
     let table = bed.device.table().unwrap();
-    let message = |of| thin::PoolMessage::CreateSnap { id: id(5), of: id(of) };
+    let message = |of, transaction| thin::PoolMessage::CreateSnap { id: id(5), of: id(of), transaction };
     let outcomes = [
         client.replace_table(&device, "0 16384 zero"),
         client.replace_table(&device, &format!("0 8 thin {} 1", table.pool)),
         client.replace_table(&device, &format!("0 16384 thin {} 2", table.pool)),
         client.replace_table(&pool, &table.to_string()),
         client.replace_table(&absent, &table.to_string()),
-        client.message_while_frozen(&device, message(4)),
-        client.message_while_frozen(&pool, message(1)),
-        client.message_while_frozen(&absent, message(1)),
+        client.message_while_frozen(&device, message(4, 0)),
+        client.message_while_frozen(&device, message(1, 1)), // of a plugin that is gone by now
+        client.message_while_frozen(&pool, message(1, 0)),
+        client.message_while_frozen(&absent, message(1, 0)),
     ];
     for (n, outcome) in outcomes.into_iter().enumerate() {
         assert!(matches!(outcome, Err(SuspendError::Refused { .. })), "{n}: {outcome:?}");

@@ -18,6 +18,7 @@ use super::claim::Claim;
 use super::dmsetup::{self, DeviceInfo, DmError, Quiesce, understood};
 use super::kernel_pool::node_of;
 use super::names::DeviceName;
+use super::status::PoolStatus;
 use super::suspension::{Suspended, replace_table};
 use super::table::{DeviceNumber, PoolTable, ThinId, ThinTable};
 use crate::program;
@@ -50,12 +51,15 @@ pub enum PoolMessage {
         id: ThinId,
         /// The number of the frozen one.
         of: ThinId,
+        /// The transaction that the kernel pool was at when this was decided. At another one, whoever decided it is gone, and
+        /// its successor has gone on.
+        transaction: u64,
     },
 }
 
 impl fmt::Display for PoolMessage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::CreateSnap { id, of } = self;
+        let Self::CreateSnap { id, of, .. } = self;
         write!(f, "create_snap {id} {of}")
     }
 }
@@ -152,11 +156,15 @@ impl Suspender for InProcess {
         let info = working(frozen)?;
         let pool = working(&DeviceName::KernelPool { pool: pool.clone(), class: *class })?;
         let table: ThinTable = understood(&info.uuid, dmsetup::table(&info.uuid)?.parse())?;
-        let PoolMessage::CreateSnap { of, .. } = message;
+        let PoolMessage::CreateSnap { of, transaction, .. } = message;
         if table.pool != pool.number || table.id != of {
             return Err(refused(frozen, "it is another device than the one that the message is about"));
         }
         table.origin.into_iter().try_for_each(require_answer)?;
+        match understood(&pool.uuid, dmsetup::status(&pool.uuid)?.parse())? {
+            PoolStatus::Working(now) if now.transaction_id == transaction => {}
+            _ => return Err(refused(frozen, "its kernel pool is at another transaction by now")),
+        }
         timed("snapshot", frozen, || {
             let suspended = Suspended::new(&info.uuid, Quiesce::Freeze)?;
             let sent = dmsetup::message(&pool.uuid, &message.to_string());

@@ -31,8 +31,8 @@ impl KernelPool {
         of: ThinId,
         suspender: &dyn Suspender,
     ) -> Result<(), KernelPoolError> {
-        self.require_writable()?;
-        let message = PoolMessage::CreateSnap { id, of };
+        let transaction = self.require_writable()?.transaction_id;
+        let message = PoolMessage::CreateSnap { id, of, transaction };
         let active = self.active_devices()?.into_iter().find(|(_, table)| table.id == of);
         let Some((name, _)) = active else { return self.make(id, &message.to_string()) };
         let ours = dmsetup::list_ours()?.into_iter().find(|info| info.name == name);
