@@ -218,7 +218,8 @@ impl KernelPool {
     ///
     /// # Errors
     /// [`KernelPoolError::NotWritable`] for a pool whose metadata has to be checked first.
-    /// [`SuspendError::OriginSilent`] while the external origin of one of its active devices does not answer.
+    /// [`SuspendError::OriginSilent`](super::SuspendError::OriginSilent) while the external origin of one of its active
+    /// devices does not answer.
     pub fn refresh(
         &self,
         config: &KernelPoolConfig,
