@@ -21,12 +21,23 @@ pub const LABEL_CLAIM_NAME: &str = "staging.berth.dev/claim-name";
 /// Annotation with the CSI volume name on its reservation.
 pub const ANNOTATION_VOLUME_NAME: &str = "staging.berth.dev/volume-name";
 
+/// Annotation with the time, RFC 3339, at which a person last said that a reservation is still needed.
+pub const ANNOTATION_RENEWED: &str = "staging.berth.dev/renewed-at";
+/// The nodes' label with their zone.
+pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+
 /// How often a node renews its Lease, in seconds.
 pub const NODE_LEASE_RENEW_SECONDS: i32 = 15;
 /// After how long without renewal a node counts as lost, in seconds.
 pub const NODE_LEASE_DURATION_SECONDS: i32 = 40;
 /// Default time an unreferenced staged image stays, in seconds.
 pub const RECLAIM_TTL_SECONDS: u64 = 3600;
+/// Default percentage of promised space above which unreferenced images go.
+pub const HIGH_WATERMARK_PERCENT: u32 = 85;
+/// Default percentage of promised space down to which they go.
+pub const LOW_WATERMARK_PERCENT: u32 = 70;
+/// Default time a reservation stays that nothing uses, in seconds.
+pub const RESERVATION_TTL_SECONDS: u64 = 3600;
 /// Default time a request may wait in the queue, in seconds.
 pub const MAX_QUEUE_SECONDS: u64 = 3600;
 /// Default number of requests that may wait for one pool.

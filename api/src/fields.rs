@@ -11,6 +11,13 @@ use serde::{Deserialize, Deserializer, Serialize};
 #[serde(transparent)]
 pub struct Quantity(pub String);
 
+impl Default for Quantity {
+    /// No bytes.
+    fn default() -> Self {
+        Self("0".to_owned())
+    }
+}
+
 impl<'de> Deserialize<'de> for Quantity {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]

@@ -49,6 +49,9 @@ pub struct StagingNodeStatus {
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub preflight: Vec<PreflightCheck>,
+    /// The value of the Kubernetes node's label `topology.kubernetes.io/zone`, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
     /// Versions of what matters.
     #[serde(default)]
     pub versions: Versions,
@@ -100,6 +103,10 @@ pub struct NodePool {
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
     pub obeyed: Vec<Released>,
+    /// UIDs of reservations whose bytes something on the node uses now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub in_use: Vec<String>,
 }
 
 /// The thin pools that a pool is made of.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::fields::{Quantity, Span, WhenFull};
 
 /// What the administrator wants of a pool.
-#[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
+#[derive(CustomResource, Clone, Debug, Default, Deserialize, Serialize, KubeSchema)]
 #[kube(
     group = "staging.berth.dev",
     version = "v1alpha1",
@@ -30,6 +30,8 @@ use crate::fields::{Quantity, Span, WhenFull};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
 )]
+#[x_kube(validation = Rule::new("has(self.backend.dmThin) || !has(self.capacity) || !has(self.capacity.volumeOvercommitPercent) || self.capacity.volumeOvercommitPercent == 100")
+    .message("spec.capacity.volumeOvercommitPercent: only with `dmThin`"))]
 #[serde(rename_all = "camelCase")]
 pub struct StagingPoolSpec {
     /// What the pool is made of.
@@ -47,6 +49,37 @@ pub struct StagingPoolSpec {
     /// When unreferenced images go.
     #[serde(default)]
     pub reclaim: ReclaimPolicy,
+    /// What becomes of promises on a node that is lost. Default `Retain`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_loss_policy: Option<NodeLossPolicy>,
+    /// Whether it takes anything new. Default `Open`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Service>,
+    /// Nodes on which it is `Draining`, whatever `service` says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1000), inner(length(min = 1, max = 253)))]
+    #[x_kube(merge_strategy = ListMerge::Set)]
+    pub drain_nodes: Vec<String>,
+}
+
+/// What becomes of promises on a node that is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum NodeLossPolicy {
+    /// They stay until the node is back.
+    Retain,
+    /// What can be had again elsewhere is given up once the Kubernetes node is gone.
+    Release,
+}
+
+/// Whether a pool takes anything new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Service {
+    /// It does.
+    Open,
+    /// It does not; what is there stays.
+    Cordoned,
+    /// It does not, and images that nothing refers to go at once.
+    Draining,
 }
 
 /// What a pool is made of: exactly one of the fields.
@@ -134,10 +167,15 @@ pub struct CapacityPolicy {
     /// At most this much is promised on each node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Quantity>,
+    /// How much may be promised to volumes, in percent of what there is; only with `dmThin`. Above 100 a volume may find no
+    /// space for what was promised to it; staging is never overcommitted. Default 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 100, max = 10_000))]
+    pub volume_overcommit_percent: Option<i32>,
 }
 
 /// What happens to requests that do not fit.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AdmissionPolicy {
     /// For requests that do not say. Default `Queue`.
@@ -150,15 +188,66 @@ pub struct AdmissionPolicy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 100_000))]
     pub max_queued: Option<i32>,
+    /// Which of several places a request gets. Default `PreferPresent`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<Strategy>,
+    /// How much the reservations of one namespace may hold here, over all nodes. Each limit that selects a namespace counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub tenant_limits: Vec<TenantLimit>,
+}
+
+/// Which of several places a request gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum Strategy {
+    /// The first by the names of pool and node.
+    FirstFit,
+    /// The one with the most space left.
+    MostFree,
+    /// One that has the image; among those, or if none has, the one with the most space left.
+    PreferPresent,
+}
+
+/// How much each of some namespaces may hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.maxBytes) || has(self.maxReservations)")
+    .message("spec.admission.tenantLimits[]: one of `maxBytes` and `maxReservations` must be set"))]
+pub struct TenantLimit {
+    /// Labels of the namespaces that this is about, all of them. Empty: every namespace.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub namespace_labels: BTreeMap<String, String>,
+    /// At most this much is promised to reservations of one such namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<Quantity>,
+    /// At most so many reservations of one such namespace have a place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 100_000))]
+    pub max_reservations: Option<i32>,
 }
 
 /// When unreferenced images go.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("(has(self.lowWatermark) ? self.lowWatermark : 70) <= (has(self.highWatermark) ? self.highWatermark : 85)")
+    .message("spec.reclaim.lowWatermark: at most `highWatermark` (defaults 70 and 85)"))]
 pub struct ReclaimPolicy {
     /// How long an image that nothing refers to stays. Default `1h`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Span>,
+    /// For how long after its last use such an image is spared whatever happens. Default `0s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_warm: Option<Span>,
+    /// Above this percentage of promised space on a node, images that nothing refers to go, the longest unused first.
+    /// Default 85.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub high_watermark: Option<i32>,
+    /// They go until so many percent are promised. Default 70.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 100))]
+    pub low_watermark: Option<i32>,
 }
 
 /// What the operator found out about a pool, over all nodes.

@@ -5,10 +5,10 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, WhenFull};
+use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, Span, WhenFull};
 
 /// What is asked for.
-#[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
+#[derive(CustomResource, Clone, Debug, Default, Deserialize, Serialize, KubeSchema)]
 #[kube(
     group = "staging.berth.dev",
     version = "v1alpha1",
@@ -66,6 +66,29 @@ pub struct StagingReservationSpec {
     /// Overrides the pool's `admission.whenFull`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub when_full: Option<WhenFull>,
+    /// This zone only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
+    /// Higher ones come first among those that wait. Default 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = -1000, max = 1000))]
+    pub priority: Option<i32>,
+    /// How long the reservation stays after nothing has used it any more. Default `1h`; reservations of CSI volumes and of
+    /// work that goes on have no such end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Span>,
+    /// Only say what would happen: nothing is promised.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Where a reservation may be, by labels of nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Topology {
+    /// The value of the nodes' label `topology.kubernetes.io/zone`.
+    #[schemars(length(min = 1, max = 63))]
+    pub zone: String,
 }
 
 /// How the reserved space is used.

@@ -1,6 +1,6 @@
 //! Small objects for unit tests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::fits;
 use crate::ids::{
@@ -11,9 +11,9 @@ use crate::reason::Reason;
 use crate::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
-    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodePoolState,
-    NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReservationState, ReservationView, View,
-    WhenFull,
+    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy,
+    NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy,
+    ReservationState, ReservationView, Service, Strategy, View, WhenFull,
 };
 
 pub const HOUR: u64 = 3_600_000;
@@ -55,6 +55,7 @@ pub fn node_pool(total: u64) -> NodePoolState {
         obeyed_revision: 0,
         released: BTreeMap::new(),
         obeyed: BTreeMap::new(),
+        in_use: BTreeSet::new(),
     }
 }
 
@@ -68,7 +69,13 @@ pub fn pool(name: &str) -> PoolView {
         when_full: WhenFull::Queue,
         max_queue_millis: HOUR,
         max_queued: 1000,
-        reclaim_ttl_millis: HOUR,
+        strategy: Strategy::default(),
+        tenant_limits: Vec::new(),
+        volume_percent: 100,
+        reclaim: ReclaimPolicy::default(),
+        node_loss: NodeLossPolicy::default(),
+        service: Service::default(),
+        drain_nodes: BTreeSet::new(),
         deleting: false,
         invalid: None,
     }
@@ -83,6 +90,7 @@ pub fn view(nodes: &[(&str, u64)]) -> View {
             name: NodeName::from(*name),
             live: true,
             reported: true,
+            zone: None,
             pools: BTreeMap::from([(PoolName::from("p"), node_pool(*total))]),
         };
         view.nodes.insert(node.name.clone(), node);
@@ -123,6 +131,11 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         has_finalizer: true,
         pools: PoolChoice::Named(PoolName::from("p")),
         node: None,
+        zone: None,
+        priority: 0,
+        ttl_millis: None,
+        renewed: None,
+        dry_run: false,
         max_size: Bytes(size),
         template: None,
         claim_namespace: "ns".to_owned(),
@@ -133,6 +146,7 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         assigned_image: None,
         prepared: None,
         queued_since: None,
+        ready_since: None,
         invalid: None,
     }
 }

@@ -21,7 +21,7 @@ fn sweep(view: &View, image: &ImageView, now: Timestamp) -> Vec<Change> {
     }
     let Some(pool) = view.pools.get(&image.pool) else { return Vec::new() };
     let since = image.last_used.unwrap_or(image.created).max(image.created);
-    let left = pool.reclaim_ttl_millis.saturating_sub(now.millis_since(since));
+    let left = pool.reclaim.ttl_millis.saturating_sub(now.millis_since(since));
     if left > 0 {
         return vec![Change::RetryAfter { millis: left }];
     }

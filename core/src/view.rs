@@ -1,6 +1,6 @@
 //! What the operator's decisions may look at: the objects as the API server last showed them, already parsed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::change::Change;
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
@@ -43,12 +43,82 @@ pub struct PoolView {
     pub max_queue_millis: u64,
     /// How many requests may wait.
     pub max_queued: u32,
-    /// How long an unreferenced image stays, in milliseconds.
-    pub reclaim_ttl_millis: u64,
+    /// Which of several places a request gets.
+    pub strategy: Strategy,
+    /// What the reservations of one namespace may hold.
+    pub tenant_limits: Vec<TenantLimit>,
+    /// How much may be promised to volumes, in percent of what there is; at least 100.
+    pub volume_percent: u32,
+    /// When unreferenced images go.
+    pub reclaim: ReclaimPolicy,
+    /// What becomes of promises on a node that is lost.
+    pub node_loss: NodeLossPolicy,
+    /// Whether it takes anything new.
+    pub service: Service,
+    /// Nodes on which it is [`Service::Draining`] in any case.
+    pub drain_nodes: BTreeSet<NodeName>,
     /// True if it is being deleted: it takes nothing new.
     pub deleting: bool,
     /// Set if a field's value cannot be used: the message.
     pub invalid: Option<String>,
+}
+
+/// Which of several places a request gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Strategy {
+    /// The first by the names of pool and node.
+    FirstFit,
+    /// The one with the most space left.
+    MostFree,
+    /// One that has the image; among those, or if none has, the one with the most space left.
+    #[default]
+    PreferPresent,
+}
+
+/// What the reservations of each of some namespaces may hold in a pool, over all nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TenantLimit {
+    /// Labels of those namespaces, all of them; none given means every namespace.
+    pub namespaces: BTreeMap<String, String>,
+    /// At most so many bytes of data.
+    pub bytes: Option<Bytes>,
+    /// At most so many reservations.
+    pub reservations: Option<u32>,
+}
+
+/// When images go that nothing refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReclaimPolicy {
+    /// After this long without use, in milliseconds.
+    pub ttl_millis: u64,
+    /// Never before this long without use, in milliseconds.
+    pub keep_warm_millis: u64,
+    /// When more than this percentage is promised on a node.
+    pub high_percent: u32,
+    /// Until this percentage is.
+    pub low_percent: u32,
+}
+
+/// What becomes of promises on a node that is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NodeLossPolicy {
+    /// They stay until the node is back.
+    #[default]
+    Retain,
+    /// What can be had again elsewhere is given up once the Kubernetes node is gone.
+    Release,
+}
+
+/// Whether a pool takes anything new.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Service {
+    /// It does.
+    #[default]
+    Open,
+    /// It does not; what is there stays.
+    Cordoned,
+    /// It does not, and images that nothing refers to go at once.
+    Draining,
 }
 
 /// What happens when the space is not there.
@@ -69,6 +139,8 @@ pub struct NodeState {
     pub live: bool,
     /// True if it has reported since this operator began to watch: before that, its ledgers admit nothing.
     pub reported: bool,
+    /// The zone it is in, if it says.
+    pub zone: Option<String>,
     /// The pools on it.
     pub pools: BTreeMap<PoolName, NodePoolState>,
 }
@@ -98,6 +170,8 @@ pub struct NodePoolState {
     pub released: BTreeMap<Uid, Generation>,
     /// Promises obeyed whose bytes are there.
     pub obeyed: BTreeMap<Uid, Generation>,
+    /// Reservations whose bytes something on the node uses now.
+    pub in_use: BTreeSet<Uid>,
 }
 
 /// A `StagingLedger`.
@@ -171,6 +245,16 @@ pub struct ReservationView {
     pub pools: PoolChoice,
     /// This node only.
     pub node: Option<NodeName>,
+    /// This zone only.
+    pub zone: Option<String>,
+    /// Higher ones come first among those that wait.
+    pub priority: i32,
+    /// How long it stays after nothing has used it any more, in milliseconds; `None` if only deletion ends it.
+    pub ttl_millis: Option<u64>,
+    /// When a person last said that it is still needed.
+    pub renewed: Option<Timestamp>,
+    /// True if nothing is to be promised, only said.
+    pub dry_run: bool,
     /// The most that will be written.
     pub max_size: Bytes,
     /// The template that it starts from.
@@ -191,6 +275,8 @@ pub struct ReservationView {
     pub prepared: Option<Generation>,
     /// Since when it waits.
     pub queued_since: Option<Timestamp>,
+    /// Since when the node has it ready.
+    pub ready_since: Option<Timestamp>,
     /// Set if a field's value cannot be used: the message.
     pub invalid: Option<String>,
 }
@@ -358,6 +444,8 @@ pub struct View {
     pub images: BTreeMap<String, ImageView>,
     /// Image stores by name.
     pub stores: BTreeMap<ObjectName, StoreView>,
+    /// Labels of namespaces, by name.
+    pub namespaces: BTreeMap<String, BTreeMap<String, String>>,
     /// True if this operator holds the Lease, which gates sweeps and reclaim only.
     pub leader: bool,
 }
@@ -369,6 +457,20 @@ impl PoolChoice {
             Self::Named(name) => *name == pool.name,
             Self::Labelled(labels) => labels.iter().all(|(key, value)| pool.labels.get(key) == Some(value)),
         }
+    }
+}
+
+impl Default for ReclaimPolicy {
+    /// The defaults of the API, without a time of grace.
+    fn default() -> Self {
+        Self { ttl_millis: 3_600_000, keep_warm_millis: 0, high_percent: 85, low_percent: 70 }
+    }
+}
+
+impl PoolView {
+    /// Whether it takes anything new on this node.
+    pub fn service_on(&self, node: &NodeName) -> Service {
+        if self.drain_nodes.contains(node) { Service::Draining } else { self.service }
     }
 }
 

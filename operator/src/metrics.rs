@@ -299,9 +299,10 @@ mod tests {
             obeyed_revision: 0,
             released: BTreeMap::new(),
             obeyed: BTreeMap::new(),
+            in_use: std::collections::BTreeSet::new(),
         };
         let pools = BTreeMap::from([(pool.clone(), report)]);
-        let node = NodeState { name: name.clone(), live: true, reported: true, pools };
+        let node = NodeState { name: name.clone(), live: true, reported: true, zone: None, pools };
         let charge = Charge { data: Bytes(50), metadata: Bytes(5) };
         let holder = Holder::Image("i".to_owned());
         let promise =

@@ -19,6 +19,7 @@ pub fn node_state(node: &StagingNode) -> NodeState {
         name: NodeName(node.spec.node_name.clone()),
         live: false,
         reported: false,
+        zone: node.status.as_ref().and_then(|status| status.zone.clone()),
         pools: pools.map(|pool| (PoolName(pool.name.clone()), pool_state(pool))).collect(),
     }
 }
@@ -36,6 +37,7 @@ fn pool_state(pool: &NodePool) -> NodePoolState {
         obeyed_revision: u64::try_from(pool.obeyed_revision).unwrap_or_default(),
         released: by_uid(&pool.released),
         obeyed: by_uid(&pool.obeyed),
+        in_use: pool.in_use.iter().cloned().map(Uid).collect(),
     }
 }
 

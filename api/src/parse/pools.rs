@@ -1,15 +1,21 @@
 //! `StagingPool` to its view.
 
-use berth_core::ids::PoolName;
+use berth_core::ids::{NodeName, PoolName};
 use berth_core::thin::BlockSize;
 use berth_core::units::Bytes;
-use berth_core::view::{PoolView, WhenFull};
+use berth_core::view::{NodeLossPolicy, PoolView, ReclaimPolicy, Service, Strategy, TenantLimit, WhenFull};
 
 use super::{InvalidField, bytes, name_of, seconds, uid_of};
 use crate::StagingPool;
-use crate::defaults::{MAX_QUEUE_SECONDS, MAX_QUEUED, RECLAIM_TTL_SECONDS};
-use crate::fields;
-use crate::staging_pool::{DmThinBackend, FilesystemBackend, Ownership, StagingPoolSpec};
+use crate::defaults::{
+    HIGH_WATERMARK_PERCENT, LOW_WATERMARK_PERCENT, MAX_QUEUE_SECONDS, MAX_QUEUED, RECLAIM_TTL_SECONDS,
+};
+use crate::fields::{self, Span};
+use crate::staging_pool::{
+    DmThinBackend, FilesystemBackend, NodeLossPolicy as ApiNodeLossPolicy, Ownership,
+    ReclaimPolicy as ApiReclaimPolicy, Service as ApiService, StagingPoolSpec, Strategy as ApiStrategy,
+    TenantLimit as ApiTenantLimit,
+};
 
 /// The smallest image that a filesystem pool may be: XFS refuses less than 300 MiB, and its log needs room.
 const SMALLEST_AREA: Bytes = Bytes::mib(512);
@@ -29,7 +35,18 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         when_full: WhenFull::Queue,
         max_queue_millis: MAX_QUEUE_SECONDS * 1000,
         max_queued: MAX_QUEUED,
-        reclaim_ttl_millis: RECLAIM_TTL_SECONDS * 1000,
+        strategy: Strategy::default(),
+        tenant_limits: Vec::new(),
+        volume_percent: 100,
+        reclaim: ReclaimPolicy {
+            ttl_millis: RECLAIM_TTL_SECONDS * 1000,
+            keep_warm_millis: 0,
+            high_percent: HIGH_WATERMARK_PERCENT,
+            low_percent: LOW_WATERMARK_PERCENT,
+        },
+        node_loss: node_loss(pool.spec.node_loss_policy),
+        service: service(pool.spec.service),
+        drain_nodes: pool.spec.drain_nodes.iter().cloned().map(NodeName).collect(),
         deleting: pool.metadata.deletion_timestamp.is_some(),
         invalid: None,
     };
@@ -58,10 +75,90 @@ fn read_policy(spec: &StagingPoolSpec, view: &mut PoolView) -> Result<(), Invali
             allowed: "0 or more".to_owned(),
         })?;
     }
-    if let Some(span) = &spec.reclaim.ttl {
-        view.reclaim_ttl_millis = seconds("spec.reclaim.ttl", span)?.saturating_mul(1000);
+    if let Some(strategy) = spec.admission.strategy {
+        view.strategy = self::strategy(strategy);
     }
+    view.tenant_limits = spec.admission.tenant_limits.iter().map(tenant_limit).collect::<Result<_, _>>()?;
+    if let Some(percent) = spec.capacity.volume_overcommit_percent {
+        view.volume_percent = in_range("spec.capacity.volumeOvercommitPercent", percent, 100..=10_000)?;
+    }
+    view.reclaim = reclaim(&spec.reclaim, view.reclaim)?;
     Ok(())
+}
+
+/// `defaults` with what `spec` says otherwise.
+fn reclaim(spec: &ApiReclaimPolicy, defaults: ReclaimPolicy) -> Result<ReclaimPolicy, InvalidField> {
+    let millis = |field, span: &Option<Span>, default| match span {
+        Some(span) => seconds(field, span).map(|seconds| seconds.saturating_mul(1000)),
+        None => Ok(default),
+    };
+    let percent = |field, value: Option<i32>, default| match value {
+        Some(value) => in_range(field, value, 0..=100),
+        None => Ok(default),
+    };
+    let policy = ReclaimPolicy {
+        ttl_millis: millis("spec.reclaim.ttl", &spec.ttl, defaults.ttl_millis)?,
+        keep_warm_millis: millis("spec.reclaim.keepWarm", &spec.keep_warm, defaults.keep_warm_millis)?,
+        high_percent: percent("spec.reclaim.highWatermark", spec.high_watermark, defaults.high_percent)?,
+        low_percent: percent("spec.reclaim.lowWatermark", spec.low_watermark, defaults.low_percent)?,
+    };
+    if policy.low_percent > policy.high_percent {
+        return Err(InvalidField::Range {
+            field: "spec.reclaim.lowWatermark",
+            value: policy.low_percent.to_string(),
+            allowed: format!("at most the high watermark, {}", policy.high_percent),
+        });
+    }
+    Ok(policy)
+}
+
+fn tenant_limit(limit: &ApiTenantLimit) -> Result<TenantLimit, InvalidField> {
+    let field = "spec.admission.tenantLimits[].maxReservations";
+    Ok(TenantLimit {
+        namespaces: limit.namespace_labels.clone(),
+        bytes: limit
+            .max_bytes
+            .as_ref()
+            .map(|most| bytes("spec.admission.tenantLimits[].maxBytes", most))
+            .transpose()?,
+        reservations: limit.max_reservations.map(|count| in_range(field, count, 0..=100_000)).transpose()?,
+    })
+}
+
+/// The value of a field that must be in a range.
+fn in_range(
+    field: &'static str,
+    value: i32,
+    allowed: std::ops::RangeInclusive<u32>,
+) -> Result<u32, InvalidField> {
+    u32::try_from(value).ok().filter(|value| allowed.contains(value)).ok_or_else(|| InvalidField::Range {
+        field,
+        value: value.to_string(),
+        allowed: format!("from {} to {}", allowed.start(), allowed.end()),
+    })
+}
+
+const fn strategy(strategy: ApiStrategy) -> Strategy {
+    match strategy {
+        ApiStrategy::FirstFit => Strategy::FirstFit,
+        ApiStrategy::MostFree => Strategy::MostFree,
+        ApiStrategy::PreferPresent => Strategy::PreferPresent,
+    }
+}
+
+const fn node_loss(policy: Option<ApiNodeLossPolicy>) -> NodeLossPolicy {
+    match policy {
+        None | Some(ApiNodeLossPolicy::Retain) => NodeLossPolicy::Retain,
+        Some(ApiNodeLossPolicy::Release) => NodeLossPolicy::Release,
+    }
+}
+
+const fn service(service: Option<ApiService>) -> Service {
+    match service {
+        None | Some(ApiService::Open) => Service::Open,
+        Some(ApiService::Cordoned) => Service::Cordoned,
+        Some(ApiService::Draining) => Service::Draining,
+    }
 }
 
 /// The area of a filesystem pool.
@@ -224,7 +321,7 @@ mod tests {
             ("fast", "u1", "nvme")
         );
         assert_eq!((plain.limit, plain.when_full, plain.max_queued), (None, WhenFull::Queue, 1000));
-        assert_eq!((plain.max_queue_millis, plain.reclaim_ttl_millis), (3_600_000, 3_600_000));
+        assert_eq!((plain.max_queue_millis, plain.reclaim.ttl_millis), (3_600_000, 3_600_000));
         let full = pool(
             "  backend: {filesystem: {path: /p, size: 512Mi}}\n  capacity: {limit: 100Mi}\n  admission: {whenFull: Reject, \
              maxQueueTime: 90s, maxQueued: 3}\n  reclaim: {ttl: 1m30s}\n",
@@ -234,7 +331,7 @@ mod tests {
             (view.invalid, view.limit, view.when_full),
             (None, Some(Bytes::mib(100)), WhenFull::Reject)
         );
-        assert_eq!((view.max_queue_millis, view.max_queued, view.reclaim_ttl_millis), (90_000, 3, 90_000));
+        assert_eq!((view.max_queue_millis, view.max_queued, view.reclaim.ttl_millis), (90_000, 3, 90_000));
         let area = pool_area(&full.spec).expect("valid");
         let wanted = FilesystemArea { path: "/p".to_owned(), size: Bytes::mib(512) };
         assert_eq!((area, view.block), (PoolArea::Filesystem(wanted), None));

@@ -4,15 +4,18 @@ use berth_core::ids::{NodeName, ObjectName, PoolName};
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{Access, AssignedImage, PoolChoice, ReservationState, ReservationView};
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta};
+use k8s_openapi::jiff;
 
 use super::{
-    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, uid_of,
-    version_of, when_full,
+    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, seconds,
+    uid_of, version_of, when_full,
 };
 use crate::StagingReservation;
 use crate::conditions::{ConditionType, find, timestamp};
-use crate::defaults::{LABEL_CLAIM_NAMESPACE, RELEASE_FINALIZER, SYSTEM_NAMESPACE};
+use crate::defaults::{
+    ANNOTATION_RENEWED, LABEL_CLAIM_NAMESPACE, RELEASE_FINALIZER, RESERVATION_TTL_SECONDS, SYSTEM_NAMESPACE,
+};
 use crate::staging_reservation::{Access as ApiAccess, ReservationState as ApiState, StagingReservationSpec};
 
 /// What decisions look at.
@@ -36,6 +39,15 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
             None => labelled(spec.pool_selector.as_ref()),
         },
         node: spec.node_name.clone().map(NodeName),
+        zone: spec.topology.as_ref().map(|topology| topology.zone.clone()),
+        priority: spec.priority.unwrap_or_default(),
+        ttl_millis: ttl(meta, spec),
+        renewed: meta
+            .annotations
+            .as_ref()
+            .and_then(|all| all.get(ANNOTATION_RENEWED))
+            .and_then(|time| renewed(time)),
+        dry_run: spec.dry_run,
         max_size,
         template: spec
             .image
@@ -56,9 +68,29 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
         prepared: status.prepared_generation.map(generation),
         queued_since: (state == ReservationState::Queued)
             .then(|| since(&status.conditions).unwrap_or_else(|| created_of(meta))),
+        ready_since: find(&status.conditions, ConditionType::Ready)
+            .filter(|ready| ready.status == "True")
+            .map(|ready| timestamp(&ready.last_transition_time)),
         invalid,
         name,
     }
+}
+
+/// How long it stays unused, in milliseconds. What Berth keeps in its own namespace is ended by `DeleteVolume`, and what
+/// belongs to a piece of work by that.
+fn ttl(meta: &ObjectMeta, spec: &StagingReservationSpec) -> Option<u64> {
+    let owned = meta.owner_references.iter().flatten().any(|owner| owner.controller == Some(true));
+    if owned || meta.namespace.as_deref() == Some(SYSTEM_NAMESPACE) {
+        return None;
+    }
+    let asked = spec.ttl.as_ref().and_then(|span| seconds("spec.ttl", span).ok());
+    Some(asked.unwrap_or(RESERVATION_TTL_SECONDS).saturating_mul(1000))
+}
+
+/// A time that cannot be read renews nothing.
+fn renewed(time: &str) -> Option<Timestamp> {
+    let time: jiff::Timestamp = time.parse().ok()?;
+    u64::try_from(time.as_millisecond()).ok().map(Timestamp)
 }
 
 /// Only an object of Berth's own namespace speaks for another: whoever may write there is trusted.
@@ -83,6 +115,9 @@ fn check(spec: &StagingReservationSpec) -> Result<Bytes, InvalidField> {
     if spec.image.is_some() && spec.access != ApiAccess::Block {
         let problem = "must be `Block` where `spec.image` is set".to_owned();
         return Err(InvalidField::Shape { field: "spec.access", problem });
+    }
+    if let Some(ttl) = &spec.ttl {
+        seconds("spec.ttl", ttl)?;
     }
     bytes("spec.maxSize", &spec.max_size)
 }

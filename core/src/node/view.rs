@@ -202,6 +202,14 @@ impl AreaView {
     }
 }
 
+impl AreaView {
+    /// The reservations whose bytes something on the node uses now: as long as one is among them, its reference does not
+    /// expire.
+    pub fn in_use(&self) -> impl Iterator<Item = &Uid> {
+        self.volumes.iter().filter(|(_, volume)| volume.attached).map(|(uid, _)| uid)
+    }
+}
+
 impl LedgerRecord for AreaView {
     fn lineage(&self) -> Option<&Lineage> {
         self.lineage.as_ref()

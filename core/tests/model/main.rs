@@ -122,6 +122,11 @@ impl History {
                 _ => PoolChoice::Named(PoolName::from("p")),
             },
             node: self.dice.once_in(3).then(|| NodeName::from(NODES[self.dice.below(2)])),
+            zone: None,
+            priority: 0,
+            ttl_millis: None,
+            renewed: None,
+            dry_run: false,
             max_size: Bytes(units * UNIT),
             template: template.map(|name| ObjectName::new("ns", name)),
             claim_namespace: "ns".to_owned(),
@@ -132,6 +137,7 @@ impl History {
             assigned_image: None,
             prepared: None,
             queued_since: None,
+            ready_since: None,
             invalid: None,
         };
         self.world.objects.reservations.insert(request.uid.clone(), request);

@@ -9,8 +9,9 @@ use berth_core::reason::Reason;
 use berth_core::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    DurableImage, ImageView, ImportState, ImportView, LedgerView, NodePoolState, NodeState, ObjectVersion,
-    Placement, PoolChoice, PoolView, ReservationState, View, WhenFull,
+    DurableImage, ImageView, ImportState, ImportView, LedgerView, NodeLossPolicy, NodePoolState, NodeState,
+    ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationState, Service, Strategy, View,
+    WhenFull,
 };
 
 /// A defect put in on purpose, to show that the model would find it.
@@ -97,7 +98,8 @@ impl World {
         for name in NODES {
             let pools = if name == "c" { vec!["q"] } else { vec!["p", "q"] };
             let pools = pools.into_iter().map(|pool| (PoolName::from(pool), report(pool == "q"))).collect();
-            let node = NodeState { name: NodeName::from(name), live: true, reported: true, pools };
+            let node =
+                NodeState { name: NodeName::from(name), live: true, reported: true, zone: None, pools };
             objects.nodes.insert(node.name.clone(), node);
         }
         for (name, size) in [("one", 20 * UNIT), ("two", 35 * UNIT)] {
@@ -339,7 +341,13 @@ fn pool(name: &str, when_full: WhenFull) -> PoolView {
         when_full,
         max_queue_millis: 3_600_000,
         max_queued: 3,
-        reclaim_ttl_millis: 60_000,
+        strategy: Strategy::default(),
+        tenant_limits: Vec::new(),
+        volume_percent: 100,
+        reclaim: ReclaimPolicy { ttl_millis: 60_000, ..ReclaimPolicy::default() },
+        node_loss: NodeLossPolicy::default(),
+        service: Service::default(),
+        drain_nodes: BTreeSet::new(),
         deleting: false,
         invalid: None,
     }
@@ -358,6 +366,7 @@ fn report(thin: bool) -> NodePoolState {
         obeyed_revision: 0,
         released: BTreeMap::new(),
         obeyed: BTreeMap::new(),
+        in_use: BTreeSet::new(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use berth_api::conditions::{ConditionType, Truth, condition, time};
-use berth_api::defaults::node_manager;
+use berth_api::defaults::{LABEL_ZONE, node_manager};
 use berth_api::fields::Progress;
 use berth_api::parse::to_thin_pools;
 use berth_api::staged_image::StagedImageState;
@@ -407,13 +407,22 @@ pub(super) async fn report_node(
             detail: c.detail.clone(),
         })
         .collect();
-    let status = json!({
+    let mut status = json!({
         "pools": pools, "preflight": checks, "versions": versions(&preflight), "conditions": [ready],
     });
-    let wanted =
-        Wanted { status, owned: &["pools", "preflight", "versions"], conditions: &[ConditionType::Ready] };
+    if let Some(zone) = zone(node) {
+        status["zone"] = json!(zone);
+    }
+    let owned = &["pools", "preflight", "versions", "zone"];
+    let wanted = Wanted { status, owned, conditions: &[ConditionType::Ready] };
     apply(node, api, &*object, shown(object.status.as_ref())?, wanted).await?;
     Ok(true)
+}
+
+/// The zone of this node, by its present labels.
+fn zone(node: &Node) -> Option<String> {
+    let nodes = node.watches.node.state();
+    nodes.first()?.labels().get(LABEL_ZONE).cloned()
 }
 
 fn pools(node: &Node, view: &NodeView) -> Vec<NodePool> {
@@ -473,6 +482,7 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         let entry = Released { uid: uid.to_string(), generation };
         if promise.released { told.released.push(entry) } else { told.obeyed.push(entry) }
     }
+    told.in_use = area.in_use().map(ToString::to_string).collect();
     let obeyed: Bytes = area.promises.values().filter(|p| !p.released).map(|p| p.data).sum();
     node.metrics.pool(&told.name, told.total_bytes, told.used_bytes, obeyed.as_i64());
     told

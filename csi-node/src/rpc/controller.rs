@@ -348,12 +348,12 @@ fn spec(asked: &VolumeRequest, node: &str) -> StagingReservationSpec {
     });
     StagingReservationSpec {
         pool_name: Some(asked.pool.to_string()),
-        pool_selector: None,
         max_size: Quantity(asked.size.0.to_string()),
         image,
         access: Access::Block,
         node_name: Some(node.to_owned()),
         when_full: Some(WhenFull::Reject),
+        ..StagingReservationSpec::default()
     }
 }
 

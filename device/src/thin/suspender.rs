@@ -377,7 +377,8 @@ mod tests {
 
     #[test]
     fn only_known_messages_are_read() {
-        let message: PoolMessage = serde_json::from_str(r#"{"createSnap":{"id":2,"of":1,"transaction":3}}"#).unwrap();
+        let message: PoolMessage =
+            serde_json::from_str(r#"{"createSnap":{"id":2,"of":1,"transaction":3}}"#).unwrap();
         assert_eq!(message.to_string(), "create_snap 2 1");
         let bad = [
             r#"{"createSnap":{"id":2,"of":"1\ndelete 1","transaction":3}}"#,

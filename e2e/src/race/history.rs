@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_api::fields::Quantity;
-use berth_api::staging_pool::{
-    AdmissionPolicy, Backend, CapacityPolicy, FilesystemBackend, ReclaimPolicy, StagingPoolSpec,
-};
+use berth_api::staging_pool::{Backend, FilesystemBackend, StagingPoolSpec};
 use berth_api::staging_reservation::{Access, StagingReservationSpec};
 use berth_api::{StagingLedger, StagingPool, StagingReservation};
 use kube::api::{DeleteParams, ListParams, PostParams};
@@ -116,9 +114,7 @@ impl History {
                 ..Backend::default()
             },
             node_selector: [("race".to_owned(), self.pool.clone())].into(),
-            capacity: CapacityPolicy::default(),
-            admission: AdmissionPolicy::default(),
-            reclaim: ReclaimPolicy::default(),
+            ..StagingPoolSpec::default()
         };
         let made = pools.create(&PostParams::default(), &StagingPool::new(&self.pool, spec)).await;
         let made = made.map_err(|source| self.failed("make the pool", source))?;
@@ -140,12 +136,9 @@ impl History {
         sleep(seeded.millis(0, 300)).await;
         let spec = StagingReservationSpec {
             pool_name: Some(self.pool.clone()),
-            pool_selector: None,
             max_size: Quantity(REQUEST_BYTES.to_string()),
-            image: None,
             access: if seeded.chance(50) { Access::File } else { Access::Block },
-            node_name: None,
-            when_full: None,
+            ..StagingReservationSpec::default()
         };
         let made = api.create(&PostParams::default(), &StagingReservation::new(&name, spec)).await;
         made.map_err(|source| self.failed("make a reservation", source))?;

@@ -137,14 +137,12 @@ impl Applier {
             pool_name,
             pool_selector,
             max_size: Quantity(size.0.to_string()),
-            image: None,
             access: match access {
                 Access::Stream => ApiAccess::Stream,
                 Access::File => ApiAccess::File,
                 Access::Block => ApiAccess::Block,
             },
-            node_name: None,
-            when_full: None,
+            ..StagingReservationSpec::default()
         };
         let mut reservation = StagingReservation::new(&name.name, spec);
         reservation.metadata.namespace = Some(name.namespace.clone());

@@ -86,6 +86,11 @@ mod tests {
             has_finalizer: true,
             pools: PoolChoice::Named(PoolName::from("p")),
             node: None,
+            zone: None,
+            priority: 0,
+            ttl_millis: None,
+            renewed: None,
+            dry_run: false,
             max_size: Bytes::gib(1),
             template: None,
             claim_namespace: "default".to_owned(),
@@ -100,6 +105,7 @@ mod tests {
             assigned_image: None,
             prepared: None,
             queued_since: None,
+            ready_since: None,
             invalid: None,
         }
     }
