@@ -252,7 +252,7 @@ fn decided(name: &str, view: &View) -> (Reason, Option<Bytes>) {
 }
 
 #[test]
-fn a51_a_limit_of_a_namespace_is_waited_for_or_refused_with_numbers_and_only_the_leader_admits() {
+fn a_limit_of_a_namespace_is_waited_for_or_refused_with_numbers_and_only_the_leader_admits() {
     let mut view = view(&[("a", 100)]);
     let limit = crate::view::TenantLimit {
         namespaces: std::collections::BTreeMap::new(),
@@ -280,7 +280,7 @@ fn a51_a_limit_of_a_namespace_is_waited_for_or_refused_with_numbers_and_only_the
 }
 
 #[test]
-fn a_cordoned_pool_takes_nothing_new_and_refuses_who_may_not_wait() {
+fn a48_a_cordoned_pool_takes_nothing_new_and_refuses_who_may_not_wait() {
     let mut view = view(&[("a", 100)]);
     view.pools.values_mut().for_each(|pool| pool.service = crate::view::Service::Cordoned);
     add(&mut view, reservation("r", 30, 0));
@@ -333,7 +333,7 @@ fn every_place_is_told_with_what_is_missing_there() {
 }
 
 #[test]
-fn a43_a_second_reservation_joins_an_image_that_is_still_copied_and_is_not_charged_for_it() {
+fn a6_a_second_reservation_joins_an_image_that_is_still_copied_and_is_not_charged_for_it() {
     let mut view = view(&[("a", 100)]);
     let import = template(30, 20);
     view.imports.insert(import.name.clone(), import);
@@ -359,7 +359,7 @@ fn a43_a_second_reservation_joins_an_image_that_is_still_copied_and_is_not_charg
 }
 
 #[test]
-fn a48_an_idle_reference_says_when_it_ends_and_ends_by_its_version() {
+fn a9_an_idle_reference_says_when_it_ends_and_ends_by_its_version() {
     let mut view = view(&[("a", 100)]);
     let mut idle = reservation("r", 30, 0);
     idle.assignment = Some(placed("p", "a", 1));

@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a47_an_idle_reference_ends_and_one_in_use_never_does() {
+    fn a9_an_idle_reference_ends_and_one_in_use_never_does() {
         let (mut view, mut request) = idle();
         assert_eq!(ask(&view, &request, 1000), Expiry::At(Timestamp(1000 + TTL)), "first seen idle");
         request.expires = Some(Timestamp(1000 + TTL));

@@ -163,7 +163,9 @@ pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Ve
     let mut all = Vec::new();
     for pool in view.pools.values().filter(|pool| reservation.pools.allows(pool)) {
         let asked = need.own_in(pool.block).charge.data;
-        let excess = Holdings::of(view, pool).excess(view, pool, reservation, asked);
+        let limited = !pool.tenant_limits.is_empty();
+        let holdings = limited.then(|| Holdings::of(view, pool));
+        let excess = holdings.and_then(|held| held.excess(view, pool, reservation, asked));
         for (name, node) in &view.nodes {
             if !node.pools.contains_key(&pool.name) || !may_use(reservation, pool, node) {
                 continue;

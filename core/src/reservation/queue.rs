@@ -3,8 +3,9 @@
 //! Each pool has one order, in which nobody takes a place that an earlier one waits for, so that a large request is not
 //! starved by small ones:
 //! 1. who has waited longer than a quarter of the pool's `maxQueueTime`, in order of arrival;
-//! 2. the others by priority, the highest first; among equals by turns of namespaces: every namespace's first request comes
-//!    before any namespace's second; then in order of arrival.
+//! 2. the others by priority, the highest first; among equals by turns of namespaces: what would be a namespace's first
+//!    reservation in the pool comes before what would be another's second, whatever it holds there counted; then in order
+//!    of arrival.
 //!
 //! The first rule bounds how long anybody can be overtaken. A request that waits for a limit of its own namespace keeps
 //! nobody waiting.
@@ -66,7 +67,7 @@ struct Waiting {
 }
 
 /// Sorts before what comes later: overdue, priority, turn, arrival, UID.
-type Rank = (bool, i32, usize, Timestamp, Uid);
+type Rank = (bool, i32, u32, Timestamp, Uid);
 
 impl Backlog {
     /// Of all pools. Costs a pass over all reservations, and a sort of those that wait.
@@ -163,7 +164,7 @@ fn ordered(
         now.millis_since(since) >= pool.max_queue_millis / OVERDUE_PART
     };
     line.sort_by_key(|(other, _)| (-other.priority, other.created, &other.uid));
-    let mut turns: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut turns: BTreeMap<&str, u32> = BTreeMap::new();
     let mut ranked: Vec<(Rank, Waiting)> = Vec::with_capacity(line.len());
     for (other, need) in line {
         let asked = need.own_in(pool.block).charge.data;
@@ -171,8 +172,9 @@ fn ordered(
         let rank = if overdue(other) {
             (false, 0, 0, other.created, other.uid.clone())
         } else {
-            let turn = turns.entry(other.claim_namespace.as_str()).or_default();
-            *turn += 1;
+            let namespace = other.claim_namespace.as_str();
+            let turn = turns.entry(namespace).or_insert_with(|| holdings.count(namespace));
+            *turn = turn.saturating_add(1);
             (true, -other.priority, *turn, other.created, other.uid.clone())
         };
         let queued = other.state == ReservationState::Queued;

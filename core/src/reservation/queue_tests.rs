@@ -54,7 +54,7 @@ fn earlier_requests_for_the_same_place_are_ahead_in_order_and_no_others() {
 }
 
 #[test]
-fn a45_priority_comes_first_then_turns_of_namespaces_then_arrival() {
+fn priority_comes_first_then_turns_of_namespaces_then_arrival() {
     let mut view = view(&[("a", 100)]);
     for request in [
         of("greedy", "g1", 0, 1),
@@ -69,6 +69,18 @@ fn a45_priority_comes_first_then_turns_of_namespaces_then_arrival() {
     assert_eq!(names(&view, &last), ["u1", "g1", "m1", "g2", "g3"]);
     let modest = view.reservations[&Uid::from("m1")].clone();
     assert_eq!(names(&view, &modest), ["u1", "g1"], "two of greedy's wait for modest's first");
+}
+
+#[test]
+fn who_holds_less_of_the_pool_comes_first() {
+    let mut view = view(&[("a", 100)]);
+    let holder = of("greedy", "holder", 0, 0);
+    add(&mut view, holder);
+    hold(&mut view, "a", "holder", Class::Images, 10);
+    add(&mut view, of("greedy", "g1", 0, 1));
+    add(&mut view, of("modest", "m1", 0, 2));
+    add(&mut view, of("modest", "m2", 0, 3));
+    assert_eq!(names(&view, &of("last", "z", -1, 6)), ["m1", "g1", "m2"]);
 }
 
 #[test]
@@ -143,7 +155,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
-    fn a45_nobody_starves_in_a_stream_however_others_are_favoured(
+    fn nobody_starves_in_a_stream_however_others_are_favoured(
         favoured in proptest::collection::vec((0..4_u8, 0..3_i32), 40..160),
         unlucky_at in 0..20_u64,
     ) {

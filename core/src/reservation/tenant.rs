@@ -67,12 +67,9 @@ impl fmt::Display for TenantExcess {
 pub(super) struct Holdings(BTreeMap<String, (Bytes, u32)>);
 
 impl Holdings {
-    /// Adds up. Nothing is counted in a pool without limits.
+    /// Adds up.
     pub(super) fn of(view: &View, pool: &PoolView) -> Self {
         let mut held: BTreeMap<String, (Bytes, u32)> = BTreeMap::new();
-        if pool.tenant_limits.is_empty() {
-            return Self(held);
-        }
         let promises = view.ledgers.values().filter(|ledger| ledger.pool == pool.name);
         for (uid, promise) in promises.flat_map(|ledger| &ledger.promises) {
             let Holder::Reservation(name) = &promise.holder else { continue };
@@ -82,6 +79,11 @@ impl Holdings {
             *sum = (sum.0.saturating_add(promise.charge.data), sum.1.saturating_add(1));
         }
         Self(held)
+    }
+
+    /// How many reservations a namespace holds.
+    pub(super) fn count(&self, namespace: &str) -> u32 {
+        self.0.get(namespace).map_or(0, |(_, count)| *count)
     }
 
     /// The first limit of the pool that `asked` bytes more would exceed.
