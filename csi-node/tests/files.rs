@@ -324,6 +324,25 @@ async fn faults_of_the_store_pass_and_it_stays_the_only_copy_meanwhile() {
 }
 
 #[tokio::test]
+async fn no_pod_writes_while_it_is_sent_and_nothing_is_sent_while_one_does() {
+    let bed = Bed::new().await;
+    bed.begin(FileFetch::Complete, Bytes::mib(64));
+    bed.written(b"first");
+    let publication = FilePublication { target: "/pod".into(), writer: true, boot: boot().to_owned() };
+    let publish = || bed.record.publish_file(&uid(), "again", &publication, false);
+    bed.faults(&[FaultRule::new(FaultAction::SlowDown)]);
+    bed.push(u64::MAX).await.unwrap_err();
+    assert!(publish().unwrap_err().to_string().contains("being sent"));
+    bed.faults(&[]);
+    bed.push(u64::MAX).await.unwrap();
+    publish().unwrap();
+    let error = bed.push(u64::MAX).await.unwrap_err();
+    assert!(matches!(error, FileError::Change(_)), "{error}");
+    bed.record.unpublish_file("again").unwrap();
+    assert_eq!(bed.push(u64::MAX).await.unwrap().size, Bytes(5));
+}
+
+#[tokio::test]
 async fn a_file_that_was_changed_again_is_sent_anew() {
     let bed = Bed::new().await;
     bed.begin(FileFetch::Complete, Bytes::mib(64));

@@ -192,6 +192,12 @@ impl Csi {
         Self { node: node.to_owned(), channel, limit }
     }
 
+    /// The same client, but calls that may succeed later are repeated for `limit`.
+    #[must_use]
+    pub fn repeating_for(&self, limit: Duration) -> Self {
+        Self { limit, ..self.clone() }
+    }
+
     /// The driver's name and version.
     ///
     /// # Errors

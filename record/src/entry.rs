@@ -218,7 +218,7 @@ pub enum FileContent {
 /// How far the sending of a file is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sending {
-    /// The upload, as the store named it.
+    /// The upload, as the store named it; empty before there is one.
     pub upload: String,
     /// The size of the file.
     pub size: Bytes,

@@ -101,9 +101,13 @@ impl PoolRecord {
         })
     }
 
-    /// Records how far the sending of a file is: its upload before the first part. `None` begins anew.
-    pub fn file_sending(&self, uid: &Uid, sending: Option<Sending>) -> Result<(), ChangeError> {
+    /// Records how far the sending of a file is: that it begins before anything is sent, its upload before the first part.
+    /// `None` begins anew. Refused while a pod may write to it in this `boot`; from the first on, none may until it is sent.
+    pub fn file_sending(&self, uid: &Uid, boot: &str, sending: Option<Sending>) -> Result<(), ChangeError> {
         self.change_file(uid, "sent", |file| {
+            if file.shown(boot).any(|(_, publication)| publication.writer) {
+                return Err(state(uid, "published to a writer", "sent"));
+            }
             if !file.is_only_copy() {
                 return Err(state(uid, "no only copy", "sent"));
             }

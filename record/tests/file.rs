@@ -117,6 +117,7 @@ fn the_only_copy_is_neither_removed_nor_released_until_it_is_sent() {
     record.publish_file(&uid(), "v", &seen("/v", true), false).unwrap();
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, true)), "published", "consent is not enough");
     assert_eq!(refusal(record.file_sent(&uid(), BOOT, &sent())), "written");
+    assert_eq!(refusal(record.file_sending(&uid(), BOOT, None)), "published to a writer");
     record.unpublish_file("v").unwrap();
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, false)), "the only copy");
     let sending = Sending {
@@ -127,11 +128,11 @@ fn the_only_copy_is_neither_removed_nor_released_until_it_is_sent() {
         parts: Vec::new(),
         hash: Vec::new(),
     };
-    record.file_sending(&uid(), Some(sending)).unwrap();
+    record.file_sending(&uid(), BOOT, Some(sending)).unwrap();
     assert_eq!(refusal(record.publish_file(&uid(), "w", &seen("/w", true), false)), "being sent");
     record.publish_file(&uid(), "w", &seen("/w", false), false).expect("a reader changes nothing");
     record.file_sent(&uid(), BOOT, &sent()).unwrap();
-    assert_eq!(refusal(record.file_sending(&uid(), None)), "no only copy");
+    assert_eq!(refusal(record.file_sending(&uid(), BOOT, None)), "no only copy");
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, false)), "published");
     record.unpublish_file("w").unwrap();
     assert_eq!(refusal(record.forget_staging(&uid())), "not being removed");

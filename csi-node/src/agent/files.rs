@@ -34,6 +34,9 @@ const STALL: Duration = Duration::from_secs(60);
 /// How long giving an upload up may keep the removal of its file waiting.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
+/// How long a sending rests that the record does not allow now.
+const NOT_NOW: Duration = Duration::from_secs(5);
+
 impl HasRecord for OpenPool {
     fn record(&self) -> &PoolRecord {
         &self.record
@@ -214,6 +217,11 @@ pub async fn push(
                 return node.wake.notify_one();
             }
             Err(FilesError::File(FileError::Cancelled) | FilesError::Gone(_)) => return,
+            Err(FilesError::File(FileError::Change(ChangeError::State { state, .. }))) => {
+                tracing::info!(reservation = %uid, state, "file is not sent now");
+                cancel.run_until_cancelled(tokio::time::sleep(NOT_NOW)).await;
+                return; // it is planned again when it may be sent
+            }
             Err(error) => {
                 if !again(&node, &uid, &error, false, &mut failures, &cancel).await {
                     return;
@@ -265,7 +273,9 @@ async fn again(
 pub async fn remove(node: &Node, pool: Arc<OpenPool>, uid: &Uid, only_copy: bool) -> Result<(), FilesError> {
     let (here, of) = (Arc::clone(&pool), uid.clone());
     let begun = tokio::task::spawn_blocking(move || here.record.begin_remove_file(&of, boot(), only_copy));
-    if let Some(FileEntry { content: FileContent::Sending(sending), .. }) = begun.await?? {
+    if let Some(FileEntry { content: FileContent::Sending(sending), .. }) = begun.await??
+        && !sending.upload.is_empty()
+    {
         let give_up = async {
             let (store, target) = store(node, &pool, uid).await?;
             Ok::<_, FilesError>(

@@ -46,6 +46,7 @@ pub async fn push<R: HasRecord>(
     let Opened { file, stamp } = opened;
     let push = Push { work, store, key, name: entry.name.clone(), file: Arc::new(file), stamp };
     push.check_length().await?;
+    push.claim(&entry).await?;
     (work.progress)(Bytes::ZERO, stamp.size);
     let sent = if stamp.size <= PART { push.whole(&entry).await? } else { push.parts(&entry).await? };
     push.check_unchanged().await?;
@@ -96,7 +97,24 @@ impl<R: HasRecord> Push<'_, R> {
 
     async fn record(&self, sending: Option<Sending>) -> Result<(), FileError> {
         let (record, uid) = (Arc::clone(&self.work.record), self.work.uid.clone());
-        Ok(tokio::task::spawn_blocking(move || record.record().file_sending(&uid, sending)).await??)
+        Ok(tokio::task::spawn_blocking(move || record.record().file_sending(&uid, boot(), sending)).await??)
+    }
+
+    /// Records that it is being sent, before anything is: from now on no pod may write to it until it is.
+    async fn claim(&self, entry: &FileEntry) -> Result<(), FileError> {
+        if entry.content != FileContent::OnlyCopy {
+            return Ok(());
+        }
+        let claim = Sending {
+            upload: String::new(),
+            size: self.stamp.size,
+            modified: self.stamp.modified,
+            part: part_size(self.stamp.size),
+            parts: Vec::new(),
+            hash: Vec::new(),
+        };
+        self.record(Some(claim)).await?;
+        self.check_unchanged().await
     }
 
     /// A small file, in one request.
@@ -132,13 +150,16 @@ impl<R: HasRecord> Push<'_, R> {
     }
 
     fn is_of(&self, sending: &Sending) -> bool {
-        (sending.size, sending.modified) == (self.stamp.size, self.stamp.modified)
+        !sending.upload.is_empty()
+            && (sending.size, sending.modified) == (self.stamp.size, self.stamp.modified)
             && SourceHash::from_state(&sending.hash).is_ok()
     }
 
     /// Gives an upload of an earlier content up, if there is one.
     async fn give_up(&self, entry: &FileEntry) -> Result<(), FileError> {
-        if let FileContent::Sending(sending) = &entry.content {
+        if let FileContent::Sending(sending) = &entry.content
+            && !sending.upload.is_empty()
+        {
             self.work.stoppable(self.store.abort_upload(self.key, &sending.upload)).await??;
             self.record(None).await?;
         }

@@ -221,3 +221,58 @@ pub(super) fn find_shown(pools: &Pools, volume: &str) -> Result<Option<PathBuf>,
     }
     Ok(None)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::csi::v1::VolumeCapability;
+    use crate::csi::v1::volume_capability::access_mode::Mode;
+    use crate::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
+
+    fn request(context: &[(&str, &str)], access: AccessType) -> NodePublishVolumeRequest {
+        let context = context.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter.into() });
+        NodePublishVolumeRequest {
+            volume_id: "csi-1".to_owned(),
+            target_path: "/pods/1/mount".to_owned(),
+            volume_capability: Some(VolumeCapability { access_mode, access_type: Some(access) }),
+            volume_context: context.collect(),
+            readonly: true,
+            ..NodePublishVolumeRequest::default()
+        }
+    }
+
+    fn mount() -> AccessType {
+        AccessType::Mount(MountVolume::default())
+    }
+
+    #[test]
+    fn a_volume_of_a_pod_names_a_reservation_of_its_namespace() {
+        let whole = [(EPHEMERAL, "true"), (POD_NAMESPACE, "team"), (RESERVATION, "data"), (DISCARD, "true")];
+        let read = FileRequest::parse(&request(&whole, mount())).unwrap().unwrap();
+        assert_eq!(
+            (read.reservation, read.writer, read.discard),
+            (ObjectName::new("team", "data"), false, true)
+        );
+        assert_eq!(FileRequest::parse(&request(&[(EPHEMERAL, "false")], mount())).unwrap(), None);
+        assert_eq!(FileRequest::parse(&request(&[], AccessType::Block(BlockVolume {}))).unwrap(), None);
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        let whole = [(EPHEMERAL, "true"), (POD_NAMESPACE, "team"), (RESERVATION, "data")];
+        let without = |key: &str| whole.iter().copied().filter(|(name, _)| *name != key).collect::<Vec<_>>();
+        let with = |key, value| [&whole[..], &[(key, value)]].concat();
+        let block = AccessType::Block(BlockVolume {});
+        for (context, access, mentions) in [
+            (without(RESERVATION), mount(), "`reservation`"),
+            (without(POD_NAMESPACE), mount(), "podInfoOnMount"),
+            (with("pool", "fast"), mount(), "`pool` is not known"),
+            (with(DISCARD, "yes"), mount(), "`discard: yes`"),
+            (whole.to_vec(), block, "block device"),
+        ] {
+            let error = FileRequest::parse(&request(&context, access)).expect_err(mentions).to_string();
+            assert!(error.contains(mentions), "{error}");
+        }
+    }
+}

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use berth_api::StagingReservation;
 use berth_api::conditions::{self, ConditionType};
 use berth_api::staging_reservation::{ReservationState, StagingReservationStatus};
+use berth_e2e::cluster::Cluster;
 use berth_e2e::csi::{Csi, CsiError, Inline, View, Volume};
 use berth_e2e::site::{BUCKET, NodeKind, S3Kind};
 use berth_e2e::wait::{self, Look};
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::remains::nothing_remains;
-use crate::scenario::Scenario;
+use crate::scenario::{CONTROL_PLANE, Scenario};
 use crate::scene::{self, POOL, Scene, claim, give, noise, take_back};
 
 /// How long a step may take on a busy machine.
@@ -34,6 +35,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("files::on_thin_devices", &kernel, on_thin_devices).limited(Duration::from_mins(5)),
         Scenario::new("files::refused_with_what_and_where", &namespace, refused_with_what_and_where),
         Scenario::new("files::an_only_copy_goes_with_consent", &namespace, an_only_copy_goes_with_consent),
+        Scenario::new("files::examples_are_valid", CONTROL_PLANE, examples_are_valid),
         Scenario::new("files::block_of_a_pod_goes_with_it", &namespace, block_of_a_pod_goes_with_it),
     ]
 }
@@ -174,7 +176,21 @@ async fn there_and_back(kind: NodeKind) -> anyhow::Result<()> {
     let content = noise(OBJECT_BYTES);
     bed.store("upload/data.bin", &content).await?;
     let file = json!({ "source": bed.place("upload/data.bin"), "result": bed.place("result/data.bin") });
+    let data = bed.scene.site.dir().join("s3");
+    write_rules(&data, &[FaultRule::new(FaultAction::Stall { after_bytes: 20 << 20 }).op("GetObject")])?;
     bed.reserve("data", &file).await?;
+    let half = |status: &StagingReservationStatus| {
+        status.progress.as_ref().is_some_and(|progress| progress.bytes_done >= 16 << 20)
+    };
+    let status = bed.until("half of the object to be there", "data", half).await?;
+    ensure!(!conditions::is_true(&status.conditions, ConditionType::Ready), "ready before its end");
+    let (once, early) = (bed.csi.repeating_for(Duration::ZERO), inline("early", "data", true, &[]));
+    let early = once.publish_inline(&early, &bed.target("early")).await;
+    refused(early, Code::Aborted, &["Fetching", "of 40"])?;
+    bed.scene.site.node_mut(0).kill9();
+    write_rules(&data, &[])?;
+    bed.scene.site.node_mut(0).start_agent()?;
+    bed.scene.node().wait_ready().await?;
     let status = bed.ready("data").await?;
     ensure!(status.path.as_deref() == Some("data.bin"), "no name of a file in a pod: {:?}", status.path);
     ensure!(conditions::is_true(&status.conditions, ConditionType::Staged), "{:?}", status.conditions);
@@ -221,6 +237,34 @@ async fn one_pod_writes(bed: &Bed) -> anyhow::Result<Vec<u8>> {
     let beyond = ["dd", "if=/dev/zero", "bs=1M", "count=160", &format!("of={}/more", target.display())];
     ensure!(node.run(beyond).is_err(), "more was written than is promised");
     Ok(changed)
+}
+
+/// The examples are taken by the API server as they are, and name each other.
+async fn examples_are_valid() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = Cluster::start(dir.path()).await?;
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("a repository")?;
+    cluster.install_crds(&repository.join("crds")).await?;
+    cluster.apply_yaml("{apiVersion: v1, kind: ServiceAccount, metadata: {name: default}}").await?;
+    let mut files = fs::read_dir(repository.join("examples/files"))?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<Vec<_>, _>>()?;
+    files.sort();
+    let (mut made, mut named) = (Vec::new(), Vec::new());
+    for file in files {
+        for object in cluster.apply_file(&file).await.with_context(|| file.display().to_string())? {
+            let object = serde_json::to_value(&object)?;
+            if object["kind"] == "StagingReservation" {
+                made.push(object["metadata"]["name"].clone());
+            }
+            let volumes = object["spec"]["volumes"].as_array().cloned().unwrap_or_default();
+            let inline =
+                volumes.iter().map(|volume| volume["csi"]["volumeAttributes"]["reservation"].clone());
+            named.extend(inline.filter(|name| !name.is_null()));
+        }
+    }
+    ensure!(named.len() == 2 && named.iter().all(|name| made.contains(name)), "{named:?} of {made:?}");
+    Ok(())
 }
 
 async fn deleted_it_is_sent_though_its_node_dies(bed: &mut Bed, changed: &[u8]) -> anyhow::Result<()> {
