@@ -20,6 +20,7 @@ use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use super::imports::WorkError;
+use super::news::FileNews;
 use super::pools::OpenPool;
 use super::{sources, stores};
 use crate::area::AreaError;
@@ -173,7 +174,7 @@ pub async fn fetch(
         };
         let error = match fetched {
             Ok(()) => {
-                node.news.edit_file(&uid, |news| *news = news.done());
+                node.news.edit_file(&uid, |news| *news = FileNews::default());
                 return node.wake.notify_one();
             }
             Err(FilesError::File(FileError::Cancelled) | FilesError::Gone(_)) => return,
@@ -213,7 +214,7 @@ pub async fn push(
         match sent {
             Ok(sent) => {
                 tracing::info!(reservation = %uid, size = sent.size.0, digest = %sent.sha256, "file is durable");
-                node.news.edit_file(&uid, |news| *news = news.done());
+                node.news.edit_file(&uid, |news| *news = FileNews::default());
                 return node.wake.notify_one();
             }
             Err(FilesError::File(FileError::Cancelled) | FilesError::Gone(_)) => return,

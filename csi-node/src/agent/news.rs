@@ -53,21 +53,13 @@ pub struct FillNews {
     pub error: Option<(Reason, String)>,
 }
 
-/// What a node knows of a file for pods that it fetches or sends.
+/// What a node knows of a file for pods that it fetches or sends; nothing once that has ended well.
 #[derive(Clone, Debug, Default)]
 pub struct FileNews {
     /// Bytes that are done, of how many.
     pub progress: Option<(Bytes, Bytes)>,
     /// Why it does not go on, and whether it is tried again.
     pub error: Option<(Reason, String, bool)>,
-}
-
-impl FileNews {
-    /// The same once the work has ended well.
-    #[must_use]
-    pub fn done(&self) -> Self {
-        Self { progress: self.progress, error: None }
-    }
 }
 
 /// What a node found in an image store.

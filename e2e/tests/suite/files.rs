@@ -280,7 +280,9 @@ async fn deleted_it_is_sent_though_its_node_dies(bed: &mut Bed, changed: &[u8]) 
     bed.unpublish("writer").await?;
     let waits = |status: &StagingReservationStatus| {
         let why = conditions::find(&status.conditions, ConditionType::Promised);
-        let sending = status.progress.as_ref().is_some_and(|progress| progress.bytes_done > 0);
+        let sending = status.progress.as_ref().is_some_and(|progress| {
+            progress.bytes_done > 0 && progress.bytes_total == i64::try_from(changed.len()).ok()
+        });
         status.state == Some(ReservationState::Releasing)
             && only_copy(status)
             && sending
