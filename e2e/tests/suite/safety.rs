@@ -99,9 +99,9 @@ async fn kill_sabotages() -> anyhow::Result<()> {
     must_notice_all(KILL_IMPORT, &["--data-mib", "256", "--kills-per-stage", "1"], 6).await
 }
 
-/// Five of each of the 16 operations in the short version.
+/// Three of each of the 16 operations in the short version.
 async fn crash_cuts() -> anyhow::Result<()> {
-    must_pass(CRASH, &["--cuts", if long() { "100" } else { "80" }]).await
+    must_pass(CRASH, &["--cuts", if long() { "100" } else { "48" }]).await
 }
 
 async fn crash_sabotages() -> anyhow::Result<()> {
