@@ -15,7 +15,7 @@ pub(super) fn serve(
     pool: &PoolName,
     area: &AreaView,
     uid: &Uid,
-    file: &NodeFile,
+    file: NodeFile,
     generation: Generation,
     may_make: bool,
 ) -> Vec<Step> {

@@ -127,7 +127,7 @@ fn serve(
     if reservation.deleting {
         return give_back(view, pool, area, uid, generation);
     }
-    if let Some(file) = &reservation.file {
+    if let Some(file) = reservation.file {
         let may_make = may_make && reservation.generation == generation;
         return files::serve(view, pool, area, uid, file, generation, may_make);
     }

@@ -289,7 +289,7 @@ pub async fn remove(node: &Node, pool: Arc<OpenPool>, uid: &Uid, only_copy: bool
                 tracing::warn!(reservation = %uid, error = chain(&error), "parts of its upload stay in the store");
             }
             Err(_) => {
-                tracing::warn!(reservation = %uid, "parts of its upload stay in the store, which is silent")
+                tracing::warn!(reservation = %uid, "parts of its upload stay in the store, which is silent");
             }
         }
     }

@@ -27,6 +27,7 @@ use nix::unistd::{Whence, lseek};
 use super::error::{AreaError, io_error};
 use super::{Area, Copy, DIRECTORIES, Place, has_directories, make_directories, template_device};
 use crate::operation::{Finding, FindingKind};
+use crate::telemetry::chain;
 
 /// What is read at once where blocks cannot be shared.
 const PIECE: usize = 1 << 20;
@@ -219,7 +220,10 @@ impl Area for Filesystem {
     fn start(&self, record: &PoolRecord) -> Result<(), AreaError> {
         make_directories(&self.area.root)?;
         for (uid, _) in record.record().entries(tables::FILES).map_err(ChangeError::from)? {
-            bounded::show(&self.area.root, &uid)?;
+            // One that cannot be shown is not there, and is tried again for whoever needs it; the others are.
+            if let Err(error) = bounded::show(&self.area.root, &uid) {
+                tracing::warn!(reservation = %uid, error = chain(&error), "the directory of a file is not shown");
+            }
         }
         let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
         for (uid, volume) in volumes.into_iter().filter(|(_, volume)| volume.state == VolumeState::Ready) {

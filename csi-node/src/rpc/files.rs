@@ -209,7 +209,7 @@ pub(super) fn hide(services: &Services, volume: &str, target: &Path) -> Result<(
     }
 }
 
-/// The pool and reservation of an inline volume, by its handle.
+/// Where an inline volume is shown, by its handle; `None` if it is recorded nowhere.
 pub(super) fn find_shown(pools: &Pools, volume: &str) -> Result<Option<PathBuf>, RpcError> {
     for pool in pools.all() {
         let files = pool.record.record().entries(berth_record::tables::FILES);
