@@ -1,5 +1,6 @@
 //! The operator against a real API server, with its own service account, and nodes made of API objects.
 
+mod admission;
 mod bed;
 mod fake_node;
 
@@ -27,6 +28,10 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("operator::promises_queues_and_releases", &operator, promises_queues_and_releases),
         Scenario::new("operator::refuses_with_the_shortfall", &operator, refuses_with_the_shortfall),
+        Scenario::new("operator::a7_orders_by_priority_and_turns", &operator, admission::orders),
+        Scenario::new("operator::limits_what_a_namespace_holds", &operator, admission::limits),
+        Scenario::new("operator::a9_ends_what_nothing_uses", &operator, admission::ends),
+        Scenario::new("operator::a29_answers_a_dry_run", &operator, admission::dry_run),
         Scenario::new("operator::continues_after_a_kill", &operator, continues_after_a_kill),
         Scenario::new("operator::two_never_promise_too_much", &operator, two_never_promise_too_much),
         Scenario::new("operator::checks_notice_lost_promises", &sabotaged, checks_notice_lost_promises),

@@ -109,6 +109,41 @@ impl Bed {
         Ok(())
     }
 
+    /// Asks for what `spec` says, of the pool `p`, in a namespace.
+    pub async fn ask(&self, namespace: &str, name: &str, spec: serde_json::Value) -> anyhow::Result<()> {
+        let mut reservation = json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+            "metadata": {"name": name}, "spec": {"poolName": "p"},
+        });
+        for (key, value) in spec.as_object().context("not an object")? {
+            reservation["spec"][key] = value.clone();
+        }
+        let reservation: StagingReservation = serde_json::from_value(reservation)?;
+        let api: Api<StagingReservation> = Api::namespaced(self.cluster.admin(), namespace);
+        api.create(&PostParams::default(), &reservation).await?;
+        Ok(())
+    }
+
+    /// Waits until the status of a reservation is as wanted; `None` is one that is gone.
+    pub async fn wait_for(
+        &self,
+        namespace: &str,
+        name: &str,
+        what: &str,
+        wanted: impl Fn(Option<&StagingReservation>) -> bool,
+    ) -> anyhow::Result<Option<StagingReservation>> {
+        let api: Api<StagingReservation> = Api::namespaced(self.cluster.admin(), namespace);
+        let what = format!("{name}: {what}");
+        let waited = wait::until(&what, MOMENT, || async {
+            match api.get_opt(name).await {
+                Ok(found) if wanted(found.as_ref()) => Look::Done(found),
+                Ok(found) => Look::NotYet(format!("{:?}", found.and_then(|found| found.status))),
+                Err(error) => Look::Failed(error),
+            }
+        });
+        waited.await.with_context(|| self.logs())
+    }
+
     /// The reservations of the scenario.
     pub fn reservations(&self) -> Api<StagingReservation> {
         Api::namespaced(self.cluster.admin(), "default")

@@ -1,8 +1,8 @@
 //! A node made of API objects alone: it reports, renews its Lease, obeys its ledger, and releases when told to.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -22,6 +22,7 @@ const PERIOD: Duration = Duration::from_millis(100);
 /// A running fake node; dropping it silences it.
 pub struct FakeNode {
     releases: Arc<AtomicBool>,
+    in_use: Arc<Mutex<BTreeSet<String>>>,
     task: JoinHandle<anyhow::Error>,
 }
 
@@ -35,12 +36,15 @@ struct Memory {
     revision: i64,
     obeyed: BTreeMap<String, i64>,
     released: BTreeMap<String, i64>,
+    in_use: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl FakeNode {
     /// Makes the node's objects and starts it: it carries `pool` with `total` bytes.
     pub async fn start(client: Client, name: &str, pool: &str, total: i64) -> anyhow::Result<Self> {
+        let in_use = Arc::new(Mutex::new(BTreeSet::new()));
         let mut memory = Memory {
+            in_use: in_use.clone(),
             client,
             name: name.to_owned(),
             pool: pool.to_owned(),
@@ -64,12 +68,22 @@ impl FakeNode {
                 tokio::time::sleep(PERIOD).await;
             }
         });
-        Ok(Self { releases, task })
+        Ok(Self { releases, in_use, task })
     }
 
     /// Whether it gives bytes back when a reservation is deleted.
     pub fn set_releases(&self, releases: bool) {
         self.releases.store(releases, Ordering::SeqCst);
+    }
+
+    /// Whether something on it uses the reservation with this UID.
+    pub fn set_in_use(&self, uid: &str, used: bool) {
+        let mut in_use = self.in_use.lock().unwrap_or_else(PoisonError::into_inner);
+        if used {
+            in_use.insert(uid.to_owned());
+        } else {
+            in_use.remove(uid);
+        }
     }
 
     /// The fault that ended it, if one did.
@@ -145,6 +159,7 @@ impl Memory {
             obeyed_revision: self.revision,
             released: list(&self.released),
             obeyed: list(&self.obeyed),
+            in_use: self.in_use.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect(),
             ..NodePool::default()
         };
         let status = StagingNodeStatus { pools: vec![pool], ..StagingNodeStatus::default() };
