@@ -13,8 +13,10 @@ pub enum ConditionType {
     Promised,
     /// The reservation that the work needs is there.
     Reserved,
-    /// The image is in its store, verified.
+    /// The image, or the file that a pod has changed, is in its store, verified.
     Durable,
+    /// The object is in its file, all of it.
+    Staged,
     /// Work is under way.
     Progressing,
     /// A bounded piece of work has ended well.
@@ -29,6 +31,7 @@ impl ConditionType {
             Self::Promised => "Promised",
             Self::Reserved => "Reserved",
             Self::Durable => "Durable",
+            Self::Staged => "Staged",
             Self::Progressing => "Progressing",
             Self::Succeeded => "Succeeded",
         }

@@ -23,6 +23,8 @@ pub const ANNOTATION_VOLUME_NAME: &str = "staging.berth.dev/volume-name";
 
 /// Annotation with the time, RFC 3339, at which a person last said that a reservation is still needed.
 pub const ANNOTATION_RENEWED: &str = "staging.berth.dev/renewed-at";
+/// Annotation by which a person consents, with the value `true`, to losing a file that is in no object store yet.
+pub const ANNOTATION_DISCARD: &str = "staging.berth.dev/discard-only-copy";
 /// The nodes' label with their zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 

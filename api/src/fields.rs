@@ -184,6 +184,35 @@ pub struct S3Source {
     pub ca_bundle: Option<String>,
 }
 
+/// A place in an S3 bucket that is written to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct S3Target {
+    /// Scheme, host and optional port.
+    #[schemars(length(max = 512), regex(pattern = r"^https?://[^/\s@]+/?$"))]
+    pub endpoint: String,
+    /// The region in request signatures. Default `us-east-1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub region: Option<String>,
+    /// The bucket.
+    #[schemars(length(min = 3, max = 63), regex(pattern = r"^[a-z0-9][a-z0-9.-]*[a-z0-9]$"))]
+    pub bucket: String,
+    /// The object's key. What is there is replaced.
+    #[schemars(length(min = 1, max = 1024))]
+    pub key: String,
+    /// How the bucket's name enters a request. Default `Path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addressing: Option<Addressing>,
+    /// Keys `accessKeyId`, `secretKey` and optionally `sessionToken`. Without it the node's own identity is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+    /// PEM certificates trusted beside the system's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 65536))]
+    pub ca_bundle: Option<String>,
+}
+
 /// Where an image comes from: exactly one of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]

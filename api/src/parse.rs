@@ -26,7 +26,7 @@ pub use ledgers::{ledger_view, to_ledger_capacity, to_ledger_promise, to_ledger_
 pub use nodes::{node_state, to_thin_pools};
 use pools::when_full;
 pub use pools::{FilesystemArea, PoolArea, ThinArea, ThinGroup, pool_area, pool_view};
-pub use reservations::reservation_view;
+pub use reservations::{file_name, reservation_view};
 
 /// A field whose value cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -5,7 +5,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, Span, WhenFull};
+use crate::fields::{
+    Assignment, LastError, ObjectRef, PoolSelector, Progress, Quantity, S3Source, S3Target, Span, WhenFull,
+};
 
 /// What is asked for.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, Serialize, KubeSchema)]
@@ -42,6 +44,8 @@ use crate::fields::{Assignment, ObjectRef, PoolSelector, Quantity, Span, WhenFul
     .message("spec: at most one of `poolName` and `poolSelector` may be set"))]
 #[x_kube(validation = Rule::new("!has(self.image) || self.access == 'Block'")
     .message("spec.access: must be `Block` where `spec.image` is set"))]
+#[x_kube(validation = Rule::new("!has(self.file) || self.access == 'File'")
+    .message("spec.access: must be `File` where `spec.file` is set"))]
 #[serde(rename_all = "camelCase")]
 pub struct StagingReservationSpec {
     /// One pool by name.
@@ -56,6 +60,9 @@ pub struct StagingReservationSpec {
     /// The template whose content the volume starts with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageReference>,
+    /// The file that pods see in the directory, by an inline CSI volume. Only with `access: File`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<FileSpec>,
     /// `File`: a directory to work in. `Block`: a volume. `Stream`: no bytes at all. Default `File`.
     #[serde(default)]
     pub access: Access,
@@ -89,6 +96,27 @@ pub struct Topology {
     /// The value of the nodes' label `topology.kubernetes.io/zone`.
     #[schemars(length(min = 1, max = 63))]
     pub zone: String,
+}
+
+/// A file for pods: what it begins as, and where its changes go.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.source) || has(self.result)")
+    .message("at least one of `source` and `result` must be set"))]
+#[x_kube(validation = Rule::new("has(self.name) || (has(self.source) && !self.source.key.endsWith('/'))")
+    .message("`name` must be set where there is no `source`, or its key ends with `/`"))]
+pub struct FileSpec {
+    /// The object that it begins as; without one, the directory is empty at first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<S3Source>,
+    /// Its name in the directory. Default: the last part of the source's key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255), regex(pattern = r"^([^/.]|\.[^/.]|\.\.[^/])[^/]*$"))]
+    pub name: Option<String>,
+    /// Where it is sent after a pod that may write to it has gone. Without one, pods only read it, or say that what they write
+    /// is to be discarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<S3Target>,
 }
 
 /// How the reserved space is used.
@@ -162,16 +190,41 @@ pub struct StagingReservationStatus {
     /// What would happen, where `spec.dryRun` asks for no more. Written by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<DryRunAnswer>,
-    /// The directory or volume file on the node. Written by the node.
+    /// How much of its object is in its file, or of its file in the object store. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// What was sent last of its file. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<FileResult>,
+    /// What went wrong last with its file. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<LastError>,
+    /// The file's name in the volume of a pod. Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
     /// The generation that the node has made ready. Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepared_generation: Option<i64>,
-    /// `Promised` by the operator, `Ready` by the node.
+    /// `Promised` by the operator, `Ready` by the node; with a file also `Staged` and `Durable` by the node.
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// A file as its object store has it, verified.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FileResult {
+    /// The object's version, as the store named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
+    /// The version's id, in a bucket that keeps versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version_id: Option<String>,
+    /// `sha256:` of its bytes.
+    pub digest: String,
+    /// Its size in bytes.
+    pub size: i64,
 }
 
 /// The image that a reservation refers to.

@@ -148,6 +148,7 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         prepared: None,
         queued_since: None,
         ready_since: None,
+        only_copy: None,
         invalid: None,
     }
 }

@@ -1,5 +1,6 @@
 //! What a node does with what is asked of it: the view of one node, the closed set of steps, and the plan.
 
+mod files;
 pub mod plan;
 pub mod step;
 pub mod view;

@@ -211,6 +211,14 @@ reasons! {
     DeviceSuspended => Transient,
     /// Devices of guests are not kept from being scanned by the host.
     HostScansGuestDisks => Transient,
+    /// The object is being fetched, or is to be.
+    Fetching => Normal,
+    /// All of the object is in its file.
+    Staged => Normal,
+    /// A pod may have changed the file, and what it holds is in no object store yet.
+    OnlyCopy => Transient,
+    /// The file that is to be sent is not in its directory, or is no regular file.
+    FileMissing => Transient,
     /// The reservations of its namespace hold as much of the pool as they may.
     TenantLimit => Transient,
     /// The pool takes nothing new on this node.

@@ -279,6 +279,8 @@ pub struct ReservationView {
     pub queued_since: Option<Timestamp>,
     /// Since when the node has it ready.
     pub ready_since: Option<Timestamp>,
+    /// What its node says of a file that is in no object store yet; `None` if there is none.
+    pub only_copy: Option<String>,
     /// Set if a field's value cannot be used: the message.
     pub invalid: Option<String>,
 }

@@ -2,6 +2,7 @@
 
 pub mod asked;
 pub mod execute;
+pub mod files;
 pub mod heartbeat;
 pub mod imports;
 pub mod jobs;

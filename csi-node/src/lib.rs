@@ -6,6 +6,7 @@ pub mod args;
 pub mod commands;
 pub mod credentials;
 pub mod csi;
+pub mod files;
 pub mod import;
 pub mod metrics;
 pub mod node;

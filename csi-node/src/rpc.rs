@@ -6,6 +6,7 @@
 pub mod attach;
 pub mod capacity;
 pub mod controller;
+pub mod files;
 pub mod identity;
 pub mod in_flight;
 pub mod node;

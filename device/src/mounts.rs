@@ -281,6 +281,18 @@ pub fn bind_mount(source: &Path, target: &Path, read_only: bool) -> Result<(), M
     if read_only { remount_read_only(target) } else { Ok(()) }
 }
 
+/// Shows `source`, a directory of a workload's files, at `target` as well, so that nothing in it is run, is a device or gives
+/// rights, and nothing is written if `read_only`. Already there: only made so.
+///
+/// # Errors
+/// [`MountError::Occupied`] if something else is mounted there.
+pub fn bind_files(source: &Path, target: &Path, read_only: bool) -> Result<(), MountError> {
+    bind_mount(source, target, false)?;
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    remount(target, flags)
+}
+
 fn same_object(wanted: &fs::Metadata, target: &Path) -> Result<bool, MountError> {
     let there = fs::metadata(target).map_err(|error| prepare_error(target, error))?;
     Ok((there.dev(), there.ino(), there.rdev()) == (wanted.dev(), wanted.ino(), wanted.rdev()))
@@ -303,8 +315,12 @@ fn make_target(wanted: &fs::Metadata, target: &Path) -> Result<(), MountError> {
 
 /// A remount replaces all flags, so those the mount has are given again.
 fn remount_read_only(target: &Path) -> Result<(), MountError> {
+    remount(target, MsFlags::MS_RDONLY)
+}
+
+fn remount(target: &Path, added: MsFlags) -> Result<(), MountError> {
     let info = is_mounted(target)?;
-    let mut flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    let mut flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | added;
     for (option, flag) in [
         ("nosuid", MsFlags::MS_NOSUID),
         ("nodev", MsFlags::MS_NODEV),
@@ -313,12 +329,14 @@ fn remount_read_only(target: &Path) -> Result<(), MountError> {
         ("nodiratime", MsFlags::MS_NODIRATIME),
         ("relatime", MsFlags::MS_RELATIME),
     ] {
-        flags.set(flag, info.as_ref().is_some_and(|mount| mount.has_option(option)));
+        if info.as_ref().is_some_and(|mount| mount.has_option(option)) {
+            flags |= flag;
+        }
     }
     let result = mount(None::<&str>, target, None::<&str>, flags, None::<&str>);
     result.map_err(|errno| {
-        let _ = umount2(target, MntFlags::UMOUNT_NOFOLLOW); // never leave a writable mount where a read-only one was asked
-        kernel_error("make read-only", target, errno)
+        let _ = umount2(target, MntFlags::UMOUNT_NOFOLLOW); // never leave a mount that allows more than was asked for
+        kernel_error("restrict", target, errno)
     })
 }
 

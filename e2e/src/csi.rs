@@ -142,6 +142,17 @@ pub struct Volume {
     pub context: HashMap<String, String>,
 }
 
+/// An inline volume of a pod.
+#[derive(Debug, Clone)]
+pub struct Inline {
+    /// Its handle and attributes.
+    pub volume: Volume,
+    /// The pod's namespace.
+    pub namespace: String,
+    /// What the pod says of writing.
+    pub read_only: bool,
+}
+
 /// Where a plugin is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
@@ -179,6 +190,12 @@ impl Csi {
             }
         };
         Self { node: node.to_owned(), channel, limit }
+    }
+
+    /// The same client, but calls that may succeed later are repeated for `limit`.
+    #[must_use]
+    pub fn repeating_for(&self, limit: Duration) -> Self {
+        Self { limit, ..self.clone() }
     }
 
     /// The driver's name and version.
@@ -294,6 +311,37 @@ impl Csi {
     /// [`CsiError`].
     pub async fn publish(&self, volume: &Volume, staged: &Path, target: &Path) -> Result<(), CsiError> {
         self.publish_as(volume, staged, target, Mode::SingleNodeWriter).await
+    }
+
+    /// `NodePublishVolume` of an inline volume, as kubelet does for a pod: `volume.context` holds its attributes.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn publish_inline(&self, inline: &Inline, target: &Path) -> Result<(), CsiError> {
+        if let Some(parent) = target.parent() {
+            make_directory(parent)?;
+        }
+        let mut context = inline.volume.context.clone();
+        let details = [
+            ("ephemeral", "true"),
+            ("pod.name", "pod"),
+            ("pod.namespace", &inline.namespace),
+            ("pod.uid", "c0ffee"),
+            ("serviceAccount.name", "default"),
+        ];
+        context.extend(details.map(|(key, value)| (format!("csi.storage.k8s.io/{key}"), value.to_owned())));
+        let request = v1::NodePublishVolumeRequest {
+            volume_id: inline.volume.id.clone(),
+            target_path: text(target),
+            volume_capability: Some(capability(inline.volume.view, Mode::SingleNodeWriter)),
+            volume_context: context,
+            readonly: inline.read_only,
+            ..v1::NodePublishVolumeRequest::default()
+        };
+        let (mut client, call) = (NodeClient::new(self.channel.clone()), "NodePublishVolume");
+        let once = async || client.node_publish_volume(request.clone()).await;
+        self.repeat(call, &inline.volume.id, once).await?;
+        Ok(())
     }
 
     /// The same for a volume that one workload only may use, as kubelet does for a `ReadWriteOncePod` claim.

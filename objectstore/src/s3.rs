@@ -1,4 +1,6 @@
-//! The S3 client: the only file that names an SDK.
+//! The S3 client: the only module that names an SDK.
+
+mod multipart;
 
 use std::fmt;
 use std::ops::Range;
@@ -21,6 +23,7 @@ use futures::StreamExt as _;
 use serde::Deserialize;
 use thiserror::Error;
 
+pub use self::multipart::{MAX_PARTS, MIN_PART, Part, Stored};
 use crate::checksum::base64;
 use crate::{Body, ETag, ListPage, Listed, Object, ObjectInfo, ObjectStore, Place, PutCondition, StoreError};
 
@@ -407,7 +410,7 @@ where
     let said = words(status, code, service.err().message());
     match (code, status.unwrap_or_default()) {
         ("NoSuchBucket", _) => StoreError::NoSuchBucket { place, said },
-        ("NoSuchKey" | "NoSuchVersion" | "NotFound", _) => StoreError::NotFound { place },
+        ("NoSuchKey" | "NoSuchVersion" | "NoSuchUpload" | "NotFound", _) => StoreError::NotFound { place },
         ("PreconditionFailed" | "ConditionalRequestConflict", _) | (_, 409 | 412) => {
             StoreError::PreconditionFailed { place }
         }

@@ -184,6 +184,141 @@ pub struct StagingEntry {
     pub bytes: Bytes,
 }
 
+/// How much of the object that a file begins as is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileFetch {
+    /// Nothing that counts.
+    Waiting,
+    /// Its first bytes, on stable storage.
+    Fetching {
+        /// The version that is read, as the store named it.
+        version: String,
+        /// The size of the object.
+        size: Bytes,
+        /// How much is there.
+        offset: Bytes,
+    },
+    /// All of it, or the file does not begin as an object.
+    Complete,
+}
+
+/// What is known of the bytes of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileContent {
+    /// Nobody has changed them since they were last known to be in an object store.
+    Unchanged,
+    /// A pod may have changed them: nothing else holds what they are now.
+    OnlyCopy,
+    /// The same, and they are on their way to an object store. Nobody writes.
+    Sending(Sending),
+    /// The file is to go; it may be gone already.
+    Removing,
+}
+
+/// How far the sending of a file is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sending {
+    /// The upload, as the store named it; empty before there is one.
+    pub upload: String,
+    /// The size of the file.
+    pub size: Bytes,
+    /// When it was last changed, in nanoseconds since 1970, by the file system's clock.
+    pub modified: i64,
+    /// The size of each part but the last.
+    pub part: Bytes,
+    /// Parts that are there, from the first on.
+    pub parts: Vec<SentPart>,
+    /// The state of the running SHA-256 over them.
+    pub hash: Vec<u8>,
+}
+
+/// A part that an object store has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentPart {
+    /// What the store calls it.
+    pub etag: String,
+    /// SHA-256 of its bytes.
+    pub sha256: Digest,
+}
+
+/// Where the changes of a file go: all that is needed to send them when nobody can be asked any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileTarget {
+    /// The namespace of the reservation, in which the Secret is.
+    pub namespace: String,
+    /// The Secret with the credentials; without one the node's own identity is used.
+    pub secret: Option<String>,
+    /// Scheme, host and port of the store.
+    pub endpoint: String,
+    /// The region that signatures name.
+    pub region: String,
+    /// The bucket.
+    pub bucket: String,
+    /// The key.
+    pub key: String,
+    /// True if the bucket is a part of the host's name.
+    pub virtual_host: bool,
+    /// PEM certificates to trust.
+    pub ca_bundle: Option<String>,
+}
+
+/// A file as an object store has it, verified.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentFile {
+    /// The version, as the store named it.
+    pub etag: Option<String>,
+    /// The version's id in a bucket that keeps versions.
+    pub version: Option<String>,
+    /// SHA-256 of its bytes.
+    pub sha256: Digest,
+    /// Its size.
+    pub size: Bytes,
+}
+
+/// A place where a pod sees a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePublication {
+    /// The place.
+    pub target: PathBuf,
+    /// Whether the pod may write.
+    pub writer: bool,
+    /// The boot of the machine in which it was shown: a later one shows nothing of it.
+    pub boot: String,
+}
+
+/// A file for pods, keyed by the UID of its reservation, whose work directory it lies in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// The generation of the placement it was begun for.
+    pub generation: Generation,
+    /// Its name in the directory.
+    pub name: String,
+    /// How much of its object is there.
+    pub fetch: FileFetch,
+    /// What is known of its bytes.
+    pub content: FileContent,
+    /// Where changes go; nowhere without one.
+    pub target: Option<FileTarget>,
+    /// Where pods see it, by the handles of their volumes.
+    #[serde(default)]
+    pub published: BTreeMap<String, FilePublication>,
+    /// What was sent last.
+    #[serde(default)]
+    pub sent: Option<SentFile>,
+}
+
+impl FileEntry {
+    /// True if nothing else holds its bytes.
+    pub fn is_only_copy(&self) -> bool {
+        matches!(self.content, FileContent::OnlyCopy | FileContent::Sending(_))
+    }
+
+    /// Where pods see it in this boot of the machine.
+    pub fn shown<'a>(&'a self, boot: &'a str) -> impl Iterator<Item = (&'a String, &'a FilePublication)> {
+        self.published.iter().filter(move |(_, publication)| publication.boot == boot)
+    }
+}
+
 /// How far a thin device's making or removal has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ThinState {

@@ -15,6 +15,7 @@
 mod dump;
 mod entry;
 mod error;
+mod file;
 mod node;
 mod pool;
 mod sabotage;
@@ -25,9 +26,10 @@ mod thin;
 
 pub use dump::dump;
 pub use entry::{
-    Attachment, AttachmentMode, Holder, ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry,
-    StagingEntry, TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeKind,
-    VolumeOrigin, VolumeState,
+    Attachment, AttachmentMode, FileContent, FileEntry, FileFetch, FilePublication, FileTarget, Holder,
+    ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry, Sending, SentFile, SentPart, StagingEntry,
+    TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeKind, VolumeOrigin,
+    VolumeState,
 };
 pub use error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 pub use node::NodeRecord;

@@ -369,9 +369,13 @@ impl PoolRecord {
         })
     }
 
-    /// Forgets the space of a transfer, after its directory is gone. False if there was none.
+    /// Forgets the space of a transfer, after its directory is gone. False if there was none. Refused for that of a file
+    /// that was not to be removed.
     pub fn forget_staging(&self, uid: &Uid) -> Result<bool, ChangeError> {
-        self.record.commit(|change| change.remove(tables::STAGING, uid))
+        self.record.commit(|change| {
+            crate::file::forget(change, uid)?;
+            change.remove(tables::STAGING, uid)
+        })
     }
 
     fn change_image(
@@ -414,7 +418,7 @@ fn begin_volume(change: &Change<'_>, uid: &Uid, volume: &VolumeEntry) -> Result<
     Ok(entry)
 }
 
-fn not_older(
+pub(crate) fn not_older(
     table: &'static str,
     uid: &Uid,
     recorded: Generation,
@@ -432,6 +436,8 @@ fn holding(change: &Change<'_>, holder: &Uid) -> Result<Option<&'static str>, Ch
         Some("that of an attached volume")
     } else if change.get(tables::VOLUMES, holder)?.is_some() {
         Some("that of a volume")
+    } else if change.get(tables::FILES, holder)?.is_some() {
+        Some("that of a file")
     } else if change.get(tables::STAGING, holder)?.is_some() {
         Some("that of a work directory")
     } else if change.any(tables::IMAGES, |image| image.holder == *holder)? {
@@ -442,7 +448,7 @@ fn holding(change: &Change<'_>, holder: &Uid) -> Result<Option<&'static str>, Ch
 }
 
 /// Nothing is begun under a promise that has been given back.
-fn not_released(change: &Change<'_>, holder: &Uid) -> Result<(), ChangeError> {
+pub(crate) fn not_released(change: &Change<'_>, holder: &Uid) -> Result<(), ChangeError> {
     let promise = change.get(tables::PROMISES, holder)?;
     if promise.is_some_and(|promise| promise.released) {
         return Err(wrong_state(tables::PROMISES.name(), holder, "released", "used"));

@@ -12,8 +12,8 @@ use crate::entry::PromiseClass;
 
 /// The version of the format that this program writes. Older ones are read, newer ones refused.
 ///
-/// 2: snapshots among the volumes, and templates.
-pub const FORMAT_VERSION: u32 = 2;
+/// 2: snapshots among the volumes, and templates. 3: files for pods, which may be only copies.
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Key of the format version in the header table: a JSON number, in every version.
 pub(crate) const KEY_VERSION: &str = "format_version";
@@ -165,7 +165,7 @@ impl<K: RecordKey, V: Serialize + DeserializeOwned> StructTable<K, V> {
 pub mod tables {
     use super::{Digest, StructTable, Uid};
     use crate::entry::{
-        Attachment, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, TemplateEntry,
+        Attachment, FileEntry, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, TemplateEntry,
         ThinCounters, ThinEntry, VolumeEntry,
     };
 
@@ -179,6 +179,8 @@ pub mod tables {
     pub const ATTACHMENTS: StructTable<Uid, Attachment> = StructTable::new("attachments");
     /// Space of transfers, by reservation.
     pub const STAGING: StructTable<Uid, StagingEntry> = StructTable::new("staging");
+    /// Files for pods, by reservation.
+    pub const FILES: StructTable<Uid, FileEntry> = StructTable::new("files");
     /// Thin devices, by the UID that each is named after. Only pools of the device mapper have any.
     pub const THIN: StructTable<Uid, ThinEntry> = StructTable::new("thin");
     /// Image files that are attached, by the UID that the device of each carries.

@@ -1,6 +1,7 @@
 //! `StagingReservation` to its view.
 
 use berth_core::ids::{NodeName, ObjectName, PoolName};
+use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{Access, AssignedImage, PoolChoice, ReservationState, ReservationView};
 
@@ -16,7 +17,12 @@ use crate::conditions::{ConditionType, find, timestamp};
 use crate::defaults::{
     ANNOTATION_RENEWED, LABEL_CLAIM_NAMESPACE, RELEASE_FINALIZER, RESERVATION_TTL_SECONDS, SYSTEM_NAMESPACE,
 };
-use crate::staging_reservation::{Access as ApiAccess, ReservationState as ApiState, StagingReservationSpec};
+use crate::staging_reservation::{
+    Access as ApiAccess, FileSpec, ReservationState as ApiState, StagingReservationSpec,
+};
+
+/// The least that a file for pods may be promised: the file system that bounds it takes some 30 MiB.
+const FILE_MIN: Bytes = Bytes::mib(64);
 
 /// What decisions look at.
 pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
@@ -72,6 +78,9 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
         ready_since: find(&status.conditions, ConditionType::Ready)
             .filter(|ready| ready.status == "True")
             .map(|ready| timestamp(&ready.last_transition_time)),
+        only_copy: find(&status.conditions, ConditionType::Durable)
+            .filter(|durable| durable.reason == Reason::OnlyCopy.as_str())
+            .map(|durable| durable.message.clone()),
         invalid,
         name,
     }
@@ -117,10 +126,45 @@ fn check(spec: &StagingReservationSpec) -> Result<Bytes, InvalidField> {
         let problem = "must be `Block` where `spec.image` is set".to_owned();
         return Err(InvalidField::Shape { field: "spec.access", problem });
     }
+    if let Some(file) = &spec.file {
+        check_file(spec, file)?;
+    }
     if let Some(ttl) = &spec.ttl {
         seconds("spec.ttl", ttl)?;
     }
-    bytes("spec.maxSize", &spec.max_size)
+    let size = bytes("spec.maxSize", &spec.max_size)?;
+    if spec.file.is_some() && size < FILE_MIN {
+        let (field, value) = ("spec.maxSize", spec.max_size.0.clone());
+        let allowed = "at least 64Mi where `spec.file` is set: its file system is a part of it".to_owned();
+        return Err(InvalidField::Range { field, value, allowed });
+    }
+    Ok(size)
+}
+
+fn check_file(spec: &StagingReservationSpec, file: &FileSpec) -> Result<(), InvalidField> {
+    if spec.access != ApiAccess::File {
+        let problem = "must be `File` where `spec.file` is set".to_owned();
+        return Err(InvalidField::Shape { field: "spec.access", problem });
+    }
+    if file.source.is_none() && file.result.is_none() {
+        let problem = "at least one of `source` and `result` must be set".to_owned();
+        return Err(InvalidField::Shape { field: "spec.file", problem });
+    }
+    file_name(file).map(drop)
+}
+
+/// The name of a reservation's file in its directory: the given one, or the last part of the source's key.
+///
+/// # Errors
+/// If that is no name of one file.
+pub fn file_name(file: &FileSpec) -> Result<&str, InvalidField> {
+    let of_key = || file.source.as_ref().map(|source| source.key.rsplit('/').next().unwrap_or_default());
+    let name = file.name.as_deref().or_else(of_key).unwrap_or_default();
+    let plain = !matches!(name, "" | "." | "..") && !name.contains(['/', '\0']) && name.len() <= 255;
+    plain.then_some(name).ok_or_else(|| InvalidField::Shape {
+        field: "spec.file.name",
+        problem: format!("`{name}` is not the name of a file: 1 to 255 bytes without `/`, not `.` or `..`"),
+    })
 }
 
 const fn access(access: ApiAccess) -> Access {
@@ -192,6 +236,29 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_named_after_its_key_and_told_of_while_it_is_the_only_copy() {
+        let source = "source: {endpoint: 'http://s', bucket: bkt, key: dir/disk.qcow2}";
+        let named = |file: &str| {
+            let file: FileSpec = serde_saphyr::from_str(file).expect("readable");
+            file_name(&file).map(str::to_owned).ok()
+        };
+        assert_eq!(named(&format!("{{{source}}}")).as_deref(), Some("disk.qcow2"));
+        assert_eq!(named(&format!("{{{source}, name: other}}")).as_deref(), Some("other"));
+        assert_eq!(named(&format!("{{{source}, name: a/b}}")), None);
+        let view = |reason: &str| {
+            let condition = format!(
+                "{{type: Durable, status: 'False', reason: {reason}, message: m, lastTransitionTime: '1970-01-01T00:01:00Z'}}"
+            );
+            let rest = format!(
+                "spec: {{maxSize: 1Gi, file: {{{source}}}}}\nstatus: {{conditions: [{condition}]}}\n"
+            );
+            read("{name: r, namespace: t}", &rest)
+        };
+        assert_eq!(view("OnlyCopy").only_copy.as_deref(), Some("m"));
+        assert_eq!((view("Durable").only_copy, view("OnlyCopy").invalid), (None, None));
+    }
+
+    #[test]
     fn only_our_own_namespace_speaks_for_another() {
         let labels = "labels: {staging.berth.dev/claim-namespace: victim}";
         let foreign = read(&format!("{{name: r, namespace: team, {labels}}}"), "spec: {maxSize: 1}\n");
@@ -227,6 +294,22 @@ mod tests {
             (
                 "{maxSize: 1, image: {template: {namespace: n, name: t}}}",
                 "spec.access: must be `Block` where `spec.image` is set",
+            ),
+            (
+                "{maxSize: 1Gi, access: Block, file: {name: a, result: {endpoint: 'http://s', bucket: bkt, key: k}}}",
+                "spec.access: must be `File` where `spec.file` is set",
+            ),
+            (
+                "{maxSize: 1Gi, file: {name: a}}",
+                "spec.file: at least one of `source` and `result` must be set",
+            ),
+            (
+                "{maxSize: 1Gi, file: {source: {endpoint: 'http://s', bucket: bkt, key: 'a/..'}}}",
+                "spec.file.name: `..` is not the name of a file: 1 to 255 bytes without `/`, not `.` or `..`",
+            ),
+            (
+                "{maxSize: 1Mi, file: {source: {endpoint: 'http://s', bucket: bkt, key: a}}}",
+                "spec.maxSize: `1Mi` must be at least 64Mi where `spec.file` is set: its file system is a part of it",
             ),
         ] {
             let view = read("{name: r, namespace: t}", &format!("spec: {spec}\n"));

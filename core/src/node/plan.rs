@@ -11,8 +11,11 @@ use crate::ledger::{Holder, Promise, is_behind};
 use crate::units::{Generation, Timestamp};
 use crate::view::{Access, LedgerView};
 
+use super::files;
 use super::step::{Origin, Step};
-use super::view::{AreaView, JobKey, JobKind, NodeImport, NodeReservation, NodeView, PoolOnNode};
+use super::view::{
+    AreaView, HeldWorkDir, JobKey, JobKind, NodeImport, NodeReservation, NodeView, PoolOnNode,
+};
 
 /// Why `ledger` must not be obeyed by a node with this record, in words that name the ledger; `None` if it may be.
 pub fn behind(ledger: &LedgerView, area: &AreaView) -> Option<String> {
@@ -124,6 +127,10 @@ fn serve(
     if reservation.deleting {
         return give_back(view, pool, area, uid, generation);
     }
+    if let Some(file) = reservation.file {
+        let may_make = may_make && reservation.generation == generation;
+        return files::serve(view, pool, area, uid, file, generation, may_make);
+    }
     if !may_make || reservation.generation != generation || reservation.is_prepared(uid, area) {
         return Vec::new();
     }
@@ -158,7 +165,12 @@ fn give_back(
         return Vec::new();
     }
     let mut steps = Vec::new();
-    if area.work_dirs.contains_key(uid) {
+    if let Some(held) = area.files.get(uid) {
+        match files::give_back(view, pool, uid, held, generation) {
+            Ok(remove) => steps.push(remove),
+            Err(first) => return first,
+        }
+    } else if area.work_dirs.contains_key(uid) {
         steps.push(Step::RemoveWorkDir { pool: pool.clone(), reservation: uid.clone() });
     }
     if area.volumes.contains_key(uid) {
@@ -258,6 +270,9 @@ fn stop_unwanted(view: &NodeView) -> Vec<Step> {
             view.imports.get(&job.uid).is_some_and(|import| import.generation == job.generation)
         }
         JobKind::Fill => view.images.contains_key(&job.uid),
+        JobKind::Fetch => view.reservations.get(&job.uid).is_some_and(|r| r.generation == job.generation),
+        // It goes on whatever becomes of the reservation: what it sends is the only copy.
+        JobKind::Push => true,
         JobKind::Store => {
             view.stores.values().any(|store| store.uid == job.uid && store.generation == job.generation)
         }
@@ -273,7 +288,9 @@ impl NodeReservation {
             && match self.access {
                 Access::Stream => true,
                 Access::File => {
-                    area.work_dirs.get(uid).is_some_and(|dir| dir.made && dir.generation == self.generation)
+                    let made = |dir: &HeldWorkDir| dir.made && dir.generation == self.generation;
+                    let file = self.file.is_none() || area.files.get(uid).is_some_and(|file| file.fetched);
+                    file && area.work_dirs.get(uid).is_some_and(made)
                 }
                 Access::Block => {
                     area.volumes.get(uid).is_some_and(|v| v.ready && v.generation == self.generation)

@@ -1,5 +1,7 @@
 //! The plan carried out on a simulated node that can be cut off between any two effects.
 
+mod files;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::view::{
@@ -19,6 +21,8 @@ struct Node {
     disk: BTreeSet<String>,
     /// Effects until the power fails.
     left: usize,
+    /// Files that were sent to their object store.
+    sent: BTreeSet<Uid>,
     /// Steps that have no effect and fail.
     fails: fn(&Step) -> bool,
 }
@@ -71,6 +75,10 @@ impl Node {
                 self.make_volume(reservation, *generation, origin)
             }
             Step::FillImage { image, .. } => self.fill(image),
+            Step::BeginFile { .. }
+            | Step::FetchFile { .. }
+            | Step::PushFile { .. }
+            | Step::RemoveFile { .. } => self.run_file(step),
             Step::RemoveWorkDir { .. } | Step::RemoveVolume { .. } | Step::RemoveImage { .. } => {
                 self.remove(step)
             }
@@ -207,6 +215,7 @@ fn reservation(name: &str, access: Access, image: Option<Digest>) -> (Uid, NodeR
         generation: Generation(1),
         access,
         image,
+        file: None,
         labels: BTreeMap::new(),
     };
     (Uid::from(name), reservation)
@@ -257,7 +266,7 @@ fn asked() -> Node {
         images: BTreeMap::from([("img".into(), image)]),
         ..NodeView::default()
     };
-    Node { view, disk: BTreeSet::new(), left: 1000, fails: |_| false }
+    Node { view, disk: BTreeSet::new(), sent: BTreeSet::new(), left: 1000, fails: |_| false }
 }
 
 fn delete_all(node: &mut Node) {

@@ -50,6 +50,44 @@ pub enum Step {
         /// How many bytes it may hold.
         bytes: Bytes,
     },
+    /// Make the directory of a file for pods, which nothing in it can outgrow, and record that it is for one.
+    BeginFile {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// Its generation.
+        generation: Generation,
+        /// How many bytes the directory may take, its file system included.
+        bytes: Bytes,
+    },
+    /// Start to fetch the object that a file begins as, or go on.
+    FetchFile {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// Start to send a file that was changed to its object store, or go on.
+    PushFile {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// The generation of its promise.
+        generation: Generation,
+    },
+    /// Remove a file that pods do not see, with its directory.
+    RemoveFile {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// True if it may go though it is the only copy: somebody consents.
+        only_copy: bool,
+    },
     /// Make a volume.
     MakeVolume {
         /// The pool.
@@ -157,6 +195,10 @@ impl Step {
     pub fn subject(&self) -> Option<&Uid> {
         match self {
             Self::MakeWorkDir { reservation, .. }
+            | Self::BeginFile { reservation, .. }
+            | Self::FetchFile { reservation, .. }
+            | Self::PushFile { reservation, .. }
+            | Self::RemoveFile { reservation, .. }
             | Self::MakeVolume { reservation, .. }
             | Self::RemoveWorkDir { reservation, .. }
             | Self::RemoveVolume { reservation, .. } => Some(reservation),

@@ -48,6 +48,10 @@ pub enum JobKind {
     Fill,
     /// Looks at an image store.
     Store,
+    /// Fetches the object of a file reservation.
+    Fetch,
+    /// Sends a file that was changed to where its reservation wants it.
+    Push,
 }
 
 /// One pool on this node.
@@ -76,6 +80,8 @@ pub struct AreaView {
     pub volumes: BTreeMap<Uid, HeldVolume>,
     /// Work directories, by reservation.
     pub work_dirs: BTreeMap<Uid, HeldWorkDir>,
+    /// Files for pods, by reservation. Each lies in the work directory of its reservation.
+    pub files: BTreeMap<Uid, HeldFile>,
 }
 
 /// A recorded promise.
@@ -126,6 +132,42 @@ pub struct HeldWorkDir {
     pub made: bool,
 }
 
+/// A recorded file for pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldFile {
+    /// The generation that it was begun for.
+    pub generation: Generation,
+    /// True if all of its object is there, or it has none.
+    pub fetched: bool,
+    /// Who sees it.
+    pub shown: Shown,
+    /// True if a pod may have changed it since it was last known to be in an object store: these are the only bytes.
+    pub only_copy: bool,
+}
+
+/// Whether pods of this node see a file. By the record; a node that was booted again shows nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Shown {
+    /// None does.
+    #[default]
+    ToNone,
+    /// To any number of them, which only read.
+    ToReaders,
+    /// To one, which may write.
+    ToWriter,
+}
+
+/// What a reservation wants of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodeFile {
+    /// True if it begins as an object.
+    pub fetches: bool,
+    /// True if fetching has ended without success: it is not tried again.
+    pub failed: bool,
+    /// True if somebody consents to losing the only copy.
+    pub discards: bool,
+}
+
 /// A reservation that is assigned to this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeReservation {
@@ -141,6 +183,8 @@ pub struct NodeReservation {
     pub access: Access,
     /// What its volume starts from.
     pub image: Option<Digest>,
+    /// The file that its directory is for, if it is for one that pods see.
+    pub file: Option<NodeFile>,
     /// What people know its volume by.
     pub labels: BTreeMap<String, String>,
 }
@@ -206,7 +250,15 @@ impl AreaView {
     /// The reservations whose bytes something on the node uses now: as long as one is among them, its reference does not
     /// expire.
     pub fn in_use(&self) -> impl Iterator<Item = &Uid> {
-        self.volumes.iter().filter(|(_, volume)| volume.attached).map(|(uid, _)| uid)
+        let attached = self.volumes.iter().filter(|(_, volume)| volume.attached).map(|(uid, _)| uid);
+        attached.chain(self.files.iter().filter(|(_, file)| file.is_in_use()).map(|(uid, _)| uid))
+    }
+}
+
+impl HeldFile {
+    /// True while pods see it, while it is fetched, and while it is the only copy.
+    pub fn is_in_use(&self) -> bool {
+        self.shown != Shown::ToNone || self.only_copy || !self.fetched
     }
 }
 

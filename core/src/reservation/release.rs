@@ -82,9 +82,12 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
         return Step::Write(Box::new(view.without(ledger, &[uid])));
     }
     let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
-    let reason = if lost { Reason::NodeLost } else { Reason::Releasing };
-    let message = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
-    Step::Wait(reason, message)
+    let gives_back = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
+    match (lost, &reservation.only_copy) {
+        (true, _) => Step::Wait(Reason::NodeLost, gives_back),
+        (false, Some(copy)) => Step::Wait(Reason::OnlyCopy, format!("{gives_back}: {copy}")),
+        (false, None) => Step::Wait(Reason::Releasing, gives_back),
+    }
 }
 
 fn behind(ledger: &str) -> Step {
@@ -140,6 +143,12 @@ mod tests {
         let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };
         assert_eq!((report.state, report.reason), (ReservationState::Releasing, Reason::Releasing));
         assert_eq!(report.message, "node b has still to give back the bytes in pool p");
+        let request = view.reservations.get_mut(&Uid::from("r")).expect("there");
+        request.only_copy = Some("`a` is being sent".to_owned());
+        let changes = decide(&view);
+        let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };
+        assert_eq!((report.state, report.reason), (ReservationState::Releasing, Reason::OnlyCopy));
+        assert!(report.message.ends_with("in pool p: `a` is being sent"), "{}", report.message);
         view.nodes.get_mut(&NodeName::from("b")).expect("there").live = false;
         let changes = decide(&view);
         let [Change::ReportReservation { report, .. }] = &changes[..] else { panic!("{changes:?}") };

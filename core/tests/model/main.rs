@@ -139,6 +139,7 @@ impl History {
             prepared: None,
             queued_since: None,
             ready_since: None,
+            only_copy: None,
             invalid: None,
         };
         self.world.objects.reservations.insert(request.uid.clone(), request);

@@ -11,6 +11,7 @@ use berth_record::{ChangeError, LedgerPosition, PromiseClass, PromiseEntry};
 use kube::ResourceExt as _;
 use thiserror::Error;
 
+use super::files::{self, FilesError};
 use super::imports::{self, WorkError};
 use super::jobs::StillRunning;
 use super::pools::{OpenPool, PoolError};
@@ -37,6 +38,9 @@ pub enum StepError {
     /// A volume or work directory.
     #[error("failed to make or remove a volume or directory")]
     Volume(#[from] VolumeError),
+    /// A file for pods.
+    #[error("failed to make or remove a file")]
+    File(#[from] FilesError),
     /// A staged image.
     #[error("failed to remove a staged image")]
     Image(#[from] FillError),
@@ -79,6 +83,14 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let uid = reservation.clone();
             on_pool(node, pool, move |pool| Ok(volumes::remove_work_dir(pool, &uid)?)).await
         }
+        Step::BeginFile { pool, reservation, generation, bytes } => {
+            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
+            Ok(files::begin(node, pool, reservation, *generation, *bytes).await?)
+        }
+        Step::RemoveFile { pool, reservation, only_copy } => {
+            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
+            Ok(files::remove(node, pool, reservation, *only_copy).await?)
+        }
         Step::RemoveVolume { pool, reservation } => {
             let uid = reservation.clone();
             on_pool(node, pool, move |pool| Ok(volumes::remove(pool, &uid)?)).await
@@ -103,6 +115,8 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         }
         Step::StopJob { job } => Ok(node.jobs.stop(job).await?),
         Step::FillImage { .. }
+        | Step::FetchFile { .. }
+        | Step::PushFile { .. }
         | Step::StartProbe { .. }
         | Step::StartImport { .. }
         | Step::ProbeStore { .. } => start(node, step),
@@ -119,6 +133,16 @@ fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let (pool, uid) = (open(pool)?, image.clone());
             let key = key(JobKind::Fill, image, *generation);
             node.jobs.start(key, |cancel| staging::fill(here, pool, uid, cancel));
+        }
+        Step::FetchFile { pool, reservation, generation } => {
+            let (pool, uid, generation) = (open(pool)?, reservation.clone(), *generation);
+            let key = key(JobKind::Fetch, reservation, generation);
+            node.jobs.start(key, |cancel| files::fetch(here, pool, uid, generation, cancel));
+        }
+        Step::PushFile { pool, reservation, generation } => {
+            let (pool, uid, generation) = (open(pool)?, reservation.clone(), *generation);
+            let key = key(JobKind::Push, reservation, generation);
+            node.jobs.start(key, |cancel| files::push(here, pool, uid, generation, cancel));
         }
         Step::StartProbe { import, generation } => {
             let uid = import.clone();

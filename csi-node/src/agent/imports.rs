@@ -69,7 +69,7 @@ pub enum WorkError {
 }
 
 impl WorkError {
-    fn reason(&self) -> Reason {
+    pub(super) fn reason(&self) -> Reason {
         match self {
             Self::Gone(_) => Reason::Retrying,
             Self::Field(_) | Self::Checksum(_) | Self::Connect(_) | Self::Network(_) => Reason::InvalidSpec,

@@ -5,11 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use berth_api::TemplateImport;
 use berth_api::conditions::time;
 use berth_api::fields::{LastError, Progress, Stage};
 use berth_api::image_store::StoreCapabilities;
 use berth_api::template_import::{DurableImage, ImportPlan};
+use berth_api::{StagingReservation, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::progress::Said;
 use berth_core::reason::Reason;
@@ -53,6 +53,15 @@ pub struct FillNews {
     pub error: Option<(Reason, String)>,
 }
 
+/// What a node knows of a file for pods that it fetches or sends; nothing once that has ended well.
+#[derive(Clone, Debug, Default)]
+pub struct FileNews {
+    /// Bytes that are done, of how many.
+    pub progress: Option<(Bytes, Bytes)>,
+    /// Why it does not go on, and whether it is tried again.
+    pub error: Option<(Reason, String, bool)>,
+}
+
 /// What a node found in an image store.
 #[derive(Clone, Debug)]
 pub struct StoreNews {
@@ -75,6 +84,7 @@ pub struct StoreNews {
 pub struct News {
     imports: Mutex<BTreeMap<Uid, ImportNews>>,
     fills: Mutex<BTreeMap<Uid, FillNews>>,
+    files: Mutex<BTreeMap<Uid, FileNews>>,
     stores: Mutex<BTreeMap<Uid, StoreNews>>,
     obeyed: Mutex<BTreeSet<(PoolName, Uid, Generation)>>,
 }
@@ -132,6 +142,21 @@ impl News {
         edit(lock(&self.fills).entry(uid.clone()).or_default());
     }
 
+    /// What is known of a file; at first what was reported of its fetching before this process began.
+    pub fn file(&self, uid: &Uid, object: &StagingReservation) -> FileNews {
+        lock(&self.files).get(uid).cloned().unwrap_or_else(|| reported_file(object))
+    }
+
+    /// Changes what is known of a file.
+    pub fn edit_file(&self, uid: &Uid, edit: impl FnOnce(&mut FileNews)) {
+        edit(lock(&self.files).entry(uid.clone()).or_default());
+    }
+
+    /// Forgets files whose reservations are gone.
+    pub fn retain_files(&self, reservations: impl Fn(&Uid) -> bool) {
+        lock(&self.files).retain(|uid, _| reservations(uid));
+    }
+
     /// What is known of an image store.
     pub fn store(&self, uid: &Uid) -> Option<StoreNews> {
         lock(&self.stores).get(uid).cloned()
@@ -161,6 +186,15 @@ impl News {
         lock(&self.fills).retain(|uid, _| images.contains(uid));
         lock(&self.stores).retain(|uid, _| stores.contains(uid));
     }
+}
+
+/// Only what has ended counts: whatever passes is found out anew.
+fn reported_file(object: &StagingReservation) -> FileNews {
+    let last = object.status.as_ref().and_then(|status| status.last_error.as_ref());
+    let ended = last.filter(|error| !error.retryable);
+    let reason =
+        ended.and_then(|error| Some((Reason::from_name(&error.reason)?, error.message.clone(), false)));
+    FileNews { progress: None, error: reason }
 }
 
 /// What was reported before this process began.

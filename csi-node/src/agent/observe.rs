@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use berth_api::defaults::ANNOTATION_DISCARD;
 use berth_api::parse::{self, PoolArea, generation};
 use berth_api::staging_reservation::Access as ApiAccess;
 use berth_api::{StagingPool, StagingReservation};
@@ -10,17 +11,18 @@ use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::node::NodeView;
 use berth_core::node::view::{
-    AreaView, HeldImage, HeldVolume, HeldWorkDir, NodeImage, NodeImport, NodeReservation, NodeStore,
-    ObeyedPromise, PoolOnNode,
+    AreaView, HeldFile, HeldImage, HeldVolume, HeldWorkDir, NodeFile, NodeImage, NodeImport, NodeReservation,
+    NodeStore, ObeyedPromise, PoolOnNode, Shown,
 };
 use berth_core::units::Bytes;
 use berth_core::view::Access;
-use berth_record::{ImageState, ReadError, VolumeState, tables};
+use berth_record::{FileFetch, ImageState, ReadError, VolumeState, tables};
 use kube::ResourceExt as _;
 use thiserror::Error;
 
 use super::pools::{OpenPool, PoolError, PoolSpec};
 use crate::area::{Backend, ThinGroup, ThinSpec};
+use crate::files::boot;
 use crate::node::Node;
 use crate::sabotage;
 
@@ -150,7 +152,25 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         let made = pool.area.has_work_dir(&uid);
         area.work_dirs.insert(uid, HeldWorkDir { generation: staging.generation, made });
     }
+    for (uid, file) in record.entries(tables::FILES)? {
+        let writes = file.shown(boot()).any(|(_, shown)| shown.writer);
+        let shown = match (file.shown(boot()).next(), writes) {
+            (None, _) => Shown::ToNone,
+            (Some(_), false) => Shown::ToReaders,
+            (Some(_), true) => Shown::ToWriter,
+        };
+        let (generation, only_copy) = (file.generation, file.is_only_copy());
+        let fetched = file.fetch == FileFetch::Complete;
+        area.files.insert(uid, HeldFile { generation, fetched, shown, only_copy });
+    }
     Ok(area)
+}
+
+fn file(node: &Node, uid: &Uid, found: &StagingReservation) -> Option<NodeFile> {
+    let asked = found.spec.file.as_ref()?;
+    let consents = found.annotations().get(ANNOTATION_DISCARD).is_some_and(|text| text == "true");
+    let failed = node.news.file(uid, found).error.is_some_and(|(_, _, again)| !again);
+    Some(NodeFile { fetches: asked.source.is_some(), failed, discards: consents })
 }
 
 fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeReservation)> {
@@ -172,6 +192,7 @@ fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeRese
         generation: generation(assignment.generation),
         access,
         image,
+        file: file(node, &found.uid()?.into(), found),
         labels: found.labels().clone(),
     };
     Some((found.uid()?.into(), reservation))

@@ -1,5 +1,7 @@
 //! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
 
+mod files;
+mod reservations;
 mod scans;
 
 use std::collections::BTreeSet;
@@ -12,10 +14,9 @@ use berth_api::fields::Progress;
 use berth_api::parse::to_thin_pools;
 use berth_api::staged_image::StagedImageState;
 use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec};
-use berth_api::{ImageStore, StagedImage, StagingNode, StagingReservation, TemplateImport};
+use berth_api::{ImageStore, StagedImage, StagingNode, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
-use berth_core::node::view::AreaView;
-use berth_core::node::{NodeView, behind};
+use berth_core::node::NodeView;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation};
 use k8s_openapi::NamespaceResourceScope;
@@ -63,7 +64,7 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
         (view, told)
     };
     for reservation in node.watches.assigned.state() {
-        warn(report_reservation(node, &view, &reservation).await);
+        warn(reservations::report(node, &view, &reservation).await);
     }
     for image in node.watches.images.state() {
         warn(report_image(node, &view, &image).await);
@@ -74,6 +75,7 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
     for store in node.watches.stores.state() {
         warn(report_store(node, &view, &store).await);
     }
+    node.news.retain_files(|uid| view.reservations.contains_key(uid));
     let stores = view.stores.values().map(|store| store.uid.clone()).collect();
     node.news.retain(
         &view.imports.keys().cloned().collect(),
@@ -165,81 +167,6 @@ where
 
 fn shown<T: Serialize>(status: Option<&T>) -> Result<Value, ReportError> {
     Ok(status.map(serde_json::to_value).transpose()?.unwrap_or_else(|| json!({})))
-}
-
-async fn report_reservation(
-    node: &Node,
-    view: &NodeView,
-    object: &StagingReservation,
-) -> Result<(), ReportError> {
-    let uid = Uid::from(object.uid().unwrap_or_default());
-    let Some(reservation) = view.reservations.get(&uid) else { return Ok(()) };
-    if reservation.deleting {
-        return Ok(());
-    }
-    let area = view.pools.get(&reservation.pool).and_then(|pool| pool.area.as_ref());
-    let prepared = area.is_some_and(|area| reservation.is_prepared(&uid, area));
-    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
-    let (truth, reason, message) = if prepared {
-        (Truth::True, Reason::Ready, String::new())
-    } else {
-        let (reason, message) = why_not(node, view, reservation, area, &uid);
-        (Truth::False, reason, message)
-    };
-    let generation = object.metadata.generation;
-    let ready = condition(&previous, ConditionType::Ready, truth, reason, message, generation, now());
-    let mut status = json!({"conditions": [ready]});
-    if prepared && let Some(pool) = node.pools.get(&reservation.pool) {
-        let path = match reservation.access {
-            berth_core::view::Access::Stream => None,
-            berth_core::view::Access::File => Some(pool.area.work_dir(&uid)),
-            berth_core::view::Access::Block => Some(pool.area.volume(&uid)),
-        };
-        if let Some(path) = path {
-            status["path"] = json!(path.display().to_string());
-        }
-        status["preparedGeneration"] = json!(reservation.generation.0);
-    }
-    let wanted =
-        Wanted { status, owned: &["path", "preparedGeneration"], conditions: &[ConditionType::Ready] };
-    apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
-}
-
-/// What an assigned reservation waits for.
-fn why_not(
-    node: &Node,
-    view: &NodeView,
-    reservation: &berth_core::node::view::NodeReservation,
-    area: Option<&AreaView>,
-    uid: &Uid,
-) -> (Reason, String) {
-    let name = &reservation.pool;
-    let Some(area) = area else {
-        let failure = node.pools.failure(name);
-        return failure.unwrap_or((Reason::Progressing, format!("pool {name} is being opened on this node")));
-    };
-    if area.volumes.get(uid).is_some_and(|volume| volume.lost) {
-        return (Reason::VolumeLost, format!("its file is gone from pool {name}, and is not made again"));
-    }
-    let ledger = view.pools.get(name).and_then(|pool| pool.ledger.as_ref());
-    if let Some(problem) = ledger.and_then(|ledger| behind(ledger, area)) {
-        return (Reason::LedgerBehind, problem);
-    }
-    if area.promises.get(uid).is_none_or(|promise| promise.generation != reservation.generation) {
-        return (Reason::Progressing, format!("waits for the ledger of pool {name}"));
-    }
-    let Some(digest) = reservation.image else {
-        return (Reason::Progressing, "is being made".to_owned());
-    };
-    let holder = view.images.iter().find(|(_, image)| image.digest == digest && image.pool == *name);
-    let fill = holder.and_then(|(uid, _)| node.news.fill(uid));
-    match fill {
-        Some(fill) => match fill.error {
-            Some((reason, message)) => (reason, format!("image {digest} is not staged: {message}")),
-            None => (Reason::Progressing, format!("image {digest} is being staged: {} %", fill.percent)),
-        },
-        None => (Reason::Progressing, format!("image {digest} is to be staged")),
-    }
 }
 
 async fn report_image(node: &Node, view: &NodeView, object: &StagedImage) -> Result<(), ReportError> {

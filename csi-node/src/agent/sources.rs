@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use berth_api::TemplateImport;
-use berth_api::fields::Source as ApiSource;
+use berth_api::fields::{S3Source, Source as ApiSource};
 use berth_api::parse::InvalidField;
 use berth_objectstore::s3::{S3Config, S3Store};
 use berth_objectstore::source::address::{AddressPolicy, NetworkError};
@@ -46,19 +46,7 @@ pub(super) async fn open(
             Ok(HttpSource::new(config).map_err(ImportError::from)?.into())
         }
         ApiSource { s3: Some(s3), .. } => {
-            refuse_endpoint(&s3.endpoint, &addresses).await?;
-            let secret = s3.secret_ref.as_ref().map(|reference| reference.name.as_str());
-            let namespace = import.namespace().unwrap_or_default();
-            let config = S3Config {
-                endpoint: Some(s3.endpoint.clone()),
-                region: stores::region(s3.region.as_ref()),
-                bucket: s3.bucket.clone(),
-                addressing: stores::addressing(s3.addressing),
-                credentials: SecretCredentials::new(node.client.clone()).get(&namespace, secret).await?,
-                ca_bundle: s3.ca_bundle.clone().map(String::into_bytes),
-            };
-            let store = S3Store::connect(config).await?;
-            Ok(ObjectSource::new(store, s3.key.clone(), s3.version_id.clone(), stall).into())
+            open_object(node, &import.namespace().unwrap_or_default(), s3, stall).await
         }
         ApiSource { .. } => {
             Err(InvalidField::Shape { field: "spec.source", problem: "no source is set".to_owned() }.into())
@@ -66,9 +54,30 @@ pub(super) async fn open(
     }
 }
 
+/// An object that something in `namespace` names, as this node reads it.
+pub(super) async fn open_object(
+    node: &Node,
+    namespace: &str,
+    s3: &S3Source,
+    stall: Duration,
+) -> Result<RangedSource, WorkError> {
+    refuse_endpoint(&s3.endpoint, &address_policy(&node.config.allow_source_cidrs)?).await?;
+    let secret = s3.secret_ref.as_ref().map(|reference| reference.name.as_str());
+    let config = S3Config {
+        endpoint: Some(s3.endpoint.clone()),
+        region: stores::region(s3.region.as_ref()),
+        bucket: s3.bucket.clone(),
+        addressing: stores::addressing(s3.addressing),
+        credentials: SecretCredentials::new(node.client.clone()).get(namespace, secret).await?,
+        ca_bundle: s3.ca_bundle.clone().map(String::into_bytes),
+    };
+    let store = S3Store::connect(config).await?;
+    Ok(ObjectSource::new(store, s3.key.clone(), s3.version_id.clone(), stall).into())
+}
+
 /// Refuses an endpoint whose name stands for an address that is refused. A name that changes its address afterwards is
 /// not caught: the client resolves it anew.
-async fn refuse_endpoint(endpoint: &str, addresses: &AddressPolicy) -> Result<(), WorkError> {
+pub(super) async fn refuse_endpoint(endpoint: &str, addresses: &AddressPolicy) -> Result<(), WorkError> {
     let (scheme, rest) = endpoint.split_once("://").unwrap_or(("https", endpoint));
     let authority = rest.trim_end_matches('/');
     let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());

@@ -1,5 +1,7 @@
 //! The area of a `filesystem` pool: files and directories in one XFS image, which shares blocks between them.
 
+mod bounded;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Seek as _, SeekFrom};
@@ -15,7 +17,7 @@ use berth_device::files::{self, FileError};
 use berth_device::loop_device::{self, LoopOptions};
 use berth_device::mounts;
 use berth_device::partition::Extent;
-use berth_device::pool_area::{self, PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
+use berth_device::pool_area::{self, Advisory, PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
 use berth_device::users::users;
 use berth_record::{ChangeError, ImageState, PoolRecord, VolumeOrigin, VolumeState, tables};
 use nix::errno::Errno;
@@ -25,6 +27,7 @@ use nix::unistd::{Whence, lseek};
 use super::error::{AreaError, io_error};
 use super::{Area, Copy, DIRECTORIES, Place, has_directories, make_directories, template_device};
 use crate::operation::{Finding, FindingKind};
+use crate::telemetry::chain;
 
 /// What is read at once where blocks cannot be shared.
 const PIECE: usize = 1 << 20;
@@ -117,6 +120,7 @@ impl Filesystem {
         }
         for (uid, _) in read.entries(tables::STAGING).map_err(ChangeError::from)? {
             known.insert(self.work_dir(&uid));
+            known.extend(bounded::images(&self.area.root, &uid));
         }
         for dir in DIRECTORIES.below(&self.area.root) {
             for entry in fs::read_dir(&dir).map_err(io_error("list", &dir))? {
@@ -215,6 +219,12 @@ impl Area for Filesystem {
     /// Ends what was cut off: a volume that was to become larger.
     fn start(&self, record: &PoolRecord) -> Result<(), AreaError> {
         make_directories(&self.area.root)?;
+        for (uid, _) in record.record().entries(tables::FILES).map_err(ChangeError::from)? {
+            // One that cannot be shown is not there, and is tried again for whoever needs it; the others are.
+            if let Err(error) = bounded::show(&self.area.root, &uid) {
+                tracing::warn!(reservation = %uid, error = chain(&error), "the directory of a file is not shown");
+            }
+        }
         let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
         for (uid, volume) in volumes.into_iter().filter(|(_, volume)| volume.state == VolumeState::Ready) {
             if self.has_volume(&uid) {
@@ -237,8 +247,21 @@ impl Area for Filesystem {
         empty.saturating_sub(self.area.free().unwrap_or_default())
     }
 
+    /// One with a file system of its own is there only once that is mounted.
     fn has_work_dir(&self, reservation: &Uid) -> bool {
-        self.work_dir(reservation).is_dir()
+        self.work_dir(reservation).is_dir() && bounded::is_shown(&self.area.root, reservation)
+    }
+
+    fn make_bounded_dir(
+        &self,
+        record: &PoolRecord,
+        reservation: &Uid,
+        bytes: Bytes,
+    ) -> Result<(), AreaError> {
+        if matches!(self.area.advisory, Some(Advisory::Missing(_))) {
+            return self.make_work_dir(record, reservation, bytes); // nothing bounds anything here
+        }
+        bounded::make(&self.area.root, reservation, bytes)
     }
 
     fn make_work_dir(&self, _: &PoolRecord, reservation: &Uid, _: Bytes) -> Result<(), AreaError> {
@@ -248,11 +271,13 @@ impl Area for Filesystem {
     }
 
     fn remove_work_dir(&self, _: &PoolRecord, reservation: &Uid) -> Result<(), AreaError> {
+        bounded::hide(&self.area.root, reservation)?;
         let path = self.work_dir(reservation);
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             other => other.map_err(io_error("remove", &path))?,
         }
+        bounded::remove(&self.area.root, reservation)?;
         Ok(files::sync_parent(&path)?)
     }
 
@@ -405,10 +430,12 @@ impl Area for Filesystem {
     }
 
     fn close(&self) -> Result<(), AreaError> {
+        bounded::hide_all(&self.area.root)?;
         Ok(self.area.unmount_and_detach()?)
     }
 
     fn destroy(self: Box<Self>) -> Result<(), AreaError> {
+        bounded::hide_all(&self.area.root)?;
         Ok(self.area.destroy()?)
     }
 }

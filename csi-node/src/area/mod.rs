@@ -120,6 +120,17 @@ pub trait Area: Send + Sync {
     /// Makes it, for `bytes` of files.
     fn make_work_dir(&self, record: &PoolRecord, reservation: &Uid, bytes: Bytes) -> Result<(), AreaError>;
 
+    /// Makes it so that whoever writes in it cannot take more than `bytes`, which its file system is a part of where it has
+    /// one of its own. It is removed like any other.
+    fn make_bounded_dir(
+        &self,
+        record: &PoolRecord,
+        reservation: &Uid,
+        bytes: Bytes,
+    ) -> Result<(), AreaError> {
+        self.make_work_dir(record, reservation, bytes)
+    }
+
     /// Removes it with all it holds.
     fn remove_work_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError>;
 

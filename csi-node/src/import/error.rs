@@ -235,7 +235,8 @@ impl ImportError {
     }
 }
 
-fn source_reason(error: &SourceError) -> Reason {
+/// What a source's refusal means to a user.
+pub fn source_reason(error: &SourceError) -> Reason {
     match error {
         SourceError::Refused { .. } => Reason::SourceAddressRefused,
         SourceError::NotFound { .. } => Reason::SourceNotFound,

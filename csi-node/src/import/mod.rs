@@ -27,10 +27,11 @@ use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::store::ChunkStore;
 use tokio_util::sync::CancellationToken;
 
-pub use error::ImportError;
+pub use error::{ImportError, source_reason, store_reason};
 pub use fetch::Origin;
 pub use job::{Durable, ImportJob, Limits, Probed, Reporter, Snapshot};
 pub use journal::Journal;
+pub(crate) use pages::release;
 pub use probe::probe_source;
 use run::Attempt;
 

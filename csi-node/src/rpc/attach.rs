@@ -318,6 +318,18 @@ pub fn stats(volume: &FoundVolume, path: &Path) -> Result<Stats, RpcError> {
     if metadata.file_type().is_block_device() {
         return Ok(Stats { bytes: (volume.entry.size.0, None), inodes: None });
     }
+    measure(path)
+}
+
+/// Looks at the directory of a reservation that a pod sees.
+pub fn stats_of_directory(volume: &str, path: &Path) -> Result<Stats, RpcError> {
+    if mounts::is_mounted(path)?.is_none() {
+        return Err(RpcError::NoPath { volume: volume.to_owned(), path: path.display().to_string() });
+    }
+    measure(path)
+}
+
+fn measure(path: &Path) -> Result<Stats, RpcError> {
     let stat = nix::sys::statvfs::statvfs(path).map_err(|errno| RpcError::Io {
         action: "examine",
         path: path.display().to_string(),

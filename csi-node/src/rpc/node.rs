@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::Services;
 use super::attach::{self, FoundVolume, ImportedContent, Publication, Stats};
 use super::controller::{CONTEXT_HOST_MOUNT, CONTEXT_PARTITION};
+use super::files::{self, FileRequest};
 use super::in_flight::Guard;
 use super::request::{for_one_workload, path, use_of, volume_id};
 use super::status::RpcError;
@@ -108,7 +109,7 @@ impl Services {
 
     /// Runs something short that blocks, under the volume's guard, which is held until it has ended even if the caller
     /// has gone away.
-    async fn guarded<T: Send + 'static>(
+    pub(super) async fn guarded<T: Send + 'static>(
         &self,
         guard: Guard,
         act: impl FnOnce(&Self) -> Result<T, RpcError> + Send + 'static,
@@ -151,6 +152,10 @@ impl Services {
         &self,
         request: &NodePublishVolumeRequest,
     ) -> Result<NodePublishVolumeResponse, RpcError> {
+        if let Some(file) = FileRequest::parse(request)? {
+            self.publish_file(file).await?;
+            return Ok(NodePublishVolumeResponse {});
+        }
         let id = volume_id(&request.volume_id)?.to_owned();
         let target = path("target_path", &request.target_path)?;
         let wanted = use_of(request.volume_capability.as_ref())?;
@@ -175,7 +180,12 @@ impl Services {
         let id = volume_id(&request.volume_id)?;
         let target = path("target_path", &request.target_path)?;
         let guard = self.node.in_flight.begin(id, "NodeUnpublishVolume")?;
-        self.guarded(guard, move |_| attach::unpublish(&target)).await?;
+        if reservation_of_volume(id).is_ok() {
+            self.guarded(guard, move |_| attach::unpublish(&target)).await?;
+        } else {
+            let id = id.to_owned();
+            self.guarded(guard, move |services| files::hide(services, &id, &target)).await?;
+        }
         Ok(NodeUnpublishVolumeResponse {})
     }
 
@@ -193,7 +203,12 @@ impl Services {
             shown => shown?,
         };
         let services = self.clone();
-        let look = move || attach::stats(&services.find_volume(&id)?, &shown);
+        let look = move || {
+            if files::find_shown(&services.node.pools, &id)?.is_some_and(|target| target == shown) {
+                return attach::stats_of_directory(&id, &shown);
+            }
+            attach::stats(&services.find_volume(&id)?, &shown)
+        };
         Ok(usage(&tokio::task::spawn_blocking(look).await??))
     }
 }

@@ -39,6 +39,17 @@ pub enum RpcError {
     /// No such volume here.
     #[error("there is no volume {0} on this node")]
     NoVolume(String),
+    /// No such reservation in the pod's namespace.
+    #[error("there is no StagingReservation {0}; a pod sees those of its own namespace only")]
+    NoReservation(ObjectName),
+    /// A pod cannot see the file of this reservation here, or not so.
+    #[error("StagingReservation {reservation} cannot be used by this pod: {why}")]
+    NotForPod {
+        /// The reservation.
+        reservation: ObjectName,
+        /// Why, and what to do.
+        why: String,
+    },
     /// It was here, and what it held is gone.
     #[error("VolumeLost: the file of volume {volume} is gone from pool {pool}")]
     Lost {
@@ -218,7 +229,9 @@ impl RpcError {
     fn code(&self) -> Code {
         match self {
             Self::Invalid { .. } | Self::HostMount(_) => Code::InvalidArgument,
-            Self::NoVolume(_) | Self::NoPath { .. } | Self::Lost { .. } => Code::NotFound,
+            Self::NoVolume(_) | Self::NoReservation(_) | Self::NoPath { .. } | Self::Lost { .. } => {
+                Code::NotFound
+            }
             Self::Different { .. } | Self::Mount(MountError::Occupied { .. }) => Code::AlreadyExists,
             Self::Busy { .. } | Self::Waiting { .. } => Code::Aborted,
             Self::Size { .. } => Code::OutOfRange,
@@ -227,6 +240,7 @@ impl RpcError {
             Self::InUse(_)
             | Self::Elsewhere { .. }
             | Self::NotStaged { .. }
+            | Self::NotForPod { .. }
             | Self::NotMountable { .. }
             | Self::Partition(_)
             | Self::Filesystem(FilesystemError::NotBlank { .. })

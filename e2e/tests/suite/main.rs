@@ -7,6 +7,7 @@ mod bad_input;
 mod books;
 mod cluster;
 mod data_plane;
+mod files;
 mod kernel;
 mod manifests;
 mod memory;
@@ -40,6 +41,7 @@ fn scenarios() -> Vec<Scenario> {
         volume::scenarios(),
         thin_cluster::scenarios(),
         sanity::scenarios(),
+        files::scenarios(),
         bad_input::scenarios(),
         outage::scenarios(),
         memory::scenarios(),

@@ -116,6 +116,7 @@ mod tests {
             prepared: None,
             queued_since: None,
             ready_since: None,
+            only_copy: None,
             invalid: None,
         }
     }
