@@ -25,6 +25,9 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
     if reservation.deleting {
         return release::decide(view, reservation);
     }
+    if let Some(lost) = crate::lost::give_up(view, reservation) {
+        return vec![lost];
+    }
     if let Some(place) = &reservation.assignment {
         return assigned(view, reservation, place, now);
     }
@@ -200,6 +203,9 @@ fn wait(
     if !all.is_empty() && too_large {
         let message = format!("{} asked for: {}", need.bytes(), explain(all));
         return vec![refuse(reservation, Reason::LargerThanPool, message, shortfall)];
+    }
+    if let Some(changes) = super::room::make(view, reservation, need, all, ahead, now) {
+        return changes;
     }
     let blocked = |candidate: &Candidate| matches!(candidate.verdict, Verdict::Fits { .. });
     let decided = all.iter().all(|candidate| candidate.verdict.is_about_space() || blocked(candidate));

@@ -5,6 +5,7 @@ mod need;
 mod place;
 mod queue;
 mod release;
+mod room;
 mod state;
 
 pub use decide::decide;

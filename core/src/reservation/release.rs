@@ -2,6 +2,7 @@
 //! what no assignment ever named may go at once.
 
 use crate::change::{Change, ReservationReport};
+use crate::lost;
 use crate::reason::Reason;
 use crate::view::{Placement, ReservationState, ReservationView, View};
 
@@ -81,7 +82,7 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
     if !ledger.promises.contains_key(uid) {
         return Step::Done;
     }
-    if released {
+    if released || lost::releases(view, reservation, &place.pool, &place.node) {
         return Step::Write(view.without(ledger, &[uid]));
     }
     let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
