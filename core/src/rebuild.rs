@@ -26,7 +26,7 @@ pub fn rebuilt(view: &View, ledger: &LedgerView) -> Option<Change> {
     let node = view.nodes.get(&ledger.node).filter(|node| node.live && node.reported)?;
     let report = node.pools.get(&ledger.pool)?;
     view.behind(ledger)?;
-    let lineage = report.lineage.clone()?;
+    let lineage = report.lineage.clone().unwrap_or_else(|| ledger.lineage.clone());
     let held = held(report)?;
     let recovered: BTreeSet<Uid> = held
         .iter()

@@ -6,6 +6,7 @@
 
 mod kind;
 mod kinds;
+mod kube_nodes;
 mod nodes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -147,6 +148,7 @@ impl Observer {
         self.clone().spawn::<StagingNode>(tasks, stop);
         self.clone().spawn::<ImageTransfer>(tasks, stop);
         nodes::spawn(self, confirmations, tasks, stop);
+        kube_nodes::spawn(self, tasks, stop);
     }
 
     fn spawn<K: Observed>(self: Arc<Self>, tasks: &TaskTracker, stop: &CancellationToken) {
