@@ -38,14 +38,15 @@ fn release(view: &View, image: &ImageView) -> Vec<Change> {
     let done = if image.has_finalizer { vec![unguard] } else { Vec::new() };
     let report = view.report_of(&image.pool, &image.node);
     let Some(ledger) = view.ledgers.get(&(image.pool.clone(), image.node.clone())) else { return done };
-    if view.behind(ledger).is_some() {
+    let given_up =
+        lost::is_given_up(view, &image.pool, &image.node) || lost::is_written_off(view, &image.node);
+    // By the last report of a node that is gone, a ledger is behind for what was given up alone.
+    if view.behind(ledger).is_some() && !given_up {
         return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
     }
     let Some(entry) = ledger.promises.get(&image.uid) else { return done };
     let released =
         report.and_then(|report| report.released.get(&image.uid)).is_some_and(|g| *g >= entry.generation);
-    let given_up =
-        lost::is_given_up(view, &image.pool, &image.node) || lost::is_written_off(view, &image.node);
     if released || given_up {
         vec![view.without(ledger, &[&image.uid])]
     } else {

@@ -66,6 +66,14 @@ mod tests {
         let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
         ledger.promises.insert(image.uid.clone(), image.promise(None));
         view.images.insert(image.name.clone(), image);
+        let (uids, lineage): (Vec<Uid>, _) = {
+            let ledger = &view.ledgers[&at("p", "a")];
+            (ledger.promises.keys().cloned().collect(), ledger.lineage.clone())
+        };
+        let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
+        let report = node.pools.values_mut().next().expect("one");
+        report.obeyed.extend(uids.into_iter().map(|uid| (uid, crate::units::Generation::FIRST)));
+        report.lineage = Some(lineage);
         view.nodes.values_mut().for_each(|node| node.live = false);
         view.kube_nodes = Some(BTreeSet::new());
         view
@@ -94,6 +102,14 @@ mod tests {
             matches!(&about(&view, "volume")[..], [Change::ReportReservation { .. }]),
             "it waits for its node, or for a person"
         );
+        let [Change::WriteLedger { promises, .. }] = &about(&view, "work")[..] else {
+            panic!("a ledger write")
+        };
+        let promises = promises.clone();
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        (ledger.promises, ledger.revision) = (promises, ledger.revision + 1);
+        assert!(view.behind(&view.ledgers[&at("p", "a")]).is_some(), "by the node's last report");
+        assert!(matches!(&about(&view, "work")[..], [Change::UnguardReservation { .. }]));
         view.nodes.clear();
         assert!(
             matches!(&about(&view, "volume")[..], [Change::WriteLedger { .. }]),

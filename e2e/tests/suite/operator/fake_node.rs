@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use berth_api::staging_ledger::LedgerPromise;
@@ -19,6 +19,9 @@ use tokio::task::JoinHandle;
 
 /// Between two looks of the node.
 const PERIOD: Duration = Duration::from_millis(100);
+
+/// How long its requests may fail before that is a fault.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running fake node; dropping it silences it.
 pub struct FakeNode {
@@ -64,14 +67,17 @@ impl FakeNode {
         let reaches = reachable.clone();
         memory.round(&releases).await?;
         let task = tokio::spawn(async move {
+            let mut well = Instant::now();
             loop {
-                if reaches.load(Ordering::SeqCst)
-                    && let Err(error) = memory.round(&may_release).await
-                {
-                    // What fails because the node is cut off in the middle is no fault of its own.
-                    if reaches.load(Ordering::SeqCst) {
+                if !reaches.load(Ordering::SeqCst) {
+                    well = Instant::now();
+                } else if let Err(error) = memory.round(&may_release).await {
+                    // An API server that is on its way back may refuse for a while what it allows later.
+                    if well.elapsed() > PATIENCE {
                         return error;
                     }
+                } else {
+                    well = Instant::now();
                 }
                 tokio::time::sleep(PERIOD).await;
             }
