@@ -15,7 +15,7 @@ use berth_e2e::process::{Process, Program};
 use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::{Api, ResourceExt as _};
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
@@ -93,12 +93,16 @@ impl Bed {
 
     /// Starts a node that carries the pool, with a node's rights and no more.
     pub async fn node(&self, name: &str, total: i64) -> anyhow::Result<FakeNode> {
+        FakeNode::start(self.node_client(name).await?, name, "p", total).await
+    }
+
+    /// A client with a node's rights and no more, bound to its present Node object.
+    pub async fn node_client(&self, name: &str) -> anyhow::Result<Client> {
         let kubeconfig = self
             .cluster
             .node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", name, Ipv4Addr::LOCALHOST)
             .await?;
-        let client = self.cluster.client_for(&kubeconfig).await?;
-        FakeNode::start(client, name, "p", total).await
+        Ok(self.cluster.client_for(&kubeconfig).await?)
     }
 
     /// Asks for `size` bytes.

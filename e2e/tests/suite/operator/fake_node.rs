@@ -1,8 +1,8 @@
 //! A node made of API objects alone: it reports, renews its Lease, obeys its ledger, and releases when told to.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct FakeNode {
     releases: Arc<AtomicBool>,
     reachable: Arc<AtomicBool>,
+    client: Arc<Mutex<Client>>,
     task: JoinHandle<anyhow::Error>,
 }
 
@@ -65,10 +66,13 @@ impl FakeNode {
         let may_release = releases.clone();
         let reachable = Arc::new(AtomicBool::new(true));
         let reaches = reachable.clone();
+        let latest = Arc::new(Mutex::new(memory.client.clone()));
+        let client = latest.clone();
         memory.round(&releases).await?;
         let task = tokio::spawn(async move {
             let mut well = Instant::now();
             loop {
+                memory.client = latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 if !reaches.load(Ordering::SeqCst) {
                     well = Instant::now();
                 } else if let Err(error) = memory.round(&may_release).await {
@@ -82,7 +86,12 @@ impl FakeNode {
                 tokio::time::sleep(PERIOD).await;
             }
         });
-        Ok(Self { releases, reachable, task })
+        Ok(Self { releases, reachable, client, task })
+    }
+
+    /// Goes on with other credentials: those of a node end with its Node object.
+    pub fn use_client(&self, client: Client) {
+        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = client;
     }
 
     /// Whether it reaches the API server. What it remembers stays, as on its disk.

@@ -194,6 +194,7 @@ async fn a_node_that_is_gone() -> anyhow::Result<()> {
     ensure!(bed.images().await?.len() == 1, "the image of a volume was given up");
 
     nodes.create(&PostParams::default(), &kube_node).await?;
+    node.use_client(bed.node_client("n1").await?);
     node.set_reachable(true);
     bed.wait_ledger("the ledger to be rebuilt", "n1", MOMENT * 2, |ledger| {
         ledger.is_some_and(|ledger| ledger.spec.rebuilt_from.is_some() && ledger.spec.promises.len() == 3)
