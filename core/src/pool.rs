@@ -226,10 +226,10 @@ fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
     if pool.deleting || pool.service == Service::Draining {
         let held = drain::held_by(view, pool, pool.deleting);
         let held = held.as_deref().unwrap_or("holds nothing");
-        return match pool.deleting {
-            true => (false, Reason::Releasing, format!("it is being deleted and takes nothing new; {held}")),
-            false => (false, Reason::Draining, format!("takes nothing new; {held}")),
-        };
+        if pool.deleting {
+            return (false, Reason::Releasing, format!("it is being deleted and takes nothing new; {held}"));
+        }
+        return (false, Reason::Draining, format!("takes nothing new; {held}"));
     }
     let mut nodes = 0_u32;
     for (name, report) in carriers(view, pool) {

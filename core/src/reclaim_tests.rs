@@ -162,7 +162,7 @@ fn a_request_behind_another_one_removes_nothing_and_others_leave_it_to_the_leade
     view.nodes.values_mut().for_each(|node| {
         node.pools.values_mut().for_each(|pool| {
             pool.obeyed.insert(Uid::from("unknown"), Generation::FIRST);
-        })
+        });
     });
     assert_eq!(
         deleted(&of_request(&view, 100)),
@@ -205,7 +205,7 @@ fn a_pool_that_drains_or_is_deleted_gives_up_unneeded_images_at_once() {
         |view| {
             view.pools.values_mut().for_each(|pool| {
                 pool.drain_nodes.insert(NodeName::from("a"));
-            })
+            });
         },
     ] {
         let mut view = staged(&[("one", 10, 99)]);

@@ -396,6 +396,7 @@ pub struct WorkError {
 }
 
 /// A `StagedImage`.
+#[allow(clippy::struct_excessive_bools)] // what was seen of it, each on its own
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageView {
     /// Its UID: the holder of its promise.

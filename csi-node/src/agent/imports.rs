@@ -354,12 +354,13 @@ pub async fn run(
             cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await;
             return;
         }
-        let error = match space::is_out_of_space(&error) {
-            true => space::defect(&node, &pool, &reservation, promised, pool.area.work_dir(&reservation))
-                .await
-                .map_or(error, WorkError::Space),
-            false => error,
+        let defect = if space::is_out_of_space(&error) {
+            let path = pool.area.work_dir(&reservation);
+            space::defect(&node, &pool, &reservation, promised, path).await
+        } else {
+            None
         };
+        let error = defect.map_or(error, WorkError::Space);
         attempts += 1;
         let next = failures.note(error.fault(), journal.reached() > before, retries(&object));
         if !matches!(next, Next::Again(_)) {

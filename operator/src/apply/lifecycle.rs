@@ -194,6 +194,8 @@ impl Applier {
     pub(super) async fn delete_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
         let api: Api<StagedImage> = Api::all(self.client.clone());
         let result = api.delete(name, &this_one(uid)).await;
+        #[allow(clippy::redundant_closure_for_method_calls)]
+        // the answer's type is of a crate that is not ours to name
         let leaving = answer("delete", format!("StagedImage {name}"), result.map(|answer| answer.left()))?;
         if let Answer::Done(Some(leaving)) = leaving {
             // That it goes is known at once, so that no other pass has it removed for the same purpose.
