@@ -12,6 +12,12 @@ pub const OPERATOR_LEASE: &str = "berth-operator";
 pub const RELEASE_FINALIZER: &str = "staging.berth.dev/release";
 /// The finalizer of an import whose session a node may still hold.
 pub const IMPORT_FINALIZER: &str = "staging.berth.dev/import";
+/// The finalizer of a pool that has ledgers.
+pub const POOL_FINALIZER: &str = "staging.berth.dev/pool";
+/// Annotation of a staged image whose template was deleted: it may go although no other copy is known.
+pub const ANNOTATION_GIVEN_UP: &str = "staging.berth.dev/given-up";
+/// Field manager of the operator's applies of `status.lastReclaim`.
+pub const RECLAIM_MANAGER: &str = "berth-operator-reclaim";
 /// Field manager of the operator's server-side applies.
 pub const OPERATOR_MANAGER: &str = "berth-operator";
 /// Label with the PVC's namespace on a CSI volume's reservation.

@@ -22,7 +22,10 @@ use crate::fields::{Assignment, PoolSelector, Quantity, Span};
 
 pub use images::{image_view, store_view};
 pub use imports::{import_limits, import_view};
-pub use ledgers::{ledger_view, to_ledger_capacity, to_ledger_promise, to_ledger_promises, to_ledger_spec};
+use ledgers::promise;
+pub use ledgers::{
+    ledger_view, to_ledger_capacity, to_ledger_promise, to_ledger_promises, to_ledger_spec, to_rebuilt_from,
+};
 pub use nodes::{node_state, to_thin_pools};
 use pools::when_full;
 pub use pools::{FilesystemArea, PoolArea, ThinArea, ThinGroup, pool_area, pool_view};

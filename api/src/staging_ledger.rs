@@ -40,12 +40,33 @@ pub struct StagingLedgerSpec {
     /// Rises by one with every write.
     #[schemars(range(min = 1))]
     pub revision: i64,
+    /// Set if the ledger was rebuilt from its node's record. The node obeys it only if its record is still that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebuilt_from: Option<RebuiltFrom>,
     /// What may be promised.
     pub capacity: LedgerCapacity,
     /// By the holder's UID.
     #[serde(default)]
     #[schemars(extend("maxProperties" = 4096, "x-kubernetes-map-type" = "atomic"))]
     pub promises: BTreeMap<String, LedgerPromise>,
+}
+
+/// What a ledger was rebuilt from.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RebuiltFrom {
+    /// The lineage that the node obeyed then.
+    #[schemars(length(min = 36, max = 36))]
+    pub lineage: String,
+    /// The revision that it had recorded then.
+    #[schemars(range(min = 0))]
+    pub revision: i64,
+    /// UIDs of holders in the node's record that did not exist. Their promises stay until a person strikes them from this
+    /// list; then the node gives back what lies under them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 4096), inner(length(max = 128)))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub recovered: Vec<String>,
 }
 
 /// The area that a ledger is for.

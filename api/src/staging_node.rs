@@ -1,9 +1,13 @@
 //! `StagingNode`: what one node's agent reports. Its status is written by that node alone.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::staging_ledger::LedgerPromise;
 
 /// Which node.
 #[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
@@ -102,7 +106,15 @@ pub struct NodePool {
     /// Promises that the node has obeyed and whose bytes are there.
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
-    pub obeyed: Vec<Released>,
+    pub obeyed: Vec<Obeyed>,
+    /// What lies in the area without an object of the API server that it belongs to. Nothing removes it by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    pub orphans: Vec<Orphan>,
+    /// How many there are, if more than are listed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphans_total: Option<i32>,
     /// UIDs of reservations whose bytes something on the node uses now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Set)]
@@ -154,6 +166,51 @@ pub enum ThinPoolMode {
     ReadOnly,
     /// Nothing at all.
     Failed,
+}
+
+/// A promise that the node has obeyed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Obeyed {
+    /// The holder's UID.
+    pub uid: String,
+    /// The promise's generation.
+    pub generation: i64,
+    /// All that the node has recorded of it. Told while its ledger is behind, which is rebuilt from that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recorded: Option<LedgerPromise>,
+}
+
+/// Something in a pool's area without an object that it belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Orphan {
+    /// The UID of the object that it was made for.
+    pub uid: String,
+    /// What it is.
+    pub kind: OrphanKind,
+    /// How many bytes are promised to it, or, without a promise, how large it is.
+    pub bytes: i64,
+    /// The namespace and name of the object that it was made for, if that was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<String>,
+    /// What people know it by, for a volume its claim.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What an orphan is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum OrphanKind {
+    /// A volume or snapshot.
+    Volume,
+    /// A staged image.
+    Image,
+    /// A directory of a transfer.
+    WorkDir,
+    /// A promise under which nothing lies.
+    #[default]
+    Promise,
 }
 
 /// A promise by its holder and generation.

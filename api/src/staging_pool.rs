@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -267,10 +267,42 @@ pub struct StagingPoolStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub constraints: Vec<String>,
+    /// When images were last removed here because nothing referred to them, and what that freed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_reclaim: Option<LastReclaim>,
     /// `Ready`.
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
+}
+
+/// A removal of images that nothing referred to.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LastReclaim {
+    /// When.
+    pub time: Time,
+    /// How many images.
+    pub images: i32,
+    /// How many bytes were promised to them.
+    pub bytes: i64,
+    /// Why.
+    pub reason: ReclaimReason,
+}
+
+/// Why images that nothing refers to are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum ReclaimReason {
+    /// Nothing has used them for `reclaim.ttl`.
+    Unused,
+    /// More is promised than `reclaim.highWatermark`.
+    HighWatermark,
+    /// A request would have waited or been refused otherwise.
+    Shortfall,
+    /// The pool takes nothing new, or is being deleted.
+    Draining,
+    /// Their node is gone, and the pool's policy gives copies up.
+    NodeLost,
 }
 
 /// Bytes of a pool over all nodes.

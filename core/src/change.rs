@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::ids::{NodeName, ObjectName, PoolName, Uid};
-use crate::ledger::{Holder, Promise};
+use crate::ledger::{Holder, Promise, Rebuilt};
 use crate::reason::Reason;
+use crate::reclaim::Cause;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement,
@@ -36,6 +37,47 @@ pub enum Change {
         capacity: LedgerCapacity,
         /// All promises.
         promises: BTreeMap<Uid, Promise>,
+    },
+    /// Replace a ledger that is behind by one that holds what its node has recorded, with a new lineage, if ledger and report
+    /// are still at these versions.
+    RebuildLedger {
+        /// Its name.
+        name: String,
+        /// The version that is replaced.
+        version: ObjectVersion,
+        /// The node whose report it is made from.
+        node: NodeName,
+        /// The version of that report.
+        report: ObjectVersion,
+        /// The revision to write: above the ledger's and the node's.
+        revision: u64,
+        /// What may be promised.
+        capacity: LedgerCapacity,
+        /// All promises.
+        promises: BTreeMap<Uid, Promise>,
+        /// What it is made from.
+        rebuilt: Rebuilt,
+    },
+    /// Delete the ledger of a pool that is being deleted, if it is still at this version: empty.
+    DeleteLedger {
+        /// Its name.
+        name: String,
+        /// The version that is deleted.
+        version: ObjectVersion,
+    },
+    /// Put the pool finalizer on, before the pool has ledgers.
+    GuardPool {
+        /// Which.
+        name: PoolName,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Take it off.
+    UnguardPool {
+        /// Which.
+        name: PoolName,
+        /// Its UID.
+        uid: Uid,
     },
     /// Put the release finalizer on a reservation, before anything is promised to it.
     GuardReservation {
@@ -134,6 +176,24 @@ pub enum Change {
         name: String,
         /// Its UID.
         uid: Uid,
+    },
+    /// Mark a staged image whose template is being deleted: it may go although no other copy is known.
+    GiveUpImage {
+        /// Its name.
+        name: String,
+        /// Its UID.
+        uid: Uid,
+    },
+    /// Say what the deletions of images before it in the list were for.
+    ReportReclaim {
+        /// The pool.
+        pool: PoolName,
+        /// Why they go.
+        cause: Cause,
+        /// How many.
+        images: u32,
+        /// What is promised to them.
+        bytes: Bytes,
     },
     /// Take the release finalizer off a staged image.
     UnguardImage {

@@ -37,6 +37,7 @@ pub fn ledger(pool: &str, node: &str, total: u64) -> LedgerView {
         node,
         lineage: Lineage::from("lineage"),
         revision: 1,
+        rebuilt: None,
         capacity: LedgerCapacity::shared(Bytes(total)),
         promises: BTreeMap::new(),
     }
@@ -55,6 +56,7 @@ pub fn node_pool(total: u64) -> NodePoolState {
         obeyed_revision: 0,
         released: BTreeMap::new(),
         obeyed: BTreeMap::new(),
+        recorded: BTreeMap::new(),
         in_use: BTreeSet::new(),
     }
 }
@@ -77,6 +79,7 @@ pub fn pool(name: &str) -> PoolView {
         service: Service::default(),
         drain_nodes: BTreeSet::new(),
         deleting: false,
+        has_finalizer: true,
         invalid: None,
     }
 }
@@ -88,6 +91,7 @@ pub fn view(nodes: &[(&str, u64)]) -> View {
     for (name, total) in nodes {
         let node = NodeState {
             name: NodeName::from(*name),
+            version: ObjectVersion("1".to_owned()),
             live: true,
             reported: true,
             zone: None,
@@ -140,6 +144,7 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         max_size: Bytes(size),
         template: None,
         claim_namespace: "ns".to_owned(),
+        claim_name: None,
         access: Access::File,
         when_full: None,
         state: ReservationState::Pending,
@@ -215,6 +220,7 @@ pub fn image(node: &str, real_size: u64, created: u64) -> ImageView {
         virtual_size: Bytes(real_size),
         ready: false,
         last_used: None,
+        given_up: false,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Staged images: swept when nothing refers to them, and released like everything that holds a promise.
 
 use crate::change::Change;
-use crate::reservation::{is_waiting, wants_image};
+use crate::lost;
+use crate::reclaim::{Cause, Needs, delete, has_other_copy, unused_since};
 use crate::units::Timestamp;
 use crate::view::{ImageView, View};
 
@@ -14,30 +15,22 @@ pub fn decide(view: &View, name: &str, now: Timestamp) -> Vec<Change> {
     if image.deleting { release(view, image) } else { sweep(view, image, now) }
 }
 
-/// The leader deletes an image that nothing names and that was last used, or made, longer ago than the pool says.
+/// The leader deletes an image that nothing names and that was last used, or made, longer ago than the pool says. When else
+/// one goes, see [`crate::reclaim`].
 fn sweep(view: &View, image: &ImageView, now: Timestamp) -> Vec<Change> {
-    if !view.leader || is_needed(view, image) {
+    if !view.leader || !has_other_copy(view, image) || Needs::of(view).need(image) {
         return Vec::new();
     }
     let Some(pool) = view.pools.get(&image.pool) else { return Vec::new() };
-    let since = image.last_used.unwrap_or(image.created).max(image.created);
-    let left = pool.reclaim.ttl_millis.saturating_sub(now.millis_since(since));
+    let stays = pool.reclaim.ttl_millis.max(pool.reclaim.keep_warm_millis);
+    let left = stays.saturating_sub(now.millis_since(unused_since(image)));
     if left > 0 {
         return vec![Change::RetryAfter { millis: left }];
     }
-    vec![Change::DeleteImage { name: image.name.clone(), uid: image.uid.clone() }]
-}
-
-/// True if a live reservation names it, or one that waits could be placed beside it.
-fn is_needed(view: &View, image: &ImageView) -> bool {
-    let Some(pool) = view.pools.get(&image.pool) else { return view.is_referenced(&image.name) };
-    view.is_referenced(&image.name)
-        || view.reservations.values().any(|reservation| {
-            reservation.assignment.is_none()
-                && reservation.pools.allows(pool)
-                && wants_image(view, reservation, &image.digest)
-                && (is_waiting(view, reservation) || view.ledgers_of(&reservation.uid).next().is_some())
-        })
+    match view.ledgers.get(&(image.pool.clone(), image.node.clone())) {
+        Some(ledger) => delete(ledger, &[image], Cause::Unused),
+        None => vec![Change::DeleteImage { name: image.name.clone(), uid: image.uid.clone() }],
+    }
 }
 
 fn release(view: &View, image: &ImageView) -> Vec<Change> {
@@ -45,13 +38,16 @@ fn release(view: &View, image: &ImageView) -> Vec<Change> {
     let done = if image.has_finalizer { vec![unguard] } else { Vec::new() };
     let report = view.report_of(&image.pool, &image.node);
     let Some(ledger) = view.ledgers.get(&(image.pool.clone(), image.node.clone())) else { return done };
-    if view.behind(ledger).is_some() {
+    let given_up =
+        lost::is_given_up(view, &image.pool, &image.node) || lost::is_written_off(view, &image.node);
+    // By the last report of a node that is gone, a ledger is behind for what was given up alone.
+    if view.behind(ledger).is_some() && !given_up {
         return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
     }
     let Some(entry) = ledger.promises.get(&image.uid) else { return done };
     let released =
         report.and_then(|report| report.released.get(&image.uid)).is_some_and(|g| *g >= entry.generation);
-    if released {
+    if released || given_up {
         vec![view.without(ledger, &[&image.uid])]
     } else {
         vec![Change::RetryAfter { millis: LOOK_MILLIS }]
@@ -63,7 +59,7 @@ mod tests {
     use super::*;
     use crate::fixture::{HOUR, add, at, image, placed, reservation, template, view};
     use crate::ids::{NodeName, ObjectName};
-    use crate::units::Generation;
+    use crate::units::{Bytes, Generation};
     use crate::view::{Access, AssignedImage};
 
     fn staged() -> View {
@@ -86,15 +82,30 @@ mod tests {
     #[test]
     fn swept_by_the_leader_after_its_time_and_never_while_it_is_named_or_wanted() {
         let mut view = staged();
+        assert_eq!(ask(&view, 9 * HOUR), [], "no other copy is known");
+        view.images.values_mut().for_each(|image| image.given_up = true);
+        assert!(
+            matches!(&ask(&view, 9 * HOUR)[..], [Change::DeleteImage { .. }, ..]),
+            "its template is deleted"
+        );
+        view.images.values_mut().for_each(|image| image.given_up = false);
+        let import = template(30, 20);
+        view.imports.insert(import.name.clone(), import);
         assert_eq!(ask(&view, HOUR + 1), [Change::RetryAfter { millis: HOUR - 1 }]);
-        assert!(matches!(&ask(&view, 2 * HOUR)[..], [Change::DeleteImage { .. }]));
+        let swept = ask(&view, 2 * HOUR);
+        let [Change::DeleteImage { .. }, Change::ReportReclaim { cause, images, bytes, .. }] = &swept[..]
+        else {
+            panic!("{swept:?}")
+        };
+        assert_eq!((*cause, *images, *bytes), (Cause::Unused, 1, Bytes(20)));
+        view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = 3 * HOUR);
+        assert!(matches!(&ask(&view, 2 * HOUR)[..], [Change::RetryAfter { .. }]), "it is kept warm");
+        view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = 0);
         view.images.values_mut().for_each(|image| image.last_used = Some(Timestamp(2 * HOUR)));
         assert!(matches!(&ask(&view, 2 * HOUR)[..], [Change::RetryAfter { .. }]));
         view.leader = false;
         assert_eq!(ask(&view, 9 * HOUR), []);
         view.leader = true;
-        let import = template(30, 20);
-        view.imports.insert(import.name.clone(), import);
         let mut user = reservation("r", 1, 0);
         user.access = Access::Block;
         user.template = Some(ObjectName::new("ns", "template"));
@@ -107,7 +118,7 @@ mod tests {
         user.assigned_image = Some(AssignedImage { digest, staged_image, virtual_size });
         assert_eq!(ask(&view, 9 * HOUR), [], "one that has its place names it");
         view.reservations.get_mut(&uid).expect("there").deleting = true;
-        assert!(matches!(&ask(&view, 9 * HOUR)[..], [Change::DeleteImage { .. }]));
+        assert!(matches!(&ask(&view, 9 * HOUR)[..], [Change::DeleteImage { .. }, ..]));
     }
 
     #[test]

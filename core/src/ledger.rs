@@ -1,6 +1,6 @@
 //! Promises of space, the writes that change them, and when a ledger is too old to be trusted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,17 @@ pub struct Promise {
     /// The ledger's revision at which it was revoked, because its holder is gone: from then on no node obeys it. It counts
     /// until the node has recorded that revision and holds nothing under it.
     pub revoked: Option<u64>,
+}
+
+/// What a ledger was rebuilt from, after the API server had lost a part of its history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// The lineage that the node obeyed then.
+    pub lineage: Lineage,
+    /// The revision that it had recorded then.
+    pub revision: u64,
+    /// Promises of the node's record whose holders were not found. They stay until a person strikes them from this set.
+    pub recovered: BTreeSet<Uid>,
 }
 
 /// Why a ledger is older than what its node has obeyed, as after a restored etcd, or in a view that lags.
@@ -111,10 +122,18 @@ pub trait LedgerRecord {
     fn held(&self) -> impl Iterator<Item = (&Uid, Generation)>;
 }
 
-/// Whether `ledger` is older than what its node has recorded. Then the operator writes nothing to it, and the node obeys
-/// nothing of it. A promise of another generation is another promise.
+/// Whether `ledger` is older than what its node has recorded. Then the operator writes nothing to it but a rebuilt form,
+/// and the node obeys nothing of it. A promise of another generation is another promise.
+///
+/// A ledger of another lineage follows the record only if it was rebuilt from what the record says now, or said before it
+/// recorded anything more; and like any other, only if it holds all that the record does.
 pub fn is_behind(ledger: &LedgerView, record: &impl LedgerRecord) -> Option<Behind> {
-    if let Some(lineage) = record.lineage().filter(|lineage| **lineage != ledger.lineage) {
+    let other = record.lineage().filter(|lineage| **lineage != ledger.lineage);
+    let follows = |lineage: &Lineage| {
+        let from = ledger.rebuilt.as_ref();
+        from.is_some_and(|from| from.lineage == *lineage && from.revision >= record.revision())
+    };
+    if let Some(lineage) = other.filter(|lineage| !follows(lineage)) {
         return Some(Behind::Lineage { ledger: ledger.lineage.clone(), node: lineage.clone() });
     }
     if ledger.revision < record.revision() {

@@ -118,6 +118,12 @@ metrics! {
     ExpiriesTotal = "berth_expiries_total", Counter, "", Operator, ["pool"];
     /// Reservations that were refused.
     RefusalsTotal = "berth_refusals_total", Counter, "", Operator, ["reason"];
+    /// Images that were removed because nothing referred to them, by cause.
+    ReclaimsTotal = "berth_reclaims_total", Counter, "", Operator, ["pool", "cause"];
+    /// Bytes that were promised to images that were removed because nothing referred to them, by cause.
+    ReclaimedBytesTotal = "berth_reclaimed_bytes_total", Counter, "bytes", Operator, ["pool", "cause"];
+    /// Ledgers that were rebuilt from the record of their node.
+    LedgerRebuildsTotal = "berth_ledger_rebuilds_total", Counter, "", Operator, ["pool"];
     /// Ledger writes that another operator was faster with.
     LedgerConflictsTotal = "berth_ledger_conflicts_total", Counter, "", Operator, [];
     /// Passes over an object, by how they ended.
@@ -138,6 +144,8 @@ metrics! {
     NodePoolUsedBytes = "berth_node_pool_used_bytes", Gauge, "bytes", Node, ["pool"];
     /// Bytes that the node has obeyed promises of and not given back.
     NodePoolObeyedBytes = "berth_node_pool_obeyed_bytes", Gauge, "bytes", Node, ["pool"];
+    /// Times at which there was no space for what a promise covers.
+    NodeSpaceDefectsTotal = "berth_node_space_defects_total", Counter, "", Node, ["pool"];
     /// When the program was started, in seconds since 1970.
     ProcessStartTimeSeconds = "berth_process_start_time_seconds", Gauge, "seconds", Both, [];
 }

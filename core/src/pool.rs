@@ -10,22 +10,35 @@ use crate::reason::Reason;
 use crate::reservation::is_waiting;
 use crate::thin::{self, StopReason, Stopped, ThinState};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, View};
+use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, Service, View};
+use crate::{drain, rebuild, reclaim};
 
 /// What is said of a node whose report is about another kind of area than the pool's.
 pub(crate) const OTHER_AREA: &str = "its report is not about an area of this pool's backend";
+/// How many of the nodes that are drained a message names.
+const DRAINED_NAMED: usize = 8;
 /// How many promises of holders that are gone are taken away in one write.
 const SWEPT_AT_ONCE: usize = 32;
 
-/// The next steps for the pool with this name. Time plays no part in them yet.
-pub fn decide(view: &View, name: &PoolName, _now: Timestamp) -> Vec<Change> {
+/// The next steps for the pool with this name.
+pub fn decide(view: &View, name: &PoolName, now: Timestamp) -> Vec<Change> {
     let Some(pool) = view.pools.get(name) else { return Vec::new() };
     let mut changes = vec![Change::ReportPool { name: name.clone(), report: report(view, pool) }];
-    if pool.invalid.is_none() {
-        changes.extend(missing_ledgers(view, pool));
-        let write = resized(view, pool).map(|change| vec![change]).or_else(|| swept(view, pool));
-        changes.extend(write.unwrap_or_default());
+    if pool.deleting {
+        changes.extend(drain::end(view, pool));
     }
+    if pool.invalid.is_some() {
+        return changes;
+    }
+    if !pool.deleting && !pool.has_finalizer {
+        changes.push(Change::GuardPool { name: name.clone(), uid: pool.uid.clone() });
+        return changes;
+    }
+    changes.extend(missing_ledgers(view, pool));
+    let one = |change| vec![change];
+    let write = rebuild::first(view, pool).or_else(|| resized(view, pool)).map(one);
+    changes.extend(write.or_else(|| swept(view, pool)).unwrap_or_default());
+    changes.extend(reclaim::decide(view, pool, now));
     changes
 }
 
@@ -140,11 +153,18 @@ fn orphans<'v>(view: &'v View, ledger: &'v LedgerView) -> Vec<(&'v Uid, &'v Prom
     if !trusted || view.behind(ledger).is_some() {
         return Vec::new();
     }
-    let gone = ledger.promises.iter().filter(|(uid, promise)| match &promise.holder {
-        Holder::Reservation(_) => !view.reservations.contains_key(*uid),
-        Holder::Image(name) => view.images.get(name).is_none_or(|image| image.uid != **uid),
+    let gone = ledger.promises.iter().filter(|(uid, promise)| {
+        !is_there(view, uid, &promise.holder) && !rebuild::is_kept(view, ledger, uid, promise)
     });
     gone.take(SWEPT_AT_ONCE).collect()
+}
+
+/// True if the view has the holder of a promise.
+pub(crate) fn is_there(view: &View, uid: &Uid, holder: &Holder) -> bool {
+    match holder {
+        Holder::Reservation(_) => view.reservations.contains_key(uid),
+        Holder::Image(name) => view.images.get(name).is_some_and(|image| image.uid == *uid),
+    }
 }
 
 /// What the pool holds, over all nodes.
@@ -203,8 +223,13 @@ fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
     if let Some(message) = &pool.invalid {
         return (false, Reason::InvalidSpec, message.clone());
     }
-    if pool.deleting {
-        return (false, Reason::Releasing, "it is being deleted and takes nothing new".to_owned());
+    if pool.deleting || pool.service == Service::Draining {
+        let held = drain::held_by(view, pool, pool.deleting);
+        let held = held.as_deref().unwrap_or("holds nothing");
+        if pool.deleting {
+            return (false, Reason::Releasing, format!("it is being deleted and takes nothing new; {held}"));
+        }
+        return (false, Reason::Draining, format!("takes nothing new; {held}"));
     }
     let mut nodes = 0_u32;
     for (name, report) in carriers(view, pool) {
@@ -231,11 +256,18 @@ fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
             None => return (false, Reason::Progressing, format!("the ledger of node {name} is being made")),
         }
     }
-    match nodes {
-        0 => (false, Reason::NoMatchingNode, "no node carries the pool".to_owned()),
-        1 => (true, Reason::Ready, "1 node carries the pool".to_owned()),
-        more => (true, Reason::Ready, format!("{more} nodes carry the pool")),
+    let carried = match nodes {
+        0 => return (false, Reason::NoMatchingNode, "no node carries the pool".to_owned()),
+        1 => "1 node carries the pool".to_owned(),
+        more => format!("{more} nodes carry the pool"),
+    };
+    if pool.drain_nodes.is_empty() {
+        return (true, Reason::Ready, carried);
     }
+    let nodes: Vec<&str> = pool.drain_nodes.iter().take(DRAINED_NAMED).map(NodeName::as_str).collect();
+    let held = drain::held_by(view, pool, false);
+    let held = held.as_deref().unwrap_or("holds nothing");
+    (true, Reason::Ready, format!("{carried}; draining {}: {held}", nodes.join(", ")))
 }
 
 fn count(number: usize) -> u32 {

@@ -67,6 +67,16 @@ reasons! {
     WaitingForReservation => Normal,
     /// Its bytes are being given back.
     Releasing => Normal,
+    /// It takes nothing new, and images that nothing refers to go.
+    Draining => Normal,
+    /// Images that nothing referred to were removed.
+    Reclaimed => Normal,
+    /// Waits while images that nothing refers to are removed to make room.
+    Reclaiming => Transient,
+    /// A ledger that was behind was rebuilt from its node's record.
+    LedgerRebuilt => Normal,
+    /// No other copy of this is known, so it is kept until there is one.
+    OnlyCopy => Transient,
     /// The image is in its store, verified.
     Durable => Normal,
     /// Tried again after a fault that passes.
@@ -165,6 +175,8 @@ reasons! {
     RetriesExhausted => Terminal,
     /// A promise was exceeded or ran out of space: a defect of Berth.
     PromiseBroken => Terminal,
+    /// A promise held, and yet there was no space to write what it covers: a defect of Berth, told with numbers.
+    SpacePromiseBroken => Terminal,
     /// The operation is not allowed on a template.
     IsTemplate => Terminal,
     /// Mounting an imported file system on the host was not allowed by the storage class.
@@ -215,8 +227,6 @@ reasons! {
     Fetching => Normal,
     /// All of the object is in its file.
     Staged => Normal,
-    /// A pod may have changed the file, and what it holds is in no object store yet.
-    OnlyCopy => Transient,
     /// The file that is to be sent is not in its directory, or is no regular file.
     FileMissing => Transient,
     /// The reservations of its namespace hold as much of the pool as they may.

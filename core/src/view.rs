@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::change::Change;
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
-use crate::ledger::{Behind, Charge, LedgerRecord, Promise, is_behind};
+use crate::ledger::{Behind, Charge, LedgerRecord, Promise, Rebuilt, is_behind};
 use crate::reason::Reason;
 use crate::thin::{BlockSize, ThinState};
 use crate::units::{Bytes, Generation, Timestamp};
@@ -59,6 +59,8 @@ pub struct PoolView {
     pub drain_nodes: BTreeSet<NodeName>,
     /// True if it is being deleted: it takes nothing new.
     pub deleting: bool,
+    /// True if it carries the pool finalizer.
+    pub has_finalizer: bool,
     /// Set if a field's value cannot be used: the message.
     pub invalid: Option<String>,
 }
@@ -135,6 +137,8 @@ pub enum WhenFull {
 pub struct NodeState {
     /// Its name.
     pub name: NodeName,
+    /// The version of its report.
+    pub version: ObjectVersion,
     /// True if its Lease is fresh.
     pub live: bool,
     /// True if it has reported since this operator began to watch: before that, its ledgers admit nothing.
@@ -170,6 +174,8 @@ pub struct NodePoolState {
     pub released: BTreeMap<Uid, Generation>,
     /// Promises obeyed whose bytes are there.
     pub obeyed: BTreeMap<Uid, Generation>,
+    /// What the node has recorded of those promises, as far as it tells: all that a ledger says of one.
+    pub recorded: BTreeMap<Uid, Promise>,
     /// Reservations whose bytes something on the node uses now.
     pub in_use: BTreeSet<Uid>,
 }
@@ -189,6 +195,8 @@ pub struct LedgerView {
     pub lineage: Lineage,
     /// Rises by one with every write.
     pub revision: u64,
+    /// Set if it was rebuilt from its node's record: from what.
+    pub rebuilt: Option<Rebuilt>,
     /// What may be promised.
     pub capacity: LedgerCapacity,
     /// By holder.
@@ -263,6 +271,8 @@ pub struct ReservationView {
     pub template: Option<ObjectName>,
     /// The namespace of the claim behind a CSI volume, for `allowedNamespaces`; its own otherwise.
     pub claim_namespace: String,
+    /// The name of the claim behind a CSI volume.
+    pub claim_name: Option<String>,
     /// How the space is used.
     pub access: Access,
     /// Overrides the pool's rule.
@@ -390,6 +400,7 @@ pub struct WorkError {
 }
 
 /// A `StagedImage`.
+#[allow(clippy::struct_excessive_bools)] // what was seen of it, each on its own
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageView {
     /// Its UID: the holder of its promise.
@@ -416,6 +427,8 @@ pub struct ImageView {
     pub ready: bool,
     /// When a volume was last made from it.
     pub last_used: Option<Timestamp>,
+    /// True if its template was deleted, so that it may go although it may be the last copy.
+    pub given_up: bool,
 }
 
 /// An `ImageStore`, as far as placement goes.
@@ -450,6 +463,8 @@ pub struct View {
     pub stores: BTreeMap<ObjectName, StoreView>,
     /// Labels of namespaces, by name.
     pub namespaces: BTreeMap<String, BTreeMap<String, String>>,
+    /// The nodes that Kubernetes has; `None` while that is not known for long enough to tell that one is gone.
+    pub kube_nodes: Option<BTreeSet<NodeName>>,
     /// True if this operator holds the Lease, which gates sweeps and reclaim only.
     pub leader: bool,
 }

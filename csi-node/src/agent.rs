@@ -11,6 +11,7 @@ pub mod observe;
 pub mod pools;
 pub mod report;
 pub mod sources;
+pub mod space;
 pub mod staging;
 pub mod stores;
 pub mod volumes;

@@ -49,6 +49,7 @@ pub struct Metrics {
     total: Family<PoolLabels, Gauge>,
     used: Family<PoolLabels, Gauge>,
     obeyed: Family<PoolLabels, Gauge>,
+    space_defects: Family<PoolLabels, Counter>,
 }
 
 impl Default for Metrics {
@@ -62,6 +63,7 @@ impl Default for Metrics {
             total: register(&mut registry, Metric::NodePoolTotalBytes),
             used: register(&mut registry, Metric::NodePoolUsedBytes),
             obeyed: register(&mut registry, Metric::NodePoolObeyedBytes),
+            space_defects: register(&mut registry, Metric::NodeSpaceDefectsTotal),
             registry,
         }
     }
@@ -93,6 +95,11 @@ impl Metrics {
         self.total.get_or_create(&labels).set(total);
         self.used.get_or_create(&labels).set(used);
         self.obeyed.get_or_create(&labels).set(obeyed);
+    }
+
+    /// Counts a promise of space that did not hold.
+    pub fn space_defect(&self, pool: &str) {
+        self.space_defects.get_or_create(&PoolLabels { pool: pool.to_owned() }).inc();
     }
 
     /// All of it, in the `OpenMetrics` text format.
@@ -166,10 +173,12 @@ mod tests {
         metrics.step(&Step::PreparePool { pool: "p".into() }, false);
         metrics.rpc("CreateVolume", tonic::Code::Aborted);
         metrics.pool("fast", 10, 5, 7);
+        metrics.space_defect("fast");
         let text = metrics.text();
         for line in [
             r#"berth_node_steps_total{step="PreparePool",result="error"} 1"#,
             r#"berth_node_rpcs_total{method="CreateVolume",code="Aborted"} 1"#,
+            r#"berth_node_space_defects_total{pool="fast"} 1"#,
             r#"berth_node_pool_obeyed_bytes{pool="fast"} 7"#,
         ] {
             assert!(text.contains(line), "{text}");

@@ -7,6 +7,8 @@ mod error;
 mod ledgers;
 mod lifecycle;
 mod placements;
+mod pools;
+mod rebuild;
 mod reports;
 mod reservations;
 
@@ -84,6 +86,17 @@ impl Applier {
             Change::CreateLedger { pool, node, capacity } => self.create_ledger(pool, node, *capacity).await,
             Change::WriteLedger { name, version, revision, capacity, promises } => {
                 self.write_ledger(name, version, *revision, *capacity, promises).await
+            }
+            Change::RebuildLedger { name, version, node, report, revision, capacity, promises, rebuilt } => {
+                let new = rebuild::NewLedger { revision: *revision, capacity: *capacity, promises, rebuilt };
+                self.rebuild_ledger(name, version, node, report, &new).await
+            }
+            Change::DeleteLedger { name, version } => self.delete_ledger(name, version).await,
+            Change::GuardPool { name, uid } => self.guard_pool(name, uid).await,
+            Change::UnguardPool { name, uid } => self.unguard_pool(name, uid).await,
+            Change::GiveUpImage { name, uid } => self.give_up_image(name, uid).await,
+            Change::ReportReclaim { pool, cause, images, bytes } => {
+                self.report_reclaim(pool, *cause, *images, *bytes).await
             }
             Change::GuardReservation { name, uid } => self.guard_reservation(name, uid).await,
             Change::UnguardReservation { name, uid } => self.unguard_reservation(name, uid).await,

@@ -103,7 +103,7 @@ impl Context {
 /// The ledger that these changes write, if any.
 fn ledger_of(changes: &[Change]) -> Option<&str> {
     changes.iter().find_map(|change| match change {
-        Change::WriteLedger { name, .. } => Some(name.as_str()),
+        Change::WriteLedger { name, .. } | Change::RebuildLedger { name, .. } => Some(name.as_str()),
         _ => None,
     })
 }

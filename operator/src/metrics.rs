@@ -305,10 +305,18 @@ mod tests {
             obeyed_revision: 0,
             released: BTreeMap::new(),
             obeyed: BTreeMap::new(),
+            recorded: BTreeMap::new(),
             in_use: std::collections::BTreeSet::new(),
         };
         let pools = BTreeMap::from([(pool.clone(), report)]);
-        let node = NodeState { name: name.clone(), live: true, reported: true, zone: None, pools };
+        let node = NodeState {
+            name: name.clone(),
+            version: ObjectVersion::default(),
+            live: true,
+            reported: true,
+            zone: None,
+            pools,
+        };
         let charge = Charge { data: Bytes(50), metadata: Bytes(5) };
         let holder = Holder::Image("i".to_owned());
         let promise =
@@ -321,6 +329,7 @@ mod tests {
             node: name.clone(),
             lineage: Lineage::from("lineage"),
             revision: 1,
+            rebuilt: None,
             capacity: LedgerCapacity { images: bound, volumes: bound, total: bound },
             promises: BTreeMap::from([(Uid::from("u"), promise)]),
         };

@@ -6,6 +6,7 @@
 
 mod kind;
 mod kinds;
+mod kube_nodes;
 mod namespaces;
 mod nodes;
 
@@ -150,6 +151,7 @@ impl Observer {
         let (one, token) = (self.clone(), stop.clone());
         tasks.spawn(async move { token.run_until_cancelled(namespaces::watch(&one)).await });
         nodes::spawn(self, confirmations, tasks, stop);
+        kube_nodes::spawn(self, tasks, stop);
     }
 
     fn spawn<K: Observed>(self: Arc<Self>, tasks: &TaskTracker, stop: &CancellationToken) {

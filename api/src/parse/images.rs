@@ -6,7 +6,7 @@ use berth_core::view::{ImageView, StoreView};
 
 use super::{InvalidField, created_of, generation, has_finalizer, name_of, uid_of, version_of};
 use crate::conditions::timestamp;
-use crate::defaults::RELEASE_FINALIZER;
+use crate::defaults::{ANNOTATION_GIVEN_UP, RELEASE_FINALIZER};
 use crate::staged_image::StagedImageState;
 use crate::{ImageStore, StagedImage};
 
@@ -34,6 +34,7 @@ pub fn image_view(image: &StagedImage) -> Result<ImageView, InvalidField> {
         virtual_size: Bytes::from_i64(spec.virtual_size),
         ready: status.is_some_and(|status| status.state == Some(StagedImageState::Ready)),
         last_used: status.and_then(|status| status.last_used.as_ref()).map(timestamp),
+        given_up: meta.annotations.as_ref().is_some_and(|all| all.contains_key(ANNOTATION_GIVEN_UP)),
     })
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use berth_core::ids::{Lineage, NodeName, ObjectName, PoolName, Uid};
-use berth_core::ledger::{Charge, Class, Holder, Promise};
+use berth_core::ledger::{Charge, Class, Holder, Promise, Rebuilt};
 use berth_core::units::Bytes;
 use berth_core::view::{LedgerCapacity, LedgerView};
 
@@ -11,12 +11,13 @@ use super::{generation, name_of, version_of};
 use crate::StagingLedger;
 use crate::staging_ledger::{
     Holder as ApiHolder, HolderKind, LedgerBytes, LedgerCapacity as ApiCapacity, LedgerPromise, LedgerScope,
-    PromiseClass, StagingLedgerSpec,
+    PromiseClass, RebuiltFrom, StagingLedgerSpec,
 };
 
 /// What decisions look at.
 pub fn ledger_view(ledger: &StagingLedger) -> LedgerView {
-    let StagingLedgerSpec { pool_name, scope, lineage, revision, capacity, promises } = &ledger.spec;
+    let StagingLedgerSpec { pool_name, scope, lineage, revision, rebuilt_from, capacity, promises } =
+        &ledger.spec;
     LedgerView {
         name: name_of(&ledger.metadata).name,
         version: version_of(&ledger.metadata),
@@ -24,6 +25,11 @@ pub fn ledger_view(ledger: &StagingLedger) -> LedgerView {
         node: NodeName(scope.node_name.clone()),
         lineage: Lineage(lineage.clone()),
         revision: u64::try_from(*revision).unwrap_or_default(),
+        rebuilt: rebuilt_from.as_ref().map(|from| Rebuilt {
+            lineage: Lineage(from.lineage.clone()),
+            revision: u64::try_from(from.revision).unwrap_or_default(),
+            recovered: from.recovered.iter().cloned().map(Uid).collect(),
+        }),
         capacity: LedgerCapacity {
             images: charge(&capacity.images),
             volumes: charge(&capacity.volumes),
@@ -40,8 +46,18 @@ pub fn to_ledger_spec(ledger: &LedgerView) -> StagingLedgerSpec {
         scope: LedgerScope { node_name: ledger.node.0.clone() },
         lineage: ledger.lineage.0.clone(),
         revision: i64::try_from(ledger.revision).unwrap_or(i64::MAX),
+        rebuilt_from: ledger.rebuilt.as_ref().map(to_rebuilt_from),
         capacity: to_ledger_capacity(&ledger.capacity),
         promises: to_ledger_promises(&ledger.promises),
+    }
+}
+
+/// What a ledger was rebuilt from, as it stands there.
+pub fn to_rebuilt_from(rebuilt: &Rebuilt) -> RebuiltFrom {
+    RebuiltFrom {
+        lineage: rebuilt.lineage.0.clone(),
+        revision: i64::try_from(rebuilt.revision).unwrap_or(i64::MAX),
+        recovered: rebuilt.recovered.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -85,7 +101,8 @@ pub fn to_ledger_promise(promise: &Promise) -> LedgerPromise {
     }
 }
 
-fn promise(entry: &LedgerPromise) -> Promise {
+/// One promise as decisions look at it.
+pub fn promise(entry: &LedgerPromise) -> Promise {
     let ApiHolder { kind, namespace, name } = &entry.holder;
     Promise {
         holder: match kind {
@@ -135,6 +152,11 @@ mod tests {
                 node: NodeName::from("a"),
                 lineage: Lineage::from("6f2c1f9e-0000-4000-8000-000000000000"),
                 revision: 9,
+                rebuilt: Some(Rebuilt {
+                    lineage: Lineage::from("1a2c1f9e-0000-4000-8000-000000000000"),
+                    revision: 4,
+                    recovered: [Uid::from("one")].into(),
+                }),
                 capacity: LedgerCapacity::shared(Bytes::gib(10)),
                 promises: BTreeMap::from([
                     (

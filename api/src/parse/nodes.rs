@@ -3,20 +3,22 @@
 use std::collections::BTreeMap;
 
 use berth_core::ids::{Lineage, NodeName, PoolName, Uid};
+use berth_core::ledger::Promise;
 use berth_core::reason::Reason;
 use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
 use berth_core::units::{Bytes, Generation};
 use berth_core::view::{NodePoolState, NodeState};
 
-use super::{generation, reason};
+use super::{generation, promise, reason, version_of};
 use crate::StagingNode;
-use crate::staging_node::{NodePool, Released, ThinPool, ThinPoolMode, ThinPools};
+use crate::staging_node::{NodePool, Obeyed, Released, ThinPool, ThinPoolMode, ThinPools};
 
 /// What decisions look at. Whether the node is live, and has reported, only the caller knows: both are `false` here.
 pub fn node_state(node: &StagingNode) -> NodeState {
     let pools = node.status.iter().flat_map(|status| &status.pools);
     NodeState {
         name: NodeName(node.spec.node_name.clone()),
+        version: version_of(&node.metadata),
         live: false,
         reported: false,
         zone: node.status.as_ref().and_then(|status| status.zone.clone()),
@@ -36,9 +38,18 @@ fn pool_state(pool: &NodePool) -> NodePoolState {
         lineage: pool.lineage.clone().map(Lineage),
         obeyed_revision: u64::try_from(pool.obeyed_revision).unwrap_or_default(),
         released: by_uid(&pool.released),
-        obeyed: by_uid(&pool.obeyed),
+        obeyed: pool
+            .obeyed
+            .iter()
+            .map(|entry| (Uid(entry.uid.clone()), generation(entry.generation)))
+            .collect(),
+        recorded: pool.obeyed.iter().filter_map(recorded).collect(),
         in_use: pool.in_use.iter().cloned().map(Uid).collect(),
     }
+}
+
+fn recorded(entry: &Obeyed) -> Option<(Uid, Promise)> {
+    Some((Uid(entry.uid.clone()), promise(entry.recorded.as_ref()?)))
 }
 
 fn thin_state(pools: &ThinPools) -> ThinState {
@@ -88,6 +99,7 @@ fn by_uid(list: &[Released]) -> BTreeMap<Uid, Generation> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::staging_ledger::{Holder, HolderKind, LedgerPromise, PromiseClass};
     use crate::staging_node::{StagingNodeSpec, StagingNodeStatus};
 
     #[test]
@@ -102,7 +114,7 @@ mod tests {
             used_bytes: -1,
             lineage: Some("l".to_owned()),
             obeyed_revision: 7,
-            obeyed: vec![Released { uid: "x".to_owned(), generation: 2 }],
+            obeyed: vec![Obeyed { uid: "x".to_owned(), generation: 2, recorded: None }],
             released: vec![Released { uid: "y".to_owned(), generation: 1 }],
             ..NodePool::default()
         };
@@ -117,6 +129,19 @@ mod tests {
         assert_eq!((fast.lineage.clone(), fast.reason), (Some(Lineage::from("l")), Reason::Ready));
         assert_eq!(state.pools[&PoolName::from("odd")].reason, Reason::Pending);
         assert!(!state.live && !state.reported);
+        assert!(fast.recorded.is_empty(), "told only while the ledger is behind");
+        let promise = LedgerPromise {
+            holder: Holder { kind: HolderKind::StagedImage, namespace: None, name: "i".to_owned() },
+            class: PromiseClass::Images,
+            data_bytes: 5,
+            metadata_bytes: 6,
+            generation: 2,
+            revoked_revision: None,
+        };
+        let pools = &mut node.status.as_mut().expect("just set").pools;
+        pools[0].obeyed[0].recorded = Some(promise.clone());
+        let read = &node_state(&node).pools[&PoolName::from("fast")].recorded[&Uid::from("x")];
+        assert_eq!(super::super::to_ledger_promise(read), promise);
     }
 
     #[test]

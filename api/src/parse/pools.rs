@@ -8,7 +8,8 @@ use berth_core::view::{NodeLossPolicy, PoolView, ReclaimPolicy, Service, Strateg
 use super::{InvalidField, bytes, name_of, seconds, uid_of};
 use crate::StagingPool;
 use crate::defaults::{
-    HIGH_WATERMARK_PERCENT, LOW_WATERMARK_PERCENT, MAX_QUEUE_SECONDS, MAX_QUEUED, RECLAIM_TTL_SECONDS,
+    HIGH_WATERMARK_PERCENT, LOW_WATERMARK_PERCENT, MAX_QUEUE_SECONDS, MAX_QUEUED, POOL_FINALIZER,
+    RECLAIM_TTL_SECONDS,
 };
 use crate::fields::{self, Span};
 use crate::staging_pool::{
@@ -48,6 +49,7 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         service: service(pool.spec.service),
         drain_nodes: pool.spec.drain_nodes.iter().cloned().map(NodeName).collect(),
         deleting: pool.metadata.deletion_timestamp.is_some(),
+        has_finalizer: pool.metadata.finalizers.iter().flatten().any(|other| other == POOL_FINALIZER),
         invalid: None,
     };
     match read_policy(&pool.spec, &mut view).and_then(|()| pool_area(&pool.spec)) {

@@ -15,7 +15,8 @@ use super::{
 use crate::StagingReservation;
 use crate::conditions::{ConditionType, find, timestamp};
 use crate::defaults::{
-    ANNOTATION_RENEWED, LABEL_CLAIM_NAMESPACE, RELEASE_FINALIZER, RESERVATION_TTL_SECONDS, SYSTEM_NAMESPACE,
+    ANNOTATION_RENEWED, LABEL_CLAIM_NAME, LABEL_CLAIM_NAMESPACE, RELEASE_FINALIZER, RESERVATION_TTL_SECONDS,
+    SYSTEM_NAMESPACE,
 };
 use crate::staging_reservation::{
     Access as ApiAccess, FileSpec, ReservationState as ApiState, StagingReservationSpec,
@@ -61,6 +62,7 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
             .as_ref()
             .map(|image| ObjectName::new(&image.template.namespace, &image.template.name)),
         claim_namespace: claim_namespace(reservation, &name),
+        claim_name: claim_name(reservation, &name),
         access: access(spec.access),
         when_full: spec.when_full.map(when_full),
         state,
@@ -104,6 +106,12 @@ fn renewed(time: &str) -> Option<Timestamp> {
 }
 
 /// Only an object of Berth's own namespace speaks for another: whoever may write there is trusted.
+/// The claim behind a CSI volume; only for messages.
+fn claim_name(reservation: &StagingReservation, name: &ObjectName) -> Option<String> {
+    let labels = reservation.metadata.labels.as_ref().filter(|_| name.namespace == SYSTEM_NAMESPACE)?;
+    labels.get(LABEL_CLAIM_NAME).cloned()
+}
+
 fn claim_namespace(reservation: &StagingReservation, name: &ObjectName) -> String {
     let claimed = reservation.metadata.labels.as_ref().and_then(|labels| labels.get(LABEL_CLAIM_NAMESPACE));
     match claimed {

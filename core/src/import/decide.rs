@@ -5,6 +5,7 @@ use crate::change::Change;
 use crate::ids::{NodeName, ObjectName, PoolName, import_reservation_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
+use crate::reclaim::has_other_copy;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, ImportState, ImportView, Placement, ReservationState, ReservationView, View};
 
@@ -164,8 +165,21 @@ fn release(view: &View, import: &ImportView, reservation: Option<&ReservationVie
     if !gone {
         return Vec::new();
     }
+    let given_up = give_up_copies(view, import);
+    if !given_up.is_empty() {
+        return given_up;
+    }
     let unguard = || Change::UnguardImport { name: import.name.clone(), uid: import.uid.clone() };
     drop_reservation(reservation).into_iter().chain(import.has_finalizer.then(unguard)).collect()
+}
+
+/// Who deletes a template gives up its image: staged copies that no other template has need not be kept as the last ones.
+fn give_up_copies(view: &View, import: &ImportView) -> Vec<Change> {
+    let Some(durable) = import.durable.as_ref().filter(|_| import.has_finalizer) else { return Vec::new() };
+    let copies = view.images.values().filter(|image| {
+        image.digest == durable.digest && !image.deleting && !image.given_up && !has_other_copy(view, image)
+    });
+    copies.map(|image| Change::GiveUpImage { name: image.name.clone(), uid: image.uid.clone() }).collect()
 }
 
 fn drop_reservation(reservation: Option<&ReservationView>) -> Option<Change> {

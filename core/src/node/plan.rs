@@ -70,17 +70,19 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
             steps.extend(serve(view, name, area, uid, reservation, promise.generation, may_make));
         } else if view.images.get(uid).is_some_and(|image| image.pool == *name) {
             steps.extend(serve_image(view, name, area, uid, promise.generation, may_make));
-        } else if obeyable.is_some_and(|ledger| is_revoked(ledger, uid)) {
-            steps.extend(give_back(view, name, area, uid, promise.generation));
+        } else if let Some(revoked) = obeyable.and_then(|ledger| revoked(ledger, uid)) {
+            steps.extend(match revoked {
+                Holder::Reservation(_) => give_back(view, name, area, uid, promise.generation),
+                Holder::Image(_) => give_back_image(view, name, area, uid, promise.generation),
+            });
         }
     }
 }
 
-/// True if the ledger says that this reservation is gone. That no watch shows it says nothing: a watch may lag.
-fn is_revoked(ledger: &LedgerView, uid: &Uid) -> bool {
-    let revoked =
-        |promise: &Promise| promise.revoked.is_some() && matches!(promise.holder, Holder::Reservation(_));
-    ledger.promises.get(uid).is_some_and(revoked)
+/// The holder, if the ledger says that it is gone. That no watch shows it says nothing: a watch may lag.
+fn revoked<'l>(ledger: &'l LedgerView, uid: &Uid) -> Option<&'l Holder> {
+    let promise = ledger.promises.get(uid).filter(|promise| promise.revoked.is_some())?;
+    Some(&promise.holder)
 }
 
 fn names(ledger: &LedgerView, uid: &Uid, generation: Generation) -> bool {
@@ -193,6 +195,28 @@ fn works_in(view: &NodeView, reservation: &Uid) -> bool {
         .iter()
         .filter(|job| job.kind == JobKind::Import)
         .any(|job| view.imports.get(&job.uid).is_none_or(|import| import.reservation == reservation.name))
+}
+
+/// Removes the copy of an image whose object is gone, unless a later object of it or a volume to be made has taken it over.
+fn give_back_image(
+    view: &NodeView,
+    pool: &PoolName,
+    area: &AreaView,
+    uid: &Uid,
+    generation: Generation,
+) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for (digest, _) in area.images.iter().filter(|(_, held)| held.holder == *uid) {
+        if is_awaited(view, area, pool, digest) {
+            return Vec::new();
+        }
+        steps.push(Step::RemoveImage { pool: pool.clone(), image: uid.clone(), digest: *digest });
+    }
+    if let Some(job) = view.jobs.iter().find(|job| job.kind == JobKind::Fill && job.uid == *uid) {
+        return vec![Step::StopJob { job: job.clone() }];
+    }
+    steps.push(Step::Released { pool: pool.clone(), holder: uid.clone(), generation });
+    steps
 }
 
 fn serve_image(

@@ -236,6 +236,7 @@ fn asked() -> Node {
         node: "n".into(),
         lineage: "l1".into(),
         revision: 4,
+        rebuilt: None,
         capacity: LedgerCapacity::default(),
         promises: BTreeMap::from([
             promise("work", Class::Images),

@@ -36,6 +36,9 @@ pub fn decide_among(view: &View, backlog: Option<&Backlog>, uid: &Uid, now: Time
     if reservation.deleting {
         return release::decide(view, reservation);
     }
+    if let Some(lost) = crate::lost::give_up(view, reservation) {
+        return vec![lost];
+    }
     if let Some(place) = &reservation.assignment {
         return assigned(view, reservation, place, now);
     }
@@ -266,6 +269,9 @@ fn wait(
 ) -> Vec<Change> {
     let Line { all, ahead, length } = *line;
     let policy = Policy::of(view, reservation);
+    if let Some(changes) = super::room::make(view, reservation, need, all, ahead, now) {
+        return changes;
+    }
     if let Some(refused) = refused(view, reservation, need, line) {
         return vec![refused];
     }

@@ -7,6 +7,7 @@ mod need;
 mod place;
 mod queue;
 mod release;
+mod room;
 mod state;
 mod tenant;
 

@@ -2,6 +2,7 @@
 //! what no assignment ever named may go at once.
 
 use crate::change::{Change, ReservationReport};
+use crate::lost;
 use crate::reason::Reason;
 use crate::view::{Placement, ReservationState, ReservationView, View};
 
@@ -72,13 +73,15 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
         let message = format!("waits for the ledger of pool {} on node {}", place.pool, place.node);
         return if released { Step::Done } else { Step::Wait(Reason::LedgerBehind, message) };
     };
-    if view.behind(ledger).is_some() {
+    // A ledger lacks what was given up: by the last report of a node that is gone, it is behind for that alone.
+    let lost = lost::releases(view, reservation, &place.pool, &place.node);
+    if view.behind(ledger).is_some() && !lost {
         return behind(&ledger.name);
     }
     if !ledger.promises.contains_key(uid) {
         return Step::Done;
     }
-    if released {
+    if released || lost {
         return Step::Write(Box::new(view.without(ledger, &[uid])));
     }
     let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);

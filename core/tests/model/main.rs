@@ -131,6 +131,7 @@ impl History {
             max_size: Bytes(units * UNIT),
             template: template.map(|name| ObjectName::new("ns", name)),
             claim_namespace: "ns".to_owned(),
+            claim_name: None,
             access,
             when_full: self.dice.once_in(4).then_some(WhenFull::Reject),
             state: ReservationState::Pending,

@@ -98,8 +98,14 @@ impl World {
         for name in NODES {
             let pools = if name == "c" { vec!["q"] } else { vec!["p", "q"] };
             let pools = pools.into_iter().map(|pool| (PoolName::from(pool), report(pool == "q"))).collect();
-            let node =
-                NodeState { name: NodeName::from(name), live: true, reported: true, zone: None, pools };
+            let node = NodeState {
+                name: NodeName::from(name),
+                version: ObjectVersion::default(),
+                live: true,
+                reported: true,
+                zone: None,
+                pools,
+            };
             objects.nodes.insert(node.name.clone(), node);
         }
         for (name, size) in [("one", 20 * UNIT), ("two", 35 * UNIT)] {
@@ -170,6 +176,7 @@ impl World {
                     node: node.clone(),
                     lineage: Lineage(format!("lineage-{}", self.counter)),
                     revision: 1,
+                    rebuilt: None,
                     capacity: *capacity,
                     promises: BTreeMap::new(),
                 };
@@ -207,7 +214,7 @@ impl World {
             Change::CreateImage { .. } | Change::DeleteImage { .. } | Change::UnguardImage { .. } => {
                 Ok(self.take_image(change))
             }
-            Change::ReportPool { .. } | Change::RetryAfter { .. } => Ok(false),
+            Change::ReportPool { .. } | Change::ReportReclaim { .. } | Change::RetryAfter { .. } => Ok(false),
             other => self.take_reservation(other),
         }
     }
@@ -294,6 +301,7 @@ impl World {
                     virtual_size: image.virtual_size,
                     ready: false,
                     last_used: None,
+                    given_up: false,
                 };
                 self.objects.images.insert(name.clone(), staged);
                 true
@@ -349,6 +357,7 @@ fn pool(name: &str, when_full: WhenFull) -> PoolView {
         service: Service::default(),
         drain_nodes: BTreeSet::new(),
         deleting: false,
+        has_finalizer: true,
         invalid: None,
     }
 }
@@ -366,6 +375,7 @@ fn report(thin: bool) -> NodePoolState {
         obeyed_revision: 0,
         released: BTreeMap::new(),
         obeyed: BTreeMap::new(),
+        recorded: BTreeMap::new(),
         in_use: BTreeSet::new(),
     }
 }

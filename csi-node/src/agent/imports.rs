@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use super::news::{ImportNews, last_error};
 use super::pools::OpenPool;
 use super::sources;
+use super::space::{self, SpaceDefect};
 use super::stores::{self, AccessError};
 use crate::credentials::CredentialsError;
 use crate::import::{
@@ -63,6 +64,9 @@ pub enum WorkError {
     /// The image store.
     #[error("the image store cannot be used")]
     Store(#[from] AccessError),
+    /// There was no space for what is promised: a defect.
+    #[error("{0}")]
+    Space(SpaceDefect),
     /// The import itself.
     #[error("the import failed")]
     Import(#[from] ImportError),
@@ -76,6 +80,7 @@ impl WorkError {
             Self::Credentials(_) => Reason::CredentialsMissing,
             Self::Address { .. } => Reason::SourceAddressRefused,
             Self::Store(error) => error.reason(),
+            Self::Space(_) => Reason::SpacePromiseBroken,
             Self::Import(error) => error.reason(),
         }
     }
@@ -87,6 +92,7 @@ impl WorkError {
             | Self::Checksum(_)
             | Self::Connect(_)
             | Self::Network(_)
+            | Self::Space(_)
             | Self::Address { .. } => Fault::Lasting,
             Self::Store(error) => error.fault(),
             Self::Import(error) => error.fault(),
@@ -348,6 +354,13 @@ pub async fn run(
             cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await;
             return;
         }
+        let defect = if space::is_out_of_space(&error) {
+            let path = pool.area.work_dir(&reservation);
+            space::defect(&node, &pool, &reservation, promised, path).await
+        } else {
+            None
+        };
+        let error = defect.map_or(error, WorkError::Space);
         attempts += 1;
         let next = failures.note(error.fault(), journal.reached() > before, retries(&object));
         if !matches!(next, Next::Again(_)) {

@@ -1,6 +1,7 @@
 //! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
 
 mod files;
+mod orphans;
 mod reservations;
 mod scans;
 
@@ -13,7 +14,7 @@ use berth_api::defaults::{LABEL_ZONE, node_manager};
 use berth_api::fields::Progress;
 use berth_api::parse::to_thin_pools;
 use berth_api::staged_image::StagedImageState;
-use berth_api::staging_node::{NodePool, PreflightCheck, Released, StagingNodeSpec};
+use berth_api::staging_node::{NodePool, Obeyed, PreflightCheck, Released, StagingNodeSpec};
 use berth_api::{ImageStore, StagedImage, StagingNode, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::node::NodeView;
@@ -406,9 +407,14 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
     told.obeyed_revision = i64::try_from(area.revision).unwrap_or(i64::MAX);
     for (uid, promise) in &area.promises {
         let generation = i64::try_from(promise.generation.0).unwrap_or(i64::MAX);
-        let entry = Released { uid: uid.to_string(), generation };
-        if promise.released { told.released.push(entry) } else { told.obeyed.push(entry) }
+        let uid = uid.to_string();
+        if promise.released {
+            told.released.push(Released { uid, generation });
+        } else {
+            told.obeyed.push(Obeyed { uid, generation, recorded: None });
+        }
     }
+    orphans::tell(&mut told, view, name, &open);
     told.in_use = area.in_use().map(ToString::to_string).collect();
     let obeyed: Bytes = area.promises.values().filter(|p| !p.released).map(|p| p.data).sum();
     node.metrics.pool(&told.name, told.total_bytes, told.used_bytes, obeyed.as_i64());

@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::pools::OpenPool;
+use super::space;
 use super::stores::{self, AccessError};
 use crate::area::AreaError;
 use crate::import::error::store_reason;
@@ -132,13 +133,26 @@ pub async fn fill(node: Arc<Node>, pool: Arc<OpenPool>, uid: Uid, cancel: Cancel
         };
         failures += 1;
         tracing::warn!(image = %uid, error = chain(&error), failures, "image not staged");
-        node.news.edit_fill(&uid, |news| news.error = Some((error.reason(), chain(&error))));
+        let told = told(&node, &pool, &uid, &error).await;
+        node.news.edit_fill(&uid, |news| news.error = Some(told));
         node.wake.notify_one();
         let Retry::After(millis) = after(failures, u32::MAX) else { return };
         if cancel.run_until_cancelled(tokio::time::sleep(Duration::from_millis(millis))).await.is_none() {
             return;
         }
     }
+}
+
+/// The reason of a failure, and what is said of it; a promise of space that did not hold is said to be that.
+async fn told(node: &Arc<Node>, pool: &Arc<OpenPool>, uid: &Uid, error: &FillError) -> (Reason, String) {
+    let digest = find(node, uid).and_then(|image| image.spec.digest.parse().ok());
+    if let Some(digest) = digest.filter(|_| space::is_out_of_space(error))
+        && let Ok(promised) = promised(pool, uid)
+        && let Some(defect) = space::defect(node, pool, uid, promised, pool.area.image(&digest)).await
+    {
+        return (Reason::SpacePromiseBroken, format!("{defect}: {}", chain(error)));
+    }
+    (error.reason(), chain(error))
 }
 
 /// Carries out `work` until it is cancelled, then waits for the threads it has left behind: they end within a write.

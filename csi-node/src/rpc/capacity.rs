@@ -87,6 +87,7 @@ mod tests {
             node: NodeName::from("n1"),
             lineage: Lineage::from("l"),
             revision: 1,
+            rebuilt: None,
             capacity: LedgerCapacity { images: data(total), volumes: data(total), total: data(total) },
             promises: [(Uid::from("u"), promise)].into(),
         };

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_api::defaults::{NODE_LEASE_DURATION_SECONDS, SYSTEM_NAMESPACE, node_manager};
-use berth_api::staging_node::{NodePool, Released, StagingNodeSpec};
+use berth_api::staging_node::{NodePool, Obeyed, Released, StagingNodeSpec};
 use berth_api::{StagingLedger, StagingNode, StagingReservation};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -227,7 +227,15 @@ impl State {
                 lineage: pool.lineage.clone(),
                 obeyed_revision: pool.revision,
                 released: list(&pool.released),
-                obeyed: list(&pool.obeyed),
+                obeyed: pool
+                    .obeyed
+                    .iter()
+                    .map(|(uid, generation)| Obeyed {
+                        uid: uid.clone(),
+                        generation: *generation,
+                        ..Obeyed::default()
+                    })
+                    .collect(),
                 ..NodePool::default()
             })
             .collect()

@@ -3,6 +3,8 @@
 mod admission;
 mod bed;
 mod fake_node;
+mod reclaim;
+mod restored;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -25,7 +27,7 @@ use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 pub fn scenarios() -> Vec<Scenario> {
     let operator = [CONTROL_PLANE, &[Need::Program(OPERATOR)]].concat();
     let sabotaged = [CONTROL_PLANE, &[Need::Program(OPERATOR_SABOTAGE)]].concat();
-    vec![
+    let own = vec![
         Scenario::new("operator::promises_queues_and_releases", &operator, promises_queues_and_releases),
         Scenario::new("operator::refuses_with_the_shortfall", &operator, refuses_with_the_shortfall),
         Scenario::new("operator::a7_orders_by_priority_and_turns", &operator, admission::orders),
@@ -37,7 +39,8 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("operator::checks_notice_lost_promises", &sabotaged, checks_notice_lost_promises),
         Scenario::new("operator::checks_notice_an_early_release", &sabotaged, checks_notice_an_early_release),
         Scenario::new("operator::sees_health_and_ends_in_order", &operator, sees_health_and_ends_in_order),
-    ]
+    ];
+    own.into_iter().chain(reclaim::scenarios(&operator)).chain(restored::scenarios(&operator)).collect()
 }
 
 /// The life of a reservation, with one that waits behind it.

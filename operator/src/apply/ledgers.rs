@@ -33,6 +33,7 @@ impl Applier {
             scope: LedgerScope { node_name: node.0.clone() },
             lineage: Uuid::new_v4().to_string(),
             revision: 1,
+            rebuilt_from: None,
             capacity: capacity_of(capacity),
             promises: BTreeMap::new(),
         };
@@ -86,7 +87,7 @@ impl Applier {
     }
 }
 
-fn capacity_of(capacity: LedgerCapacity) -> ApiCapacity {
+pub(super) fn capacity_of(capacity: LedgerCapacity) -> ApiCapacity {
     ApiCapacity {
         images: bytes_of(capacity.images),
         volumes: bytes_of(capacity.volumes),
@@ -98,7 +99,7 @@ fn bytes_of(charge: Charge) -> LedgerBytes {
     LedgerBytes { data_bytes: charge.data.as_i64(), metadata_bytes: charge.metadata.as_i64() }
 }
 
-fn promise_of(promise: &Promise) -> LedgerPromise {
+pub(super) fn promise_of(promise: &Promise) -> LedgerPromise {
     let (kind, namespace, name) = match &promise.holder {
         Holder::Reservation(name) => {
             (HolderKind::StagingReservation, Some(name.namespace.clone()), name.name.clone())

@@ -82,7 +82,7 @@ impl Applier {
     }
 
     /// Puts a finalizer on or takes it off, under the version that was seen.
-    async fn finalizer<K: Observed>(
+    pub(super) async fn finalizer<K: Observed>(
         &self,
         api: Api<K>,
         name: &ObjectName,
@@ -194,7 +194,13 @@ impl Applier {
     pub(super) async fn delete_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
         let api: Api<StagedImage> = Api::all(self.client.clone());
         let result = api.delete(name, &this_one(uid)).await;
-        answer("delete", format!("StagedImage {name}"), result)?;
+        #[allow(clippy::redundant_closure_for_method_calls)]
+        // the answer's type is of a crate that is not ours to name
+        let leaving = answer("delete", format!("StagedImage {name}"), result.map(|answer| answer.left()))?;
+        if let Answer::Done(Some(leaving)) = leaving {
+            // That it goes is known at once, so that no other pass has it removed for the same purpose.
+            self.observer.absorb(leaving);
+        }
         Ok(false)
     }
 }

@@ -104,6 +104,7 @@ mod tests {
             max_size: Bytes::gib(1),
             template: None,
             claim_namespace: "default".to_owned(),
+            claim_name: None,
             access: Access::File,
             when_full: None,
             state,

@@ -1,21 +1,23 @@
 //! A control plane with Berth's kinds and rights, one pool, operators as processes, and fake nodes.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use berth_api::staging_reservation::ReservationState;
-use berth_api::{StagingLedger, StagingReservation};
+use berth_api::{StagedImage, StagingLedger, StagingPool, StagingReservation, TemplateImport};
 use berth_e2e::cluster::{Cluster, SYSTEM_NAMESPACE};
 use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE, Ours};
 use berth_e2e::process::{Process, Program};
 use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{ListParams, PostParams};
-use kube::{Api, ResourceExt as _};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use super::fake_node::FakeNode;
@@ -91,12 +93,16 @@ impl Bed {
 
     /// Starts a node that carries the pool, with a node's rights and no more.
     pub async fn node(&self, name: &str, total: i64) -> anyhow::Result<FakeNode> {
+        FakeNode::start(self.node_client(name).await?, name, "p", total).await
+    }
+
+    /// A client with a node's rights and no more, bound to its present Node object.
+    pub async fn node_client(&self, name: &str) -> anyhow::Result<Client> {
         let kubeconfig = self
             .cluster
             .node_bound_kubeconfig(SYSTEM_NAMESPACE, "berth-node", name, Ipv4Addr::LOCALHOST)
             .await?;
-        let client = self.cluster.client_for(&kubeconfig).await?;
-        FakeNode::start(client, name, "p", total).await
+        Ok(self.cluster.client_for(&kubeconfig).await?)
     }
 
     /// Asks for `size` bytes.
@@ -139,6 +145,99 @@ impl Bed {
                 Ok(found) if wanted(found.as_ref()) => Look::Done(found),
                 Ok(found) => Look::NotYet(format!("{:?}", found.and_then(|found| found.status))),
                 Err(error) => Look::Failed(error),
+            }
+        });
+        waited.await.with_context(|| self.logs())
+    }
+
+    /// Registers a template that is durable already, of so many bytes.
+    pub async fn template(&self, name: &str, size: i64) -> anyhow::Result<()> {
+        let yaml = format!(
+            "apiVersion: staging.berth.dev/v1alpha1\nkind: TemplateImport\nmetadata: {{name: {name}, namespace: default}}\n\
+             spec: {{source: {{http: {{url: 'http://127.0.0.1/{name}'}}}}, store: {{name: images}}}}\n"
+        );
+        self.cluster.apply_yaml(&yaml).await?;
+        let hash = Sha256::digest(name.as_bytes());
+        let digest: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+        let durable = json!({
+            "digest": format!("sha256:{digest}"), "sourceDigest": format!("sha256:{digest}"), "size": size,
+            "virtualSize": size, "realSize": size, "chunks": 1,
+        });
+        let api: Api<TemplateImport> = Api::namespaced(self.cluster.admin(), "default");
+        let status = Patch::Merge(json!({"status": {"durable": durable}}));
+        api.patch_status(name, &PatchParams::default(), &status).await?;
+        Ok(())
+    }
+
+    /// Asks for a volume of a template, of the template's own size.
+    pub async fn clone_of(&self, template: &str, name: &str, size: i64) -> anyhow::Result<()> {
+        let reservation = serde_json::from_value(json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation", "metadata": {"name": name},
+            "spec": {
+                "poolName": "p", "maxSize": size, "whenFull": "Queue", "access": "Block",
+                "image": {"template": {"namespace": "default", "name": template}},
+            },
+        }))?;
+        self.reservations().create(&PostParams::default(), &reservation).await?;
+        Ok(())
+    }
+
+    /// Leaves a copy of a template on a node that nothing refers to.
+    pub async fn idle_image(&self, template: &str, size: i64) -> anyhow::Result<()> {
+        self.template(template, size).await?;
+        let user = format!("user-of-{template}");
+        self.clone_of(template, &user, size).await?;
+        self.wait_state(&user, ReservationState::Ready).await?;
+        self.reservations().delete(&user, &DeleteParams::default()).await?;
+        self.wait_gone(&user).await
+    }
+
+    /// The staged images: names and whether each is being deleted.
+    pub async fn images(&self) -> anyhow::Result<Vec<StagedImage>> {
+        let api: Api<StagedImage> = Api::all(self.cluster.admin());
+        Ok(api.list(&ListParams::default()).await?.items)
+    }
+
+    /// Changes fields of the pool's spec.
+    pub async fn change_pool(&self, spec: serde_json::Value) -> anyhow::Result<()> {
+        let api: Api<StagingPool> = Api::all(self.cluster.admin());
+        api.patch("p", &PatchParams::default(), &Patch::Merge(json!({"spec": spec}))).await?;
+        Ok(())
+    }
+
+    /// Waits until the pool is as wanted: told whether it is, or what is wrong.
+    pub async fn wait_pool(
+        &self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&StagingPool) -> Result<(), String>,
+    ) -> anyhow::Result<()> {
+        let api: Api<StagingPool> = Api::all(self.cluster.admin());
+        let waited = wait::until(what, limit, || async {
+            match api.get("p").await {
+                Ok(pool) => match wanted(&pool) {
+                    Ok(()) => Look::Done(()),
+                    Err(why) => Look::NotYet(why),
+                },
+                Err(error) => Look::Failed(error),
+            }
+        });
+        waited.await.with_context(|| self.logs())
+    }
+
+    /// Waits until the ledger of the pool on a node is as wanted.
+    pub async fn wait_ledger(
+        &self,
+        what: &str,
+        node: &str,
+        limit: Duration,
+        wanted: impl Fn(Option<&StagingLedger>) -> bool,
+    ) -> anyhow::Result<()> {
+        let waited = wait::until(what, limit, || async {
+            match self.ledger(node).await {
+                Ok(ledger) if wanted(ledger.as_ref()) => Look::<(), Infallible>::Done(()),
+                Ok(ledger) => Look::NotYet(format!("{:?}", ledger.map(|ledger| ledger.spec))),
+                Err(error) => Look::NotYet(format!("{error:#}")),
             }
         });
         waited.await.with_context(|| self.logs())
@@ -227,7 +326,7 @@ impl Bed {
     pub async fn wait_ready(&self, identity: &str) -> anyhow::Result<()> {
         let waited = wait::until("readiness", MOMENT, || async {
             match self.fetch(identity, "readyz").await {
-                Ok((200, _)) => Look::<(), std::convert::Infallible>::Done(()),
+                Ok((200, _)) => Look::<(), Infallible>::Done(()),
                 Ok((code, body)) => Look::NotYet(format!("{code} {body}")),
                 Err(error) => Look::NotYet(error.to_string()),
             }

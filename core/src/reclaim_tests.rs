@@ -1,0 +1,236 @@
+use super::*;
+use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, template, thin_view, view};
+use crate::ids::{NodeName, ObjectName, PoolName};
+use crate::ledger::Class;
+use crate::reason::Reason;
+use crate::reservation;
+use crate::units::Generation;
+use crate::view::{Access, AssignedImage, ReservationState, WhenFull};
+
+/// A pool of 100 on node `a` with copies of a durable image: name, bytes, last use.
+fn staged(images: &[(&str, u64, u64)]) -> View {
+    let mut view = view(&[("a", 100)]);
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    for (name, bytes, used) in images {
+        stage(&mut view, name, *bytes, *used);
+    }
+    view
+}
+
+fn stage(view: &mut View, name: &str, bytes: u64, used: u64) {
+    let mut image = image("a", bytes, 0);
+    (image.name, image.uid) = ((*name).to_owned(), Uid(format!("uid-{name}")));
+    image.last_used = Some(Timestamp(used));
+    let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+    let block = view.pools.values().next().and_then(|pool| pool.block);
+    ledger.promises.insert(image.uid.clone(), image.promise(block));
+    view.images.insert(image.name.clone(), image);
+}
+
+fn deleted(changes: &[Change]) -> Vec<&str> {
+    let names = changes.iter().filter_map(|change| match change {
+        Change::DeleteImage { name, .. } => Some(name.as_str()),
+        _ => None,
+    });
+    names.collect()
+}
+
+fn of_pool(view: &View, now: u64) -> Vec<Change> {
+    crate::pool::decide(view, &PoolName::from("p"), Timestamp(now))
+}
+
+fn of_request(view: &View, now: u64) -> Vec<Change> {
+    reservation::decide(view, &Uid::from("r"), Timestamp(now))
+}
+
+fn reason(changes: &[Change]) -> Option<(ReservationState, Reason)> {
+    changes.iter().find_map(|change| match change {
+        Change::ReportReservation { report, .. } => Some((report.state, report.reason)),
+        _ => None,
+    })
+}
+
+#[test]
+fn above_the_high_watermark_the_longest_unused_go_down_to_the_low_one() {
+    let mut view = staged(&[("new", 10, 30), ("old", 10, 10), ("older", 10, 5)]);
+    hold(&mut view, "a", "x", Class::Images, 55);
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "85 % is not above it");
+    hold(&mut view, "a", "y", Class::Images, 1);
+    let changes = of_pool(&view, 100);
+    assert_eq!(deleted(&changes), ["older", "old"], "70 % is reached with 66");
+    let told = changes.iter().find_map(|change| match change {
+        Change::ReportReclaim { cause, images, bytes, .. } => Some((*cause, *images, *bytes)),
+        _ => None,
+    });
+    assert_eq!(told, Some((Cause::HighWatermark, 2, Bytes(20))));
+    view.images.get_mut("older").expect("there").deleting = true;
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "76 once it is gone: not above the high one any more");
+    view.leader = false;
+    view.images.get_mut("older").expect("there").deleting = false;
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "the leader does it");
+}
+
+#[test]
+fn nothing_that_is_needed_warm_or_the_only_copy_goes() {
+    let mut view = staged(&[("one", 90, 10)]);
+    let full = view.clone();
+    assert_eq!(deleted(&of_pool(&view, 100)), ["one"]);
+    view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = 91);
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "warm");
+    assert_eq!(deleted(&of_pool(&view, 101)), ["one"]);
+    view = full.clone();
+    view.imports.clear();
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "the only copy that is known");
+    view.pools.values_mut().for_each(|pool| pool.service = Service::Draining);
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "also where the pool drains");
+    view = full.clone();
+    let mut user = reservation("user", 1, 0);
+    let digest = view.images["one"].digest;
+    user.assignment = Some(placed("p", "a", 1));
+    user.assigned_image =
+        Some(AssignedImage { digest, staged_image: "one".to_owned(), virtual_size: Bytes(90) });
+    add(&mut view, user);
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "named");
+    view = full;
+    let mut waits = reservation("waits", 1, 0);
+    (waits.access, waits.template) = (Access::Block, Some(ObjectName::new("ns", "template")));
+    add(&mut view, waits);
+    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "wanted by one that waits");
+    view.pools.values_mut().for_each(|pool| {
+        pool.drain_nodes.insert(NodeName::from("a"));
+    });
+    assert_eq!(deleted(&of_pool(&view, 100)), ["one"], "which is not placed where the pool drains");
+}
+
+#[test]
+fn a51_what_nothing_needs_goes_before_a_request_waits_or_is_refused() {
+    for when_full in [WhenFull::Queue, WhenFull::Reject] {
+        let mut view = staged(&[("old", 30, 10), ("new", 40, 20)]);
+        let mut request = reservation("r", 50, 0);
+        request.when_full = Some(when_full);
+        add(&mut view, request);
+        let changes = of_request(&view, 100);
+        assert_eq!(reason(&changes), Some((ReservationState::Queued, Reason::Reclaiming)));
+        assert_eq!(deleted(&changes), ["old"], "20 are missing; the older one has them");
+        let Change::ReportReservation { report, .. } = &changes[0] else { panic!("{changes:?}") };
+        assert_eq!(
+            report.message,
+            "50 bytes asked for: 30 bytes of images that nothing refers to are removed first in pool p on node a: old"
+        );
+        view.images.get_mut("old").expect("there").deleting = true;
+        let changes = of_request(&view, 100);
+        assert_eq!(
+            (reason(&changes), deleted(&changes)),
+            (Some((ReservationState::Queued, Reason::Reclaiming)), vec![])
+        );
+        view.images.remove("old");
+        view.ledgers.values_mut().for_each(|ledger| drop(ledger.promises.remove(&Uid::from("uid-old"))));
+        let changes = of_request(&view, 100);
+        assert!(
+            matches!(&changes[..], [Change::WriteLedger { .. }, Change::AssignReservation { .. }]),
+            "{changes:?}"
+        );
+    }
+}
+
+#[test]
+fn the_fewest_go_and_only_if_they_are_enough() {
+    let mut view = staged(&[("small", 5, 10), ("large", 40, 20), ("newest", 40, 30)]);
+    add(&mut view, reservation("r", 50, 0));
+    assert_eq!(deleted(&of_request(&view, 100)), ["large"], "35 are missing: the small one would not help");
+    hold(&mut view, "a", "kept", Class::Images, 10);
+    view.reservations.get_mut(&Uid::from("r")).expect("there").max_size = Bytes(95);
+    let changes = of_request(&view, 100);
+    assert_eq!(deleted(&changes), [""; 0], "all of them would not be enough");
+    assert_eq!(reason(&changes), Some((ReservationState::Queued, Reason::InsufficientCapacity)));
+}
+
+#[test]
+fn a_request_behind_another_one_removes_nothing_and_others_leave_it_to_the_leader() {
+    let mut view = staged(&[("old", 60, 10)]);
+    hold(&mut view, "a", "kept", Class::Images, 20);
+    add(&mut view, reservation("first", 90, 0));
+    add(&mut view, reservation("r", 30, 5));
+    assert_eq!(deleted(&of_request(&view, 100)), [""; 0], "the earlier one waits for the same place");
+    view.reservations.remove(&Uid::from("first"));
+    assert_eq!(deleted(&of_request(&view, 100)), ["old"]);
+    view.leader = false;
+    let changes = of_request(&view, 100);
+    assert_eq!((reason(&changes).map(|told| told.1), deleted(&changes)), (Some(Reason::Reclaiming), vec![]));
+    view.leader = true;
+    view.nodes.values_mut().for_each(|node| {
+        node.pools.values_mut().for_each(|pool| {
+            pool.obeyed.insert(Uid::from("unknown"), Generation::FIRST);
+        });
+    });
+    assert_eq!(
+        deleted(&of_request(&view, 100)),
+        [""; 0],
+        "nothing can be given back in a ledger that is behind"
+    );
+}
+
+#[test]
+fn a_request_that_waits_for_removals_waits_no_longer_than_its_pool_allows() {
+    let mut view = staged(&[("old", 60, 10)]);
+    view.images.values_mut().for_each(|image| image.deleting = true);
+    let mut request = reservation("r", 50, 0);
+    (request.state, request.queued_since) = (ReservationState::Queued, Some(Timestamp(0)));
+    add(&mut view, request);
+    assert_eq!(reason(&of_request(&view, HOUR - 1)).map(|told| told.1), Some(Reason::Reclaiming));
+    assert_eq!(reason(&of_request(&view, HOUR)), Some((ReservationState::Refused, Reason::QueueTimeout)));
+}
+
+#[test]
+fn what_a_kernel_pool_has_grown_to_for_an_image_is_no_room_for_a_volume() {
+    let mut view = thin_view(&["a"], Bytes::gib(10));
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    stage(&mut view, "old", 4 << 30, 10);
+    let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
+    let report = node.pools.values_mut().next().expect("one");
+    report.thin.as_mut().expect("thin").images.data.total = Bytes::gib(4);
+    let mut request = reservation("r", 8 << 30, 0);
+    request.access = Access::Block;
+    add(&mut view, request);
+    assert_eq!(deleted(&of_request(&view, 100)), [""; 0]);
+}
+
+#[test]
+fn a_pool_that_drains_or_is_deleted_gives_up_unneeded_images_at_once() {
+    for drain in [
+        (|view: &mut View| view.pools.values_mut().for_each(|pool| pool.deleting = true)) as fn(&mut View),
+        |view| view.pools.values_mut().for_each(|pool| pool.service = Service::Draining),
+        |view| {
+            view.pools.values_mut().for_each(|pool| {
+                pool.drain_nodes.insert(NodeName::from("a"));
+            });
+        },
+    ] {
+        let mut view = staged(&[("one", 10, 99)]);
+        view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = HOUR);
+        assert_eq!(deleted(&of_pool(&view, 100)), [""; 0]);
+        drain(&mut view);
+        let changes = of_pool(&view, 100);
+        assert_eq!(deleted(&changes), ["one"]);
+        assert!(changes.iter().any(|c| matches!(c, Change::ReportReclaim { cause: Cause::Draining, .. })));
+    }
+}
+
+#[test]
+fn deleting_a_template_gives_its_last_copies_up() {
+    let mut view = staged(&[("one", 10, 1)]);
+    let name = ObjectName::new("ns", "template");
+    let import = view.imports.get_mut(&name).expect("there");
+    (import.deleting, import.released) = (true, Some(Generation::FIRST));
+    let ask = |view: &View| crate::import::decide(view, &name, Timestamp(0));
+    assert!(matches!(&ask(&view)[..], [Change::GiveUpImage { name, .. }] if name == "one"));
+    view.images.values_mut().for_each(|image| image.given_up = true);
+    assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]));
+    view.images.values_mut().for_each(|image| image.given_up = false);
+    let mut other = template(30, 20);
+    other.name = ObjectName::new("ns", "other");
+    view.imports.insert(other.name.clone(), other);
+    assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]), "another template has the same image");
+}

@@ -1,0 +1,75 @@
+//! Room for a request that would wait or be refused otherwise: images that nothing needs go first.
+
+use crate::change::{Change, ReservationReport};
+use crate::ids::Uid;
+use crate::ledger::Promise;
+use crate::reason::Reason;
+use crate::reclaim::{Cause, Room, delete, for_shortfall};
+use crate::units::{Bytes, Timestamp};
+use crate::view::{LedgerView, ReservationState, ReservationView, View};
+
+use super::decide::report;
+use super::need::Need;
+use super::place::{Candidate, Verdict, promises_at};
+use super::queue::{Ahead, Policy};
+use super::state::{Event, next};
+
+/// How soon a request that waits for removals is looked at without any other cause, in milliseconds.
+const LOOK_MILLIS: u64 = 2000;
+/// How many images a message names.
+const NAMED: usize = 4;
+
+/// The removals that make room for the request at the place that loses fewest images, then fewest bytes, and what is said
+/// of it meanwhile. `None` if no place that nobody waits for already can be made large enough, or if it has waited for that
+/// as long as its pools allow. Only the leader deletes; the others say the same and leave it to the leader.
+pub(super) fn make(
+    view: &View,
+    reservation: &ReservationView,
+    need: &Need,
+    all: &[Candidate],
+    ahead: &[Ahead],
+    now: Timestamp,
+) -> Option<Vec<Change>> {
+    let waited_for = |at: usize| ahead.iter().any(|earlier| earlier.places.contains(&at));
+    let places = all
+        .iter()
+        .enumerate()
+        .filter(|(at, candidate)| matches!(candidate.verdict, Verdict::Short(_)) && !waited_for(*at));
+    let rooms = places.filter_map(|(_, candidate)| {
+        let ledger = view.ledgers.get(&(candidate.pool.clone(), candidate.node.clone()))?;
+        let new: Vec<(Uid, Promise)> = promises_at(view, ledger, &reservation.uid, need);
+        Some((ledger, for_shortfall(view, ledger, &new, now)?))
+    });
+    let (ledger, room) =
+        rooms.min_by_key(|(ledger, room)| (room.next.len(), room.bytes(ledger), &ledger.name))?;
+    if is_late(view, reservation, now) {
+        return None;
+    }
+    let state = next(reservation.state, Event::Wait).unwrap_or(ReservationState::Queued);
+    let told = ReservationReport {
+        queue: Some((1, Bytes::ZERO)),
+        ..ReservationReport::new(state, Reason::Reclaiming, message(ledger, &room, need.bytes()))
+    };
+    let deletions = if view.leader { delete(ledger, &room.next, Cause::Shortfall) } else { Vec::new() };
+    let told = [report(reservation, told), Change::RetryAfter { millis: LOOK_MILLIS }];
+    Some(told.into_iter().chain(deletions).collect())
+}
+
+fn is_late(view: &View, reservation: &ReservationView, now: Timestamp) -> bool {
+    let since = reservation.queued_since.filter(|_| reservation.state == ReservationState::Queued);
+    let policy = Policy::of(view, reservation);
+    since.zip(policy).is_some_and(|(since, policy)| now.millis_since(since) >= policy.millis)
+}
+
+fn message(ledger: &LedgerView, room: &Room<'_>, asked: Bytes) -> String {
+    let images: Vec<&str> = room.leaving.iter().chain(&room.next).map(|image| image.name.as_str()).collect();
+    let more = images.len().saturating_sub(NAMED);
+    let named = images[..images.len().min(NAMED)].join(", ");
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!(
+        "{asked} asked for: {} of images that nothing refers to are removed first in pool {} on node {}: {named}{more}",
+        room.bytes(ledger),
+        ledger.pool,
+        ledger.node,
+    )
+}
