@@ -38,7 +38,7 @@ pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> 
         Some(place) => give_back(view, reservation, place),
     };
     match step {
-        Step::Write(change) => vec![change],
+        Step::Write(change) => vec![*change],
         Step::Done if reservation.has_finalizer => {
             vec![Change::UnguardReservation { name: reservation.name.clone(), uid: reservation.uid.clone() }]
         }
@@ -51,7 +51,7 @@ pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> 
 }
 
 enum Step {
-    Write(Change),
+    Write(Box<Change>),
     Wait(Reason, String),
     Done,
 }
@@ -79,7 +79,7 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
         return Step::Done;
     }
     if released {
-        return Step::Write(view.without(ledger, &[uid]));
+        return Step::Write(Box::new(view.without(ledger, &[uid])));
     }
     let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
     let gives_back = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
