@@ -1,6 +1,6 @@
 //! `StagingReservation`: a promise of space on a pool, and a reference to what is staged in it.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -150,6 +150,18 @@ pub struct StagingReservationStatus {
     /// How many bytes were missing when it was refused or queued. Written by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shortfall_bytes: Option<i64>,
+    /// The places that were looked at: the chosen one first, then by name. Written by the operator; once there is an
+    /// assignment, with that, and then never again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "atomic"))]
+    pub candidates: Vec<CandidatePlace>,
+    /// When it is deleted if nothing uses it until then. Absent while something does, or while its node is lost. Written by
+    /// the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<Time>,
+    /// What would happen, where `spec.dryRun` asks for no more. Written by the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<DryRunAnswer>,
     /// The directory or volume file on the node. Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
@@ -172,6 +184,51 @@ pub struct AssignedImage {
     pub staged_image: String,
     /// Its virtual size in bytes.
     pub virtual_size: i64,
+}
+
+/// A pool on a node that was looked at for a reservation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CandidatePlace {
+    /// The pool.
+    pub pool: String,
+    /// The node.
+    pub node: String,
+    /// Why it was chosen, or why not.
+    pub reason: String,
+    /// For people, with numbers.
+    pub message: String,
+    /// How many bytes were missing there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortfall_bytes: Option<i64>,
+    /// True for the place that the reservation was given.
+    #[serde(default)]
+    pub chosen: bool,
+}
+
+/// What would happen to a reservation that is only tried.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DryRunAnswer {
+    /// True if it would be promised now.
+    pub fits: bool,
+    /// The pool that it would be promised in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// On this node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Its position among those that wait, if it would have to wait; 1 is next.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<i32>,
+    /// The most that would be promised for it, with the image that it starts from where that is not there yet.
+    pub peak_bytes: i64,
+    /// How many bytes are missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortfall_bytes: Option<i64>,
+    /// Staged images that would have to go first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reclaims: Vec<String>,
 }
 
 /// A place in a pool's queue.

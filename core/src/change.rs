@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::ids::{NodeName, ObjectName, PoolName, Uid};
 use crate::ledger::{Holder, Promise};
 use crate::reason::Reason;
-use crate::units::{Bytes, Generation};
+use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement,
     ReservationState,
@@ -63,6 +63,22 @@ pub enum Change {
         image: Option<AssignedImage>,
         /// True if that was promised before.
         reused: bool,
+        /// The places that were looked at, this one among them.
+        considered: Vec<Considered>,
+    },
+    /// Delete a reservation that nothing has used for as long as it may stay unused, if it is still at this version: one
+    /// that was renewed meanwhile stays.
+    ExpireReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+        /// The version that was decided about.
+        version: ObjectVersion,
+        /// Where it is.
+        pool: PoolName,
+        /// For people, with numbers.
+        message: String,
     },
     /// Say what became of a reservation, if it is still at this version: `Refused` is for ever, so that its promises may
     /// go, and an operator that saw an older version must not take it back. (By server-side apply this is
@@ -214,6 +230,62 @@ pub struct ReservationReport {
     pub queue: Option<(u32, Bytes)>,
     /// How many bytes were missing.
     pub shortfall: Option<Bytes>,
+    /// The places that were looked at, while it has none. Where it was given one, they are told with the assignment.
+    pub considered: Vec<Considered>,
+    /// When it ends, if nothing uses it until then.
+    pub expires: Option<Timestamp>,
+    /// What would happen, where that is all that was asked for.
+    pub dry_run: Option<DryRun>,
+}
+
+impl ReservationReport {
+    /// A state and why, and nothing else.
+    pub const fn new(state: ReservationState, reason: Reason, message: String) -> Self {
+        Self {
+            state,
+            reason,
+            message,
+            queue: None,
+            shortfall: None,
+            considered: Vec::new(),
+            expires: None,
+            dry_run: None,
+        }
+    }
+}
+
+/// A place that was looked at for a reservation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Considered {
+    /// The pool.
+    pub pool: PoolName,
+    /// The node.
+    pub node: NodeName,
+    /// Why it was chosen, or why not.
+    pub reason: Reason,
+    /// For people, with numbers.
+    pub message: String,
+    /// How many bytes are missing there, if it is bytes that are missing.
+    pub shortfall: Option<Bytes>,
+    /// True for the place that the reservation was given.
+    pub chosen: bool,
+}
+
+/// What would happen to a reservation that is only tried.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DryRun {
+    /// True if it would be promised now.
+    pub fits: bool,
+    /// Where.
+    pub place: Option<(PoolName, NodeName)>,
+    /// Its position among those that wait, from 1, if it would have to wait.
+    pub position: Option<u32>,
+    /// The most that would be promised for it, the image that it starts from included.
+    pub peak: Bytes,
+    /// How many bytes are missing where least are.
+    pub shortfall: Option<Bytes>,
+    /// Names of the staged images that would have to go first.
+    pub reclaims: Vec<String>,
 }
 
 /// What a pool holds, over all nodes.

@@ -135,6 +135,7 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         priority: 0,
         ttl_millis: None,
         renewed: None,
+        expires: None,
         dry_run: false,
         max_size: Bytes(size),
         template: None,

@@ -112,6 +112,12 @@ metrics! {
     QueueLength = "berth_queue_length", Gauge, "", Operator, [];
     /// Reservations that were given a place.
     AdmissionsTotal = "berth_admissions_total", Counter, "", Operator, ["pool"];
+    /// Seconds that reservations that were given a place had waited for it, from when they were made.
+    QueueWaitSecondsTotal = "berth_queue_wait_seconds_total", Counter, "seconds", Operator, ["pool"];
+    /// Reservations that wait for space in a pool; one that may go to several counts in each.
+    PoolQueueLength = "berth_pool_queue_length", Gauge, "", Operator, ["pool"];
+    /// Reservations that ended because nothing used them any more.
+    ExpiriesTotal = "berth_expiries_total", Counter, "", Operator, ["pool"];
     /// Reservations that were refused.
     RefusalsTotal = "berth_refusals_total", Counter, "", Operator, ["reason"];
     /// Ledger writes that another operator was faster with.

@@ -211,6 +211,16 @@ reasons! {
     DeviceSuspended => Transient,
     /// Devices of guests are not kept from being scanned by the host.
     HostScansGuestDisks => Transient,
+    /// The reservations of its namespace hold as much of the pool as they may.
+    TenantLimit => Transient,
+    /// The pool takes nothing new on this node.
+    Cordoned => Transient,
+    /// Only what would happen is said; nothing is promised.
+    DryRun => Normal,
+    /// Nothing has used it for as long as it may stay unused.
+    Expired => Normal,
+    /// More is promised to volumes than there is, as the pool allows.
+    VolumesOvercommitted => Normal,
 }
 
 impl fmt::Display for Reason {

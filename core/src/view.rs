@@ -253,6 +253,8 @@ pub struct ReservationView {
     pub ttl_millis: Option<u64>,
     /// When a person last said that it is still needed.
     pub renewed: Option<Timestamp>,
+    /// When it ends if nothing uses it until then, as its status says.
+    pub expires: Option<Timestamp>,
     /// True if nothing is to be promised, only said.
     pub dry_run: bool,
     /// The most that will be written.

@@ -8,6 +8,7 @@ mod ledgers;
 mod lifecycle;
 mod placements;
 mod reports;
+mod reservations;
 
 use std::sync::Arc;
 
@@ -86,8 +87,12 @@ impl Applier {
             }
             Change::GuardReservation { name, uid } => self.guard_reservation(name, uid).await,
             Change::UnguardReservation { name, uid } => self.unguard_reservation(name, uid).await,
-            Change::AssignReservation { name, version, placement, image, reused } => {
-                self.assign_reservation(name, version, placement, image.as_ref(), *reused).await
+            Change::AssignReservation { name, version, placement, image, reused, considered } => {
+                let image = image.as_ref().map(|image| (image, *reused));
+                self.assign_reservation(name, version, placement, image, considered).await
+            }
+            Change::ExpireReservation { name, uid, version, pool, message } => {
+                self.expire_reservation(name, uid, version, pool, message).await
             }
             Change::ReportReservation { name, uid, version, report } => {
                 self.report_reservation(name, uid, version, report).await

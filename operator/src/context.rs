@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use berth_core::change::Change;
-use berth_core::ids::ObjectName;
+use berth_core::ids::{ObjectName, ledger_name};
 use berth_core::units::Timestamp;
 use berth_core::view::View;
 
@@ -39,7 +39,8 @@ impl Context {
     }
 
     /// One pass. Writes of the same ledger by this process follow each other, each decided after the one before it,
-    /// so that only other operators are met in compare-and-swap.
+    /// so that only other operators are met in compare-and-swap; so do all of a pool that limits what namespaces hold in
+    /// all of its ledgers.
     pub async fn decide_and_apply(
         &self,
         decide: impl Fn(&View, Timestamp) -> Vec<Change>,
@@ -47,11 +48,11 @@ impl Context {
         let decide = || self.observer.view(|view| decide(&released_early(view), now()));
         let mut changes = decide();
         for _ in 0..LEDGER_ROUNDS {
-            let Some(wanted) = ledger_of(&changes).map(str::to_owned) else { break };
+            let Some(wanted) = self.turn_of(&changes) else { break };
             let lock = self.ledger(&wanted);
             let _held = lock.lock().await;
             changes = decide();
-            if ledger_of(&changes) == Some(wanted.as_str()) {
+            if self.turn_of(&changes).as_ref() == Some(&wanted) {
                 return self.apply(&changes).await;
             }
         }
@@ -62,6 +63,17 @@ impl Context {
             }
             None => self.apply(&changes).await,
         }
+    }
+
+    /// What these changes take turns on: the ledger that they write, or all ledgers of its pool.
+    fn turn_of(&self, changes: &[Change]) -> Option<String> {
+        let name = ledger_of(changes)?;
+        let limited = self.observer.view(|view| {
+            let limited = view.pools.values().filter(|pool| !pool.tenant_limits.is_empty());
+            let mut places = limited.flat_map(|pool| view.nodes.keys().map(move |node| (&pool.name, node)));
+            places.find(|(pool, node)| ledger_name(pool, node) == name).map(|(pool, _)| format!("{pool}/*"))
+        });
+        Some(limited.unwrap_or_else(|| name.to_owned()))
     }
 
     async fn apply(&self, changes: &[Change]) -> Result<Outcome, ApplyError> {

@@ -111,6 +111,12 @@ impl Metrics {
         }
         let queued = view.reservations.values().filter(|r| r.state == ReservationState::Queued).count();
         self.set(Metric::QueueLength, &[], size(queued));
+        self.clear(Metric::PoolQueueLength);
+        for pool in view.pools.values() {
+            let queued = view.reservations.values().filter(|r| r.state == ReservationState::Queued);
+            let here = queued.filter(|r| r.assignment.is_none() && r.pools.allows(pool)).count();
+            self.set(Metric::PoolQueueLength, &[("pool", pool.name.as_str())], size(here));
+        }
     }
 
     fn look_at_pools(&self, view: &View) {

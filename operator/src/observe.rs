@@ -6,6 +6,7 @@
 
 mod kind;
 mod kinds;
+mod namespaces;
 mod nodes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -103,8 +104,8 @@ pub struct Observer {
 /// Nodes to be confirmed, for [`Observer::start`].
 pub type Confirmations = mpsc::Receiver<NodeName>;
 
-/// Eight kinds and the node Leases.
-const WATCHES: usize = 9;
+/// Eight kinds, the labels of namespaces, and the node Leases.
+const WATCHES: usize = 10;
 /// How many nodes may wait to be confirmed; the others are asked for again a second later.
 const CONFIRMATIONS: usize = 1024;
 
@@ -146,6 +147,8 @@ impl Observer {
         self.clone().spawn::<StagingLedger>(tasks, stop);
         self.clone().spawn::<StagingNode>(tasks, stop);
         self.clone().spawn::<ImageTransfer>(tasks, stop);
+        let (one, token) = (self.clone(), stop.clone());
+        tasks.spawn(async move { token.run_until_cancelled(namespaces::watch(&one)).await });
         nodes::spawn(self, confirmations, tasks, stop);
     }
 

@@ -47,6 +47,7 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
             .as_ref()
             .and_then(|all| all.get(ANNOTATION_RENEWED))
             .and_then(|time| renewed(time)),
+        expires: status.expires_at.as_ref().map(timestamp),
         dry_run: spec.dry_run,
         max_size,
         template: spec

@@ -1,18 +1,23 @@
 //! The next steps for one reservation: guard, promise, assign, report. Each pass returns only what the view justifies, at
 //! most one ledger write, and can be cut off after any change: the next pass, by any operator, goes on from there.
 
-use crate::change::{Change, ReservationReport};
+use crate::change::{Change, Considered, ReservationReport};
 use crate::ids::Uid;
 use crate::ledger::Behind;
 use crate::reason::Reason;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View, WhenFull};
 
+use super::expiry::{self, Expiry};
+use super::fit;
 use super::need::{Need, Unmet};
-use super::place::{Candidate, Verdict, candidates, choose, explain, least_shortfall, promises_at, staged};
-use super::queue::{Ahead, Policy, ahead};
+use super::place::{
+    Candidate, Verdict, candidates, choose, consider, explain, least_shortfall, promises_at, staged,
+};
+use super::queue::{Ahead, Backlog, Policy};
 use super::release;
 use super::state::{Event, next};
+use super::tenant;
 
 /// How often a request that waits is looked at without any other cause, in milliseconds.
 const LOOK_MILLIS: u64 = 10_000;
@@ -21,6 +26,12 @@ const SOON_MILLIS: u64 = 200;
 
 /// The next steps for the reservation with this UID.
 pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
+    decide_among(view, None, uid, now)
+}
+
+/// The next steps for the reservation with this UID, among those that wait in this order. Without one, it is made anew
+/// where it is needed, which costs a pass over all that wait.
+pub fn decide_among(view: &View, backlog: Option<&Backlog>, uid: &Uid, now: Timestamp) -> Vec<Change> {
     let Some(reservation) = view.reservations.get(uid) else { return Vec::new() };
     if reservation.deleting {
         return release::decide(view, reservation);
@@ -31,6 +42,9 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
     if reservation.state == ReservationState::Refused {
         return release::withdraw(view, reservation, None).into_iter().collect();
     }
+    if reservation.dry_run && reservation.invalid.is_none() {
+        return fit::dry_run(view, reservation, now);
+    }
     let need = match Need::of(view, reservation, now) {
         Ok(need) => need,
         Err(unmet) if unmet.for_ever => return vec![refuse(reservation, unmet.reason, unmet.message, None)],
@@ -39,7 +53,10 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
     if view.ledgers_of(uid).next().is_some() {
         return resume(view, reservation, &need);
     }
-    admit(view, reservation, &need, now)
+    match backlog {
+        Some(backlog) => admit(view, reservation, &need, backlog, now),
+        None => admit(view, reservation, &need, &Backlog::around(view, reservation, now), now),
+    }
 }
 
 /// Promised, but not assigned: an operator ended between the two. The first ledger that holds an entry gets it.
@@ -62,12 +79,28 @@ fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change
         )];
     }
     match sound {
-        Some(ledger) => vec![assign(reservation, ledger, need, false)],
+        Some(ledger) => {
+            let considered = Considered {
+                pool: ledger.pool.clone(),
+                node: ledger.node.clone(),
+                reason: Reason::Promised,
+                message: "it was promised here before it was assigned".to_owned(),
+                shortfall: None,
+                chosen: true,
+            };
+            vec![assign(reservation, ledger, need, false, vec![considered])]
+        }
         None => vec![Change::RetryAfter { millis: LOOK_MILLIS }],
     }
 }
 
-fn assign(reservation: &ReservationView, ledger: &LedgerView, need: &Need, reused: bool) -> Change {
+fn assign(
+    reservation: &ReservationView,
+    ledger: &LedgerView,
+    need: &Need,
+    reused: bool,
+    considered: Vec<Considered>,
+) -> Change {
     let generation =
         ledger.promises.get(&reservation.uid).map_or(Generation::FIRST, |entry| entry.generation);
     Change::AssignReservation {
@@ -76,33 +109,54 @@ fn assign(reservation: &ReservationView, ledger: &LedgerView, need: &Need, reuse
         placement: Placement { pool: ledger.pool.clone(), node: ledger.node.clone(), generation },
         image: need.image.as_ref().map(|image| image.assigned_at(&ledger.pool, &ledger.node)),
         reused,
+        considered,
     }
 }
 
-fn admit(view: &View, reservation: &ReservationView, need: &Need, now: Timestamp) -> Vec<Change> {
+fn admit(
+    view: &View,
+    reservation: &ReservationView,
+    need: &Need,
+    backlog: &Backlog,
+    now: Timestamp,
+) -> Vec<Change> {
     let all = candidates(view, reservation, need);
-    let ahead = ahead(view, reservation, &all, now);
-    let is_open = |candidate: &Candidate| {
-        let at = all.iter().position(|other| std::ptr::eq(other, candidate));
-        !ahead.iter().any(|earlier| at.is_some_and(|at| earlier.places.contains(&at)))
+    let ahead = backlog.ahead(view, reservation, &all);
+    let is_open = |at: usize| !ahead.iter().any(|earlier| earlier.places.contains(&at));
+    let Some(chosen) = choose(&all, is_open) else {
+        let line = Line { all: &all, ahead: &ahead, length: backlog.length(view, reservation) };
+        return wait(view, reservation, need, &line, now);
     };
-    let Some(best) = choose(&all, is_open) else { return wait(view, reservation, need, &all, &ahead, now) };
+    let best = &all[chosen];
+    let limited = view
+        .pools
+        .get(&best.pool)
+        .is_some_and(|pool| tenant::is_limited(view, pool, &reservation.claim_namespace));
+    if limited && !view.leader {
+        return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
+    }
     if !reservation.has_finalizer {
         let (name, uid) = (reservation.name.clone(), reservation.uid.clone());
         return vec![Change::GuardReservation { name, uid }];
     }
     let Some(ledger) = view.ledgers.get(&(best.pool.clone(), best.node.clone())) else { return Vec::new() };
-    promise(view, reservation, need, ledger)
+    promise(view, reservation, need, ledger, consider(&all, Some(chosen)))
 }
 
 /// The image's object first, because its UID is its promise's key; then everything in one ledger write.
-fn promise(view: &View, reservation: &ReservationView, need: &Need, ledger: &LedgerView) -> Vec<Change> {
+fn promise(
+    view: &View,
+    reservation: &ReservationView,
+    need: &Need,
+    ledger: &LedgerView,
+    considered: Vec<Considered>,
+) -> Vec<Change> {
     if let Some(create) = create_image(view, need, ledger) {
         return vec![create];
     }
     let new = promises_at(view, ledger, &reservation.uid, need);
     let reused = need.image.is_some() && new.len() == 1;
-    vec![ledger.with(&new), assign(reservation, ledger, need, reused)]
+    vec![ledger.with(&new), assign(reservation, ledger, need, reused, considered)]
 }
 
 fn create_image(view: &View, need: &Need, ledger: &LedgerView) -> Option<Change> {
@@ -129,6 +183,14 @@ fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: 
     if prepared && let Ok(ready) = next(state, Event::Prepare) {
         state = ready;
     }
+    let mut expires = None;
+    if state == ReservationState::Ready {
+        match expiry::judge(view, reservation, place, now) {
+            Expiry::Never => {}
+            Expiry::At(time) => expires = Some(time),
+            Expiry::Due { idle_millis } => return vec![expiry::expire(reservation, place, idle_millis)],
+        }
+    }
     let (reason, message) = match view.ledger_at(place).and_then(|ledger| view.behind(ledger)) {
         // A revision alone is most often a view that lags.
         Some(behind @ (Behind::Lineage { .. } | Behind::Missing { .. })) if !prepared => {
@@ -141,7 +203,9 @@ fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: 
         ),
         _ => (Reason::Promised, format!("promised in pool {} on node {}", place.pool, place.node)),
     };
-    vec![report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None })]
+    let told = ReservationReport { expires, ..ReservationReport::new(state, reason, message) };
+    let look = expires.map(|time| Change::RetryAfter { millis: time.millis_since(now).max(SOON_MILLIS) });
+    std::iter::once(report(reservation, told)).chain(look).collect()
 }
 
 /// The image of a reservation that is not ready yet may have been swept by an operator that did not see the reservation:
@@ -181,40 +245,39 @@ fn unmet_for_now(view: &View, reservation: &ReservationView, unmet: Unmet, now: 
     }
     let Ok(state) = next(reservation.state, Event::Wait) else { return Vec::new() };
     let Unmet { reason, message, .. } = unmet;
-    let told =
-        report(reservation, ReservationReport { state, reason, message, queue: None, shortfall: None });
+    let told = report(reservation, ReservationReport::new(state, reason, message));
     vec![told, Change::RetryAfter { millis: SOON_MILLIS * 5 }]
+}
+
+/// The places that a request could go to, and the line that it stands in.
+struct Line<'l> {
+    all: &'l [Candidate],
+    ahead: &'l [Ahead],
+    /// How many wait already.
+    length: u32,
 }
 
 fn wait(
     view: &View,
     reservation: &ReservationView,
     need: &Need,
-    all: &[Candidate],
-    ahead: &[Ahead],
+    line: &Line<'_>,
     now: Timestamp,
 ) -> Vec<Change> {
+    let Line { all, ahead, length } = *line;
     let policy = Policy::of(view, reservation);
-    let shortfall = least_shortfall(all);
-    let too_large = all.iter().all(|candidate| matches!(candidate.verdict, Verdict::TooLarge(_)));
-    if !all.is_empty() && too_large {
-        let message = format!("{} asked for: {}", need.bytes(), explain(all));
-        return vec![refuse(reservation, Reason::LargerThanPool, message, shortfall)];
+    if let Some(refused) = refused(view, reservation, need, line) {
+        return vec![refused];
     }
-    let blocked = |candidate: &Candidate| matches!(candidate.verdict, Verdict::Fits { .. });
-    let decided = all.iter().all(|candidate| candidate.verdict.is_about_space() || blocked(candidate));
-    if policy.is_some_and(|policy| policy.when_full == WhenFull::Reject) && decided && !all.is_empty() {
-        if all.iter().any(blocked) && !ahead.iter().all(|earlier| earlier.queued) {
-            return vec![Change::RetryAfter { millis: SOON_MILLIS }];
-        }
-        let message = format!("{} asked for: {}", need.bytes(), explain(all));
-        let shortfall = shortfall.or_else(|| Some(behind_others(need, all, ahead)));
-        return vec![refuse(reservation, Reason::CapacityRefused, message, shortfall)];
+    let shortfall = least_shortfall(all);
+    let some_fit = all.iter().any(|candidate| matches!(candidate.verdict, Verdict::Fits { .. }));
+    if policy.is_some_and(|policy| policy.when_full == WhenFull::Reject) && is_decided(all) && some_fit {
+        // Refused above as soon as those before it are known to wait.
+        return vec![Change::RetryAfter { millis: SOON_MILLIS }];
     }
     if let Some(late) = too_late(view, reservation, &explain(all), shortfall, now) {
         return vec![late];
     }
-    let length = u32::try_from(ahead.len()).unwrap_or(u32::MAX);
     if let Some(policy) = policy.filter(|policy| length >= policy.length)
         && reservation.state != ReservationState::Queued
     {
@@ -223,9 +286,45 @@ fn wait(
     }
     let Ok(state) = next(reservation.state, Event::Wait) else { return Vec::new() };
     let (reason, message) = why(view, reservation, need, all);
-    let queue = Some((length.saturating_add(1), ahead.iter().map(|earlier| earlier.bytes).sum()));
-    let told = report(reservation, ReservationReport { state, reason, message, queue, shortfall });
-    vec![told, Change::RetryAfter { millis: until_late(policy, reservation, now).min(LOOK_MILLIS) }]
+    let position = u32::try_from(ahead.len()).unwrap_or(u32::MAX).saturating_add(1);
+    let told = ReservationReport {
+        queue: Some((position, ahead.iter().map(|earlier| earlier.bytes).sum())),
+        shortfall,
+        considered: consider(all, None),
+        ..ReservationReport::new(state, reason, message)
+    };
+    let again = Change::RetryAfter { millis: until_late(policy, reservation, now).min(LOOK_MILLIS) };
+    vec![report(reservation, told), again]
+}
+
+/// True if no place may still turn out to be free for a request that does not wait.
+fn is_decided(all: &[Candidate]) -> bool {
+    !all.is_empty()
+        && all
+            .iter()
+            .all(|candidate| candidate.verdict.refuses() || matches!(candidate.verdict, Verdict::Fits { .. }))
+}
+
+/// The refusal of what no pool could ever hold, and of what may not wait and would have to.
+fn refused(view: &View, reservation: &ReservationView, need: &Need, line: &Line<'_>) -> Option<Change> {
+    let Line { all, ahead, .. } = *line;
+    let blocked = |candidate: &Candidate| matches!(candidate.verdict, Verdict::Fits { .. });
+    let too_large = all.iter().all(|candidate| matches!(candidate.verdict, Verdict::TooLarge(_)));
+    let rejects = Policy::of(view, reservation).is_some_and(|policy| policy.when_full == WhenFull::Reject);
+    let reason = if !all.is_empty() && too_large {
+        Reason::LargerThanPool
+    } else if rejects && is_decided(all) && (!all.iter().any(blocked) || ahead.iter().all(|a| a.queued)) {
+        Reason::CapacityRefused
+    } else {
+        return None;
+    };
+    let shortfall =
+        least_shortfall(all).or_else(|| all.iter().any(blocked).then(|| behind_others(need, all, ahead)));
+    let message = format!("{} asked for: {}", need.bytes(), explain(all));
+    let state = ReservationState::Refused;
+    let considered = consider(all, None);
+    let told = ReservationReport { shortfall, considered, ..ReservationReport::new(state, reason, message) };
+    Some(report(reservation, told))
 }
 
 /// What is missing where there is space, but for requests that came earlier.
@@ -239,7 +338,12 @@ fn behind_others(need: &Need, all: &[Candidate], ahead: &[Ahead]) -> Bytes {
 }
 
 /// The reason that is nearest to being solved, and what speaks against each place.
-fn why(view: &View, reservation: &ReservationView, need: &Need, all: &[Candidate]) -> (Reason, String) {
+pub(super) fn why(
+    view: &View,
+    reservation: &ReservationView,
+    need: &Need,
+    all: &[Candidate],
+) -> (Reason, String) {
     if !view.pools.values().any(|pool| reservation.pools.allows(pool)) {
         return (Reason::NoMatchingPool, "no pool has this name, or these labels".to_owned());
     }
@@ -249,10 +353,12 @@ fn why(view: &View, reservation: &ReservationView, need: &Need, all: &[Candidate
     let order = [
         Reason::Queued,
         Reason::InsufficientCapacity,
+        Reason::TenantLimit,
         Reason::Releasing,
         Reason::LedgerFull,
         Reason::DataAlmostFull,
         Reason::MetadataAlmostFull,
+        Reason::Cordoned,
         Reason::LedgerBehind,
         Reason::NoMatchingNode,
         Reason::NodeLost,
@@ -289,7 +395,7 @@ fn refuse(
     shortfall: Option<Bytes>,
 ) -> Change {
     let state = ReservationState::Refused;
-    report(reservation, ReservationReport { state, reason, message, queue: None, shortfall })
+    report(reservation, ReservationReport { shortfall, ..ReservationReport::new(state, reason, message) })
 }
 
 pub(super) fn report(reservation: &ReservationView, report: ReservationReport) -> Change {

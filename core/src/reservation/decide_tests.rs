@@ -2,6 +2,7 @@ use super::*;
 use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, template, view};
 use crate::ids::{NodeName, ObjectName, PoolName};
 use crate::ledger::Class;
+use crate::reservation::fit;
 use crate::units::Generation;
 use crate::view::{Access, PoolChoice};
 
@@ -243,4 +244,178 @@ fn a_request_for_any_pool_takes_the_emptiest() {
         matches!(&changes[..], [_, Change::AssignReservation { placement, .. }] if placement.node.as_str() == "b")
     );
     assert_eq!(ask(&view, "nobody"), []);
+}
+
+fn decided(name: &str, view: &View) -> (Reason, Option<Bytes>) {
+    let report = told(view, name);
+    (report.reason, report.shortfall)
+}
+
+#[test]
+fn a51_a_limit_of_a_namespace_is_waited_for_or_refused_with_numbers_and_only_the_leader_admits() {
+    let mut view = view(&[("a", 100)]);
+    let limit = crate::view::TenantLimit {
+        namespaces: std::collections::BTreeMap::new(),
+        bytes: Some(Bytes(50)),
+        reservations: None,
+    };
+    view.pools.values_mut().for_each(|pool| pool.tenant_limits = vec![limit.clone()]);
+    hold(&mut view, "a", "held", Class::Images, 40);
+    add(&mut view, reservation("r", 30, 0));
+    assert_eq!(decided("r", &view), (Reason::TenantLimit, Some(Bytes(20))));
+    assert_eq!(told(&view, "r").state, ReservationState::Queued);
+    let mut other = reservation("other", 60, 1);
+    other.claim_namespace = "other".to_owned();
+    add(&mut view, other.clone());
+    assert_eq!(decided("other", &view), (Reason::TenantLimit, Some(Bytes(10))), "more than its limit alone");
+    other.max_size = Bytes(50);
+    add(&mut view, other);
+    assert!(matches!(&ask(&view, "other")[..], [Change::WriteLedger { .. }, _]), "nothing waits for it");
+    view.leader = false;
+    assert!(matches!(&ask(&view, "other")[..], [Change::RetryAfter { .. }]));
+    view.reservations.values_mut().for_each(|request| request.when_full = Some(WhenFull::Reject));
+    let refused = told(&view, "r");
+    assert_eq!((refused.state, refused.reason), (ReservationState::Refused, Reason::CapacityRefused));
+    assert_eq!(refused.shortfall, Some(Bytes(20)));
+}
+
+#[test]
+fn a_cordoned_pool_takes_nothing_new_and_refuses_who_may_not_wait() {
+    let mut view = view(&[("a", 100)]);
+    view.pools.values_mut().for_each(|pool| pool.service = crate::view::Service::Cordoned);
+    add(&mut view, reservation("r", 30, 0));
+    let waits = told(&view, "r");
+    assert_eq!((waits.state, waits.reason), (ReservationState::Queued, Reason::Cordoned));
+    assert_eq!(waits.considered[0].message, "pool p on node a takes nothing new: it is Cordoned");
+    view.reservations.values_mut().for_each(|request| request.when_full = Some(WhenFull::Reject));
+    assert_eq!(told(&view, "r").state, ReservationState::Refused);
+}
+
+#[test]
+fn every_place_is_told_with_what_is_missing_there() {
+    let mut view = view(&[("a", 100), ("b", 80)]);
+    hold(&mut view, "a", "x", Class::Images, 60);
+    hold(&mut view, "b", "y", Class::Images, 60);
+    add(&mut view, reservation("r", 60, 0));
+    let told = told(&view, "r").considered;
+    assert_eq!(told.len(), 2);
+    assert_eq!(told[1].reason, Reason::InsufficientCapacity);
+    assert_eq!((told[0].shortfall, told[1].shortfall), (Some(Bytes(20)), Some(Bytes(40))));
+    let ledger = view.ledgers.get_mut(&at("p", "b")).expect("there");
+    ledger.promises.clear();
+    let changes = ask(&view, "r");
+    let [_, Change::AssignReservation { considered, .. }] = &changes[..] else { panic!("{changes:?}") };
+    assert_eq!(
+        (considered[0].chosen, considered[0].node.as_str(), considered[1].shortfall),
+        (true, "b", Some(Bytes(20)))
+    );
+    for number in 0..40 {
+        let name = NodeName(format!("node-{number:02}"));
+        let mut node = view.nodes[&NodeName::from("a")].clone();
+        node.name = name.clone();
+        node.live = false;
+        view.nodes.insert(name, node);
+    }
+    view.ledgers.get_mut(&at("p", "b")).expect("there").capacity =
+        crate::view::LedgerCapacity::shared(Bytes(1));
+    assert_eq!(
+        consider(
+            &candidates(
+                &view,
+                &view.reservations[&Uid::from("r")],
+                &Need::of(&view, &view.reservations[&Uid::from("r")], NOW).expect("plain")
+            ),
+            None
+        )
+        .len(),
+        16
+    );
+}
+
+#[test]
+fn a43_a_second_reservation_joins_an_image_that_is_still_copied_and_is_not_charged_for_it() {
+    let mut view = view(&[("a", 100)]);
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    let mut staged = image("a", 20, 0);
+    staged.ready = false;
+    hold(&mut view, "a", staged.uid.as_str(), Class::Images, 20);
+    view.images.insert(staged.name.clone(), staged.clone());
+    let mut first = clone_of_template("first", 30);
+    first.assignment = Some(placed("p", "a", 1));
+    first.state = ReservationState::Promised;
+    hold(&mut view, "a", "first", Class::Volumes, 30);
+    add(&mut view, first);
+    add(&mut view, clone_of_template("second", 30));
+    let changes = ask(&view, "second");
+    let [Change::WriteLedger { promises, .. }, Change::AssignReservation { reused: true, image, .. }] =
+        &changes[..]
+    else {
+        panic!("{changes:?}");
+    };
+    assert_eq!(promises.len(), 3, "its own volume and nothing else");
+    assert_eq!(promises[&Uid::from("second")].charge.data, Bytes(30));
+    assert_eq!(image.as_ref().expect("named").staged_image, staged.name);
+}
+
+#[test]
+fn a48_an_idle_reference_says_when_it_ends_and_ends_by_its_version() {
+    let mut view = view(&[("a", 100)]);
+    let mut idle = reservation("r", 30, 0);
+    idle.assignment = Some(placed("p", "a", 1));
+    idle.prepared = Some(Generation::FIRST);
+    idle.state = ReservationState::Ready;
+    idle.ttl_millis = Some(1000);
+    add(&mut view, idle);
+    hold(&mut view, "a", "r", Class::Images, 30);
+    let changes = ask(&view, "r");
+    let [Change::ReportReservation { report, .. }, Change::RetryAfter { millis: 1000 }] = &changes[..] else {
+        panic!("{changes:?}");
+    };
+    assert_eq!(report.expires, Some(Timestamp(NOW.0 + 1000)));
+    view.reservations.values_mut().for_each(|request| request.expires = Some(NOW));
+    let changes = ask(&view, "r");
+    assert!(
+        matches!(&changes[..], [Change::ExpireReservation { version, .. }] if version.0 == "1"),
+        "{changes:?}"
+    );
+    let pool = view.nodes.get_mut(&NodeName::from("a")).expect("there").pools.values_mut().next();
+    pool.expect("one").in_use.insert(Uid::from("r"));
+    assert_eq!(told(&view, "r").expires, None, "in use: taken back");
+}
+
+#[test]
+fn a_dry_run_promises_nothing_and_tells_what_would_happen() {
+    let mut view = view(&[("a", 100)]);
+    let mut tried = reservation("tried", 60, 0);
+    tried.dry_run = true;
+    tried.has_finalizer = false;
+    add(&mut view, tried);
+    let fits = told(&view, "tried");
+    assert_eq!((fits.state, fits.reason), (ReservationState::Pending, Reason::DryRun));
+    let answer = fits.dry_run.expect("answered");
+    assert_eq!((answer.fits, answer.place, answer.peak), (true, Some(at("p", "a")), Bytes(60)));
+    add(&mut view, reservation("r", 60, 1));
+    assert!(matches!(&ask(&view, "r")[..], [Change::WriteLedger { .. }, _]), "it keeps nobody waiting");
+    hold(&mut view, "a", "x", Class::Images, 70);
+    view.reservations.get_mut(&Uid::from("r")).expect("there").created = Timestamp(0);
+    let answer = told(&view, "tried").dry_run.expect("answered");
+    assert_eq!((answer.fits, answer.position, answer.shortfall), (false, Some(2), Some(Bytes(30))));
+    assert!(ask(&view, "tried").iter().all(|change| !matches!(change, Change::WriteLedger { .. })));
+}
+
+#[test]
+fn the_peak_of_a_fit_counts_the_image_only_where_it_is_not_there() {
+    let mut view = view(&[("a", 100)]);
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    let request = clone_of_template("r", 10);
+    let alone = fit(&view, &request, NOW);
+    assert_eq!((alone.peak, alone.place, alone.position), (Bytes(50), Some(at("p", "a")), None));
+    let staged = image("a", 20, 0);
+    hold(&mut view, "a", staged.uid.as_str(), Class::Images, 20);
+    view.images.insert(staged.name.clone(), staged);
+    assert_eq!(fit(&view, &request, NOW).peak, Bytes(30));
+    view.imports.clear();
+    assert_eq!(fit(&view, &request, NOW).reason, Reason::TemplateNotFound);
 }

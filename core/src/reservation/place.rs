@@ -3,15 +3,22 @@
 use std::fmt::{self, Write as _};
 
 use crate::budget::{Shortfall, fits, fits_empty, free};
+use crate::change::Considered;
 use crate::ids::{NodeName, PoolName, Uid};
 use crate::ledger::{Behind, Promise};
 use crate::pool::OTHER_AREA;
 use crate::reason::Reason;
 use crate::thin::{BlockSize, Stopped};
 use crate::units::Bytes;
-use crate::view::{ImageView, LedgerView, NodePoolState, PoolView, ReservationView, View};
+use crate::view::{
+    ImageView, LedgerView, NodePoolState, NodeState, PoolView, ReservationView, Service, Strategy, View,
+};
 
 use super::need::{ImageNeed, Need, image_promise};
+use super::tenant::{Holdings, TenantExcess};
+
+/// How many places are told in a status.
+const TOLD: usize = 16;
 
 /// A pool on a node, and whether the reservation can go there now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +27,8 @@ pub struct Candidate {
     pub pool: PoolName,
     /// The node.
     pub node: NodeName,
+    /// How the pool chooses among places.
+    pub strategy: Strategy,
     /// Whether, or why not.
     pub verdict: Verdict,
 }
@@ -57,13 +66,17 @@ pub enum Verdict {
     NoLedger,
     /// The staged image is being removed there.
     ImageLeaving,
+    /// The pool takes nothing new there.
+    Cordoned(Service),
+    /// The reservations of its namespace hold as much of the pool as they may.
+    TenantLimit(TenantExcess),
 }
 
 impl Verdict {
-    /// True if waiting for other promises to go is all that can help, or nothing can.
-    pub const fn is_about_space(&self) -> bool {
+    /// True if a request that may not wait is refused for it: only other promises that go, or a person, can help.
+    pub const fn refuses(&self) -> bool {
         match self {
-            Self::Short(_) | Self::TooLarge(_) => true,
+            Self::Short(_) | Self::TooLarge(_) | Self::Cordoned(_) | Self::TenantLimit(_) => true,
             Self::Stopped(stopped) => stopped.is_about_space(),
             _ => false,
         }
@@ -82,6 +95,33 @@ impl Verdict {
             Self::NotReported | Self::NoLedger => Reason::NoMatchingNode,
             Self::Behind(_) => Reason::LedgerBehind,
             Self::ImageLeaving => Reason::Releasing,
+            Self::Cordoned(_) => Reason::Cordoned,
+            Self::TenantLimit(_) => Reason::TenantLimit,
+        }
+    }
+
+    /// How many bytes are missing, if it is bytes that are missing.
+    pub fn shortfall(&self) -> Option<Bytes> {
+        match self {
+            Self::Short(shortfall) | Self::TooLarge(shortfall) => Some(shortfall.bytes),
+            Self::TenantLimit(excess) => excess.shortfall(),
+            _ => None,
+        }
+    }
+}
+
+impl Candidate {
+    /// Why it was chosen of all that fit.
+    pub(super) fn chosen_because(&self) -> String {
+        let Self { pool, node, strategy, .. } = self;
+        match &self.verdict {
+            Verdict::Fits { present: true, .. } if *strategy == Strategy::PreferPresent => {
+                format!("{strategy:?}: pool {pool} on node {node} has the image")
+            }
+            Verdict::Fits { free, .. } if *strategy != Strategy::FirstFit => {
+                format!("{strategy:?}: pool {pool} on node {node} has {free} left, the most")
+            }
+            _ => format!("{strategy:?}: pool {pool} on node {node} is the first by name"),
         }
     }
 }
@@ -103,28 +143,39 @@ impl fmt::Display for Candidate {
             Verdict::Behind(behind) => write!(f, "is behind: {behind}"),
             Verdict::NoLedger => f.write_str("has no ledger yet"),
             Verdict::ImageLeaving => f.write_str("is removing its copy of the image"),
+            Verdict::Cordoned(service) => write!(f, "takes nothing new: it is {service:?}"),
+            Verdict::TenantLimit(excess) => write!(f, "{excess}"),
         }
     }
 }
 
 /// True if the reservation's fields allow this pool on this node.
-pub(super) fn may_use(reservation: &ReservationView, pool: &PoolView, node: &NodeName) -> bool {
+pub(super) fn may_use(reservation: &ReservationView, pool: &PoolView, node: &NodeState) -> bool {
     !pool.deleting
         && pool.invalid.is_none()
         && reservation.pools.allows(pool)
-        && reservation.node.as_ref().is_none_or(|only| only == node)
+        && reservation.node.as_ref().is_none_or(|only| *only == node.name)
+        && reservation.zone.as_ref().is_none_or(|zone| node.zone.as_ref() == Some(zone))
 }
 
 /// Every place that the reservation's fields allow, in order of pool and node, with what speaks against it.
 pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Candidate> {
     let mut all = Vec::new();
-    for pool in view.pools.values() {
+    for pool in view.pools.values().filter(|pool| reservation.pools.allows(pool)) {
+        let asked = need.own_in(pool.block).charge.data;
+        let excess = Holdings::of(view, pool).excess(view, pool, reservation, asked);
         for (name, node) in &view.nodes {
-            if !node.pools.contains_key(&pool.name) || !may_use(reservation, pool, name) {
+            if !node.pools.contains_key(&pool.name) || !may_use(reservation, pool, node) {
                 continue;
             }
-            let verdict = judge(view, reservation, need, pool, name);
-            all.push(Candidate { pool: pool.name.clone(), node: name.clone(), verdict });
+            let verdict = match (judge(view, reservation, need, pool, name), &excess) {
+                (Verdict::Fits { .. } | Verdict::Short(_), Some(excess)) => {
+                    Verdict::TenantLimit(excess.clone())
+                }
+                (verdict, _) => verdict,
+            };
+            let (pool, strategy) = (pool.name.clone(), pool.strategy);
+            all.push(Candidate { pool, node: name.clone(), strategy, verdict });
         }
     }
     all
@@ -155,6 +206,10 @@ fn judge(
     }
     if let Err(shortfall) = fits_empty(&ledger.capacity, &everything(need, &reservation.uid, pool.block)) {
         return Verdict::TooLarge(shortfall);
+    }
+    match pool.service_on(node) {
+        Service::Open => {}
+        closed @ (Service::Cordoned | Service::Draining) => return Verdict::Cordoned(closed),
     }
     if !state.live {
         return Verdict::NodeLost;
@@ -222,26 +277,52 @@ pub(super) fn everything(need: &Need, holder: &Uid, block: Option<BlockSize>) ->
     need.promises(holder, block, image)
 }
 
-/// The best of the places that fit and that `open` allows: where the image is promised already, then where most is left,
-/// then the first by name.
-pub fn choose(all: &[Candidate], open: impl Fn(&Candidate) -> bool) -> Option<&Candidate> {
-    let mut best: Option<(&Candidate, (bool, Bytes))> = None;
-    for candidate in all {
-        let Verdict::Fits { free, present } = candidate.verdict else { continue };
-        if open(candidate) && best.is_none_or(|(_, rank)| (present, free) > rank) {
-            best = Some((candidate, (present, free)));
+/// The index of the best of the places that fit and that `open` allows by their index. Where they are in pools with
+/// different strategies, the strategy of the first by name decides; between equals, the first by name wins.
+pub fn choose(all: &[Candidate], open: impl Fn(usize) -> bool) -> Option<usize> {
+    let fitting = || {
+        all.iter().enumerate().filter_map(|(at, candidate)| match candidate.verdict {
+            Verdict::Fits { free, present } if open(at) => Some((at, present, free)),
+            _ => None,
+        })
+    };
+    let (first, ..) = fitting().next()?;
+    let strategy = all[first].strategy;
+    let rank = |present: bool, free: Bytes| match strategy {
+        Strategy::FirstFit => (false, Bytes::ZERO),
+        Strategy::MostFree => (false, free),
+        Strategy::PreferPresent => (present, free),
+    };
+    let mut best: Option<(usize, (bool, Bytes))> = None;
+    for (at, present, free) in fitting() {
+        let rank = rank(present, free);
+        if best.is_none_or(|(_, other)| rank > other) {
+            best = Some((at, rank));
         }
     }
-    best.map(|(candidate, _)| candidate)
+    best.map(|(at, _)| at)
+}
+
+/// What is told of the places in a status: the chosen one first, then the others by name, as many as may be told.
+pub(super) fn consider(all: &[Candidate], chosen: Option<usize>) -> Vec<Considered> {
+    let others = (0..all.len()).filter(|at| Some(*at) != chosen);
+    let told = chosen.into_iter().chain(others).take(TOLD);
+    told.map(|at| {
+        let (candidate, chosen) = (&all[at], Some(at) == chosen);
+        let (reason, message) = match (&candidate.verdict, chosen) {
+            (_, true) => (Reason::Promised, candidate.chosen_because()),
+            (Verdict::Fits { free, .. }, false) => (candidate.verdict.reason(), format!("{free} are left")),
+            (_, false) => (candidate.verdict.reason(), candidate.to_string()),
+        };
+        let (pool, node) = (candidate.pool.clone(), candidate.node.clone());
+        Considered { pool, node, reason, message, shortfall: candidate.verdict.shortfall(), chosen }
+    })
+    .collect()
 }
 
 /// The least that is missing anywhere, if space is missing somewhere.
 pub(super) fn least_shortfall(all: &[Candidate]) -> Option<Bytes> {
-    let short = all.iter().filter_map(|candidate| match &candidate.verdict {
-        Verdict::Short(shortfall) | Verdict::TooLarge(shortfall) => Some(shortfall.bytes),
-        _ => None,
-    });
-    short.min()
+    all.iter().filter_map(|candidate| candidate.verdict.shortfall()).min()
 }
 
 /// What speaks against each place; at most five are named.
@@ -255,143 +336,5 @@ pub(super) fn explain(all: &[Candidate]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixture::{at, hold, image, promise, reservation, template, thin_view, view};
-    use crate::ids::ObjectName;
-    use crate::ledger::Class;
-    use crate::units::Timestamp;
-    use crate::view::{Access, PoolChoice};
-
-    fn look(view: &View, request: &ReservationView) -> Vec<Candidate> {
-        candidates(view, request, &Need::of(view, request, Timestamp(0)).expect("plain"))
-    }
-
-    #[test]
-    fn the_place_with_most_left_wins_and_ties_go_to_the_first() {
-        let mut view = view(&[("a", 100), ("b", 100), ("c", 100)]);
-        let request = reservation("r", 40, 0);
-        assert_eq!(choose(&look(&view, &request), |_| true).expect("fits").node, NodeName::from("a"));
-        hold(&mut view, "a", "x", Class::Images, 10);
-        assert_eq!(choose(&look(&view, &request), |_| true).expect("fits").node, NodeName::from("b"));
-        assert!(choose(&look(&view, &request), |candidate| candidate.node.as_str() == "a").is_some());
-    }
-
-    #[test]
-    fn a_place_that_has_the_image_is_preferred_and_charged_for_the_volume_only() {
-        let mut view = view(&[("a", 100), ("b", 100)]);
-        let import = template(30, 60);
-        view.imports.insert(import.name.clone(), import);
-        let staged = image("b", 60, 0);
-        hold(&mut view, "b", staged.uid.as_str(), Class::Images, 60);
-        view.images.insert(staged.name.clone(), staged);
-        let mut request = reservation("r", 30, 0);
-        request.access = Access::Block;
-        request.template = Some(ObjectName::new("ns", "template"));
-        let all = look(&view, &request);
-        assert!(all.iter().all(|candidate| matches!(candidate.verdict, Verdict::Fits { .. })), "{all:?}");
-        assert_eq!(choose(&all, |_| true).expect("fits").node, NodeName::from("b"));
-        view.images.values_mut().for_each(|image| image.deleting = true);
-        assert_eq!(look(&view, &request)[1].verdict, Verdict::ImageLeaving);
-    }
-
-    #[test]
-    fn every_obstacle_is_explained() {
-        let mut view =
-            view(&[("a", 100), ("b", 30), ("c", 100), ("d", 100), ("e", 100), ("f", 100), ("g", 100)]);
-        hold(&mut view, "a", "x", Class::Volumes, 70);
-        view.nodes.get_mut(&NodeName::from("c")).expect("there").live = false;
-        view.nodes.get_mut(&NodeName::from("d")).expect("there").reported = false;
-        view.ledgers.remove(&at("p", "e"));
-        let report = |view: &mut View, node: &str, change: fn(&mut NodePoolState)| {
-            let node = view.nodes.get_mut(&NodeName::from(node)).expect("there");
-            change(node.pools.values_mut().next().expect("one"));
-        };
-        report(&mut view, "f", |pool| pool.obeyed_revision = 9);
-        report(&mut view, "g", |pool| {
-            pool.usable = false;
-            pool.reason = Reason::PoolAreaFailed;
-            pool.message = "no such directory".to_owned();
-        });
-        let all = look(&view, &reservation("r", 40, 0));
-        let texts: Vec<String> = all.iter().map(ToString::to_string).collect();
-        assert_eq!(
-            texts,
-            [
-                "pool p on node a lacks 10 bytes in all",
-                "pool p on node b lacks 10 bytes for images even when empty",
-                "pool p on node c is lost: the node no longer renews its Lease",
-                "pool p on node d has not reported yet",
-                "pool p on node e has no ledger yet",
-                "pool p on node f is behind: the ledger is at revision 1, the node at 9",
-                "pool p on node g cannot be used: PoolAreaFailed: no such directory",
-            ]
-        );
-        assert!(explain(&all).ends_with("; and 2 more"));
-        assert_eq!(least_shortfall(&all), Some(Bytes(10)));
-        assert_eq!(choose(&all, |_| true), None);
-    }
-
-    #[test]
-    fn a_kernel_pool_that_takes_nothing_more_is_explained_with_numbers_and_stops_its_class_only() {
-        let mut view = thin_view(&["a", "b"], Bytes::gib(10));
-        let pool = view.nodes.get_mut(&NodeName::from("a")).expect("there").pools.values_mut().next();
-        let images = &mut pool.expect("one").thin.as_mut().expect("thin").images;
-        images.metadata.used = Bytes::mib(46);
-        let mut request = reservation("r", 1 << 30, 0);
-        let all = look(&view, &request);
-        assert_eq!(
-            all[0].to_string(),
-            "pool p on node a promises nothing more for images: the kernel pool uses 46 MiB of 64 MiB of metadata, 72 %, more \
-             than 70 %"
-        );
-        assert_eq!(
-            (all[0].verdict.reason(), all[0].verdict.is_about_space()),
-            (Reason::MetadataAlmostFull, true)
-        );
-        assert_eq!(choose(&all, |_| true).expect("elsewhere").node, NodeName::from("b"));
-        request.access = Access::Block;
-        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }), "volumes are well");
-        request.access = Access::Stream;
-        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }), "nothing is written");
-        let pool = view.nodes.get_mut(&NodeName::from("a")).expect("there").pools.values_mut().next();
-        let volumes = &mut pool.expect("one").thin.as_mut().expect("thin").volumes;
-        (volumes.needs_check, volumes.metadata.total) = (true, Bytes::ZERO);
-        request.access = Access::Block;
-        let all = look(&view, &request);
-        assert_eq!((all[0].verdict.reason(), all[0].verdict.is_about_space()), (Reason::NeedsCheck, false));
-    }
-
-    #[test]
-    fn metadata_is_promised_and_runs_out_like_data() {
-        let mut view = thin_view(&["a"], Bytes::gib(1024));
-        let mut request = reservation("r", 1 << 30, 0);
-        request.access = Access::Block;
-        assert!(matches!(look(&view, &request)[0].verdict, Verdict::Fits { .. }));
-        let left = view.ledgers[&at("p", "a")].capacity.volumes.metadata;
-        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
-        let mut other = promise("other", Class::Volumes, 1 << 30);
-        other.charge.metadata = left;
-        ledger.promises.insert(Uid::from("other"), other);
-        let short = look(&view, &request)[0].to_string();
-        assert!(short.ends_with("of metadata for volumes"), "{short}");
-        request.max_size = Bytes::gib(512);
-        let large = look(&view, &request)[0].to_string();
-        assert!(large.ends_with("of metadata for volumes even when empty"), "{large}");
-    }
-
-    #[test]
-    fn selectors_and_pinned_nodes_narrow_the_choice() {
-        let mut view = view(&[("a", 100), ("b", 100)]);
-        let mut request = reservation("r", 1, 0);
-        request.node = Some(NodeName::from("b"));
-        assert_eq!(look(&view, &request).len(), 1);
-        request.pools = PoolChoice::Labelled([("tier".to_owned(), "fast".to_owned())].into());
-        assert!(look(&view, &request).is_empty());
-        let pool = view.pools.values_mut().next().expect("one");
-        pool.labels.insert("tier".to_owned(), "fast".to_owned());
-        assert_eq!(look(&view, &request).len(), 1);
-        view.pools.values_mut().next().expect("one").deleting = true;
-        assert!(look(&view, &request).is_empty(), "a pool that is being deleted takes nothing new");
-    }
-}
+#[path = "place_tests.rs"]
+mod tests;

@@ -1,13 +1,27 @@
-//! Who waits, in which order. Plain first come, first served: a request never overtakes an earlier one that waits for the
-//! same place, so that a large one is not starved by small ones.
+//! Who waits, in which order.
+//!
+//! Each pool has one order, in which nobody takes a place that an earlier one waits for, so that a large request is not
+//! starved by small ones:
+//! 1. who has waited longer than a quarter of the pool's `maxQueueTime`, in order of arrival;
+//! 2. the others by priority, the highest first; among equals by turns of namespaces: every namespace's first request comes
+//!    before any namespace's second; then in order of arrival.
+//!
+//! The first rule bounds how long anybody can be overtaken. A request that waits for a limit of its own namespace keeps
+//! nobody waiting.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::fits_empty;
-use crate::ids::Uid;
+use crate::ids::{PoolName, Uid};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{ReservationState, ReservationView, View, WhenFull};
+use crate::view::{PoolView, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::Need;
 use super::place::{Candidate, everything, may_use};
+use super::tenant::Holdings;
+
+/// The part of a pool's `maxQueueTime` after which a request is overtaken no more.
+const OVERDUE_PART: u64 = 4;
 
 /// An earlier request that waits for a place that a later one could use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,46 +38,159 @@ pub struct Ahead {
 
 /// True if nothing is promised to it and something might be.
 pub fn is_waiting(view: &View, reservation: &ReservationView) -> bool {
+    may_wait(reservation) && view.ledgers_of(&reservation.uid).next().is_none()
+}
+
+fn may_wait(reservation: &ReservationView) -> bool {
     !reservation.deleting
+        && !reservation.dry_run
         && reservation.assignment.is_none()
         && reservation.state != ReservationState::Refused
         && reservation.invalid.is_none()
-        && view.ledgers_of(&reservation.uid).next().is_none()
 }
 
-/// The earlier requests that wait for one of these places, in order of arrival.
-pub(super) fn ahead(
-    view: &View,
-    reservation: &ReservationView,
-    all: &[Candidate],
-    now: Timestamp,
-) -> Vec<Ahead> {
-    let place = (reservation.created, &reservation.uid);
-    let mut found: Vec<(Timestamp, Ahead)> = Vec::new();
-    for other in view.reservations.values() {
-        if (other.created, &other.uid) >= place || !is_waiting(view, other) {
-            continue;
-        }
-        let Ok(need) = Need::of(view, other, now) else { continue };
-        let places: Vec<usize> =
-            (0..all.len()).filter(|at| waits_for(view, other, &need, &all[*at])).collect();
-        if !places.is_empty() {
-            let queued = other.state == ReservationState::Queued;
-            found
-                .push((other.created, Ahead { uid: other.uid.clone(), bytes: need.bytes(), queued, places }));
-        }
+/// The order of those that wait, for each pool: what it was when it was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    pools: BTreeMap<PoolName, Vec<Waiting>>,
+}
+
+/// One that waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Waiting {
+    uid: Uid,
+    need: Need,
+    queued: bool,
+    /// True if it waits for a limit of its own namespace.
+    limited: bool,
+}
+
+/// Sorts before what comes later: overdue, priority, turn, arrival, UID.
+type Rank = (bool, i32, usize, Timestamp, Uid);
+
+impl Backlog {
+    /// Of all pools. Costs a pass over all reservations, and a sort of those that wait.
+    pub fn of(view: &View, now: Timestamp) -> Self {
+        Self::among(view, now, None, |_| true)
     }
-    found.sort_by(|(a, one), (b, two)| (a, &one.uid).cmp(&(b, &two.uid)));
-    found.into_iter().map(|(_, ahead)| ahead).collect()
+
+    /// Of the pools that `request` may go to, with the request in its place even if the view lacks it.
+    pub fn around(view: &View, request: &ReservationView, now: Timestamp) -> Self {
+        Self::among(view, now, Some(request), |pool| request.pools.allows(pool))
+    }
+
+    fn among(
+        view: &View,
+        now: Timestamp,
+        request: Option<&ReservationView>,
+        concerns: impl Fn(&PoolView) -> bool,
+    ) -> Self {
+        let promised: BTreeSet<&Uid> =
+            view.ledgers.values().flat_map(|ledger| ledger.promises.keys()).collect();
+        let others = view.reservations.values().filter(|other| {
+            may_wait(other)
+                && !promised.contains(&other.uid)
+                && request.is_none_or(|request| request.uid != other.uid)
+        });
+        let waiting: Vec<(&ReservationView, Need)> = others
+            .chain(request)
+            .filter_map(|other| Some((other, Need::of(view, other, now).ok()?)))
+            .collect();
+        let pools = view.pools.values().filter(|pool| concerns(pool));
+        Self { pools: pools.map(|pool| (pool.name.clone(), ordered(view, pool, &waiting, now))).collect() }
+    }
+
+    /// The earlier requests that wait for one of these places, in order.
+    pub(super) fn ahead(&self, view: &View, reservation: &ReservationView, all: &[Candidate]) -> Vec<Ahead> {
+        let mut found: Vec<Ahead> = Vec::new();
+        let mut index: BTreeMap<&Uid, usize> = BTreeMap::new();
+        for (pool, line) in &self.pools {
+            let places: Vec<usize> = (0..all.len()).filter(|at| all[*at].pool == *pool).collect();
+            if places.is_empty() {
+                continue;
+            }
+            for earlier in line.iter().take_while(|earlier| earlier.uid != reservation.uid) {
+                let Some(other) = view.reservations.get(&earlier.uid).filter(|_| !earlier.limited) else {
+                    continue;
+                };
+                let here = places.iter().copied().filter(|at| waits_for(view, other, earlier, &all[*at]));
+                let here: Vec<usize> = here.collect();
+                if here.is_empty() {
+                    continue;
+                }
+                let at = *index.entry(&earlier.uid).or_insert(found.len());
+                if at == found.len() {
+                    let (uid, bytes) = (earlier.uid.clone(), earlier.need.bytes());
+                    found.push(Ahead { uid, bytes, queued: earlier.queued, places: Vec::new() });
+                }
+                found[at].places.extend(here);
+            }
+        }
+        found
+    }
+
+    /// How many others wait already in the pools that a reservation may go to, or came before it.
+    pub(super) fn length(&self, view: &View, reservation: &ReservationView) -> u32 {
+        let arrived = (reservation.created, &reservation.uid);
+        let others: BTreeSet<&Uid> = self
+            .pools
+            .iter()
+            .filter(|(pool, _)| view.pools.get(*pool).is_some_and(|pool| reservation.pools.allows(pool)))
+            .flat_map(|(_, line)| line)
+            .filter(|other| other.uid != reservation.uid)
+            .filter(|other| {
+                let known = view.reservations.get(&other.uid);
+                other.queued || known.is_some_and(|known| (known.created, &known.uid) < arrived)
+            })
+            .map(|other| &other.uid)
+            .collect();
+        u32::try_from(others.len()).unwrap_or(u32::MAX)
+    }
+}
+
+/// Those that may go to this pool, in its order.
+fn ordered(
+    view: &View,
+    pool: &PoolView,
+    waiting: &[(&ReservationView, Need)],
+    now: Timestamp,
+) -> Vec<Waiting> {
+    let holdings = Holdings::of(view, pool);
+    let mut line: Vec<&(&ReservationView, Need)> =
+        waiting.iter().filter(|(other, _)| other.pools.allows(pool)).collect();
+    let overdue = |other: &ReservationView| {
+        let since = other.queued_since.unwrap_or(other.created);
+        now.millis_since(since) >= pool.max_queue_millis / OVERDUE_PART
+    };
+    line.sort_by_key(|(other, _)| (-other.priority, other.created, &other.uid));
+    let mut turns: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut ranked: Vec<(Rank, Waiting)> = Vec::with_capacity(line.len());
+    for (other, need) in line {
+        let asked = need.own_in(pool.block).charge.data;
+        let limited = holdings.excess(view, pool, other, asked).is_some();
+        let rank = if overdue(other) {
+            (false, 0, 0, other.created, other.uid.clone())
+        } else {
+            let turn = turns.entry(other.claim_namespace.as_str()).or_default();
+            *turn += 1;
+            (true, -other.priority, *turn, other.created, other.uid.clone())
+        };
+        let queued = other.state == ReservationState::Queued;
+        ranked.push((rank, Waiting { uid: other.uid.clone(), need: need.clone(), queued, limited }));
+    }
+    ranked.sort_by(|(one, _), (two, _)| one.cmp(two));
+    ranked.into_iter().map(|(_, waiting)| waiting).collect()
 }
 
 /// True if `other` may use the place, and could if it were empty.
-fn waits_for(view: &View, other: &ReservationView, need: &Need, place: &Candidate) -> bool {
-    let Some(pool) = view.pools.get(&place.pool) else { return false };
+fn waits_for(view: &View, other: &ReservationView, waiting: &Waiting, place: &Candidate) -> bool {
+    let (Some(pool), Some(node)) = (view.pools.get(&place.pool), view.nodes.get(&place.node)) else {
+        return false;
+    };
     let ledger = view.ledgers.get(&(place.pool.clone(), place.node.clone()));
-    may_use(other, pool, &place.node)
+    may_use(other, pool, node)
         && ledger.is_some_and(|ledger| {
-            fits_empty(&ledger.capacity, &everything(need, &other.uid, pool.block)).is_ok()
+            fits_empty(&ledger.capacity, &everything(&waiting.need, &other.uid, pool.block)).is_ok()
         })
 }
 
@@ -94,60 +221,5 @@ impl Policy {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixture::{add, hold, pool, reservation, view};
-    use crate::ids::{NodeName, PoolName};
-    use crate::ledger::Class;
-    use crate::reservation::candidates;
-    use crate::view::PoolChoice;
-
-    fn names(view: &View, request: &ReservationView) -> Vec<String> {
-        let need = Need::of(view, request, Timestamp(0)).expect("plain");
-        let all = candidates(view, request, &need);
-        ahead(view, request, &all, Timestamp(0)).into_iter().map(|ahead| ahead.uid.0).collect()
-    }
-
-    #[test]
-    fn earlier_requests_for_the_same_place_are_ahead_in_order_and_no_others() {
-        let mut view = view(&[("a", 100), ("b", 20)]);
-        let last = reservation("z", 10, 9);
-        add(&mut view, reservation("y", 10, 9));
-        add(&mut view, reservation("second", 10, 2));
-        add(&mut view, reservation("first", 50, 1));
-        add(&mut view, reservation("later", 10, 10));
-        let mut gone = reservation("gone", 10, 0);
-        gone.deleting = true;
-        add(&mut view, gone);
-        let mut refused = reservation("refused", 10, 0);
-        refused.state = ReservationState::Refused;
-        add(&mut view, refused);
-        add(&mut view, reservation("promised", 10, 0));
-        hold(&mut view, "a", "promised", Class::Images, 10);
-        let mut elsewhere = reservation("elsewhere", 10, 0);
-        elsewhere.pools = PoolChoice::Named(PoolName::from("q"));
-        add(&mut view, elsewhere);
-        add(&mut view, reservation("too-large", 200, 0));
-        assert_eq!(names(&view, &last), ["first", "second", "y"]);
-        let mut pinned = last.clone();
-        pinned.node = Some(NodeName::from("b"));
-        assert_eq!(names(&view, &pinned), ["second", "y"], "50 never fits on b");
-    }
-
-    #[test]
-    fn the_most_generous_pool_counts() {
-        let mut view = view(&[]);
-        let mut strict = pool("q");
-        strict.when_full = WhenFull::Reject;
-        strict.max_queued = 5;
-        view.pools.insert(strict.name.clone(), strict);
-        let mut request = reservation("r", 1, 0);
-        request.pools = PoolChoice::Labelled(std::collections::BTreeMap::new());
-        let policy = Policy::of(&view, &request).expect("two pools");
-        assert_eq!((policy.when_full, policy.length), (WhenFull::Queue, 1000));
-        request.when_full = Some(WhenFull::Reject);
-        assert_eq!(Policy::of(&view, &request).expect("two pools").when_full, WhenFull::Reject);
-        request.pools = PoolChoice::Named(PoolName::from("none"));
-        assert_eq!(Policy::of(&view, &request), None);
-    }
-}
+#[path = "queue_tests.rs"]
+mod tests;

@@ -45,10 +45,7 @@ pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> 
         Step::Done => Vec::new(),
         Step::Wait(reason, message) => {
             let state = ReservationState::Releasing;
-            vec![report(
-                reservation,
-                ReservationReport { state, reason, message, queue: None, shortfall: None },
-            )]
+            vec![report(reservation, ReservationReport::new(state, reason, message))]
         }
     }
 }

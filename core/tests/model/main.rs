@@ -126,6 +126,7 @@ impl History {
             priority: 0,
             ttl_millis: None,
             renewed: None,
+            expires: None,
             dry_run: false,
             max_size: Bytes(units * UNIT),
             template: template.map(|name| ObjectName::new("ns", name)),

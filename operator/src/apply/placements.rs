@@ -1,10 +1,13 @@
 //! Placements: fixed by replacing the status under the version that was seen.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
+use berth_api::conditions::timestamp;
 use berth_api::fields::Assignment;
 use berth_api::staging_reservation::AssignedImage as ApiImage;
 use berth_api::{ImageStore, StagingReservation, TemplateImport};
+use berth_core::change::Considered;
 use berth_core::ids::{NodeName, ObjectName};
 use berth_core::metric::Metric;
 use berth_core::units::Generation;
@@ -14,7 +17,9 @@ use kube::core::NamespaceResourceScope;
 use serde::Serialize;
 
 use super::error::swapped;
+use super::reservations::candidate_place;
 use super::{Applier, ApplyError};
+use crate::context::now;
 use crate::observe::Observed;
 use crate::sabotage;
 
@@ -25,24 +30,35 @@ impl Applier {
         name: &ObjectName,
         version: &ObjectVersion,
         placement: &Placement,
-        image: Option<&AssignedImage>,
-        reused: bool,
+        image: Option<(&AssignedImage, bool)>,
+        considered: &[Considered],
     ) -> Result<bool, ApplyError> {
+        let waited = self.waited(name);
         self.assign(name, version, |reservation: &mut StagingReservation| {
             let status = reservation.status.get_or_insert_default();
             status.assignment = Some(assignment_of(placement));
-            status.image = image.map(|image| ApiImage {
+            status.image = image.map(|(image, _)| ApiImage {
                 digest: image.digest.to_string(),
                 staged_image: image.staged_image.clone(),
                 virtual_size: image.virtual_size.as_i64(),
             });
-            status.reused = image.is_some().then_some(reused);
+            status.reused = image.map(|(_, reused)| reused);
+            status.candidates = considered.iter().map(candidate_place).collect();
         })
         .await?;
         tracing::info!(reservation = %name, pool = %placement.pool, node = %placement.node,
             generation = %placement.generation, "reservation assigned");
-        self.metrics.add(Metric::AdmissionsTotal, &[("pool", placement.pool.as_str())], 1);
+        let labels = [("pool", placement.pool.as_str())];
+        self.metrics.add(Metric::AdmissionsTotal, &labels, 1);
+        self.metrics.add(Metric::QueueWaitSecondsTotal, &labels, waited.as_secs());
         Ok(true)
+    }
+
+    /// How long ago a reservation was made.
+    fn waited(&self, name: &ObjectName) -> Duration {
+        let seen = self.observer.stored::<StagingReservation>(name);
+        let made = seen.as_ref().and_then(|seen| seen.metadata.creation_timestamp.as_ref()).map(timestamp);
+        Duration::from_millis(made.map_or(0, |made| now().millis_since(made)))
     }
 
     /// Which node works on an import.

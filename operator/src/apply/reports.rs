@@ -2,14 +2,12 @@
 
 use berth_api::conditions::{ConditionType, Truth, condition, find};
 use berth_api::staging_pool::PoolCapacity;
-use berth_api::staging_reservation::{QueuePlace, ReservationState as ApiReservationState};
 use berth_api::template_import::ImportState as ApiImportState;
-use berth_api::{ImageTransfer, StagingPool, StagingReservation, TemplateImport};
-use berth_core::change::{PoolReport, ReservationReport};
+use berth_api::{ImageTransfer, StagingPool, TemplateImport};
+use berth_core::change::PoolReport;
 use berth_core::ids::{ObjectName, PoolName, Uid};
-use berth_core::metric::Metric;
 use berth_core::reason::Reason;
-use berth_core::view::{ImportState, ObjectVersion, ReservationState};
+use berth_core::view::{ImportState, ObjectVersion};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::Patch;
 use kube::{Api, ResourceExt as _};
@@ -27,18 +25,6 @@ pub(super) struct ImportReport<'r> {
     pub reason: Reason,
     pub message: &'r str,
     pub reserved: bool,
-}
-
-/// The fields of a reservation's status that the operator owns. Absent ones are taken back.
-#[derive(Debug, PartialEq, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ReservationFields {
-    state: Option<ApiReservationState>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    queue: Option<QueuePlace>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    shortfall_bytes: Option<i64>,
-    conditions: Vec<Condition>,
 }
 
 /// The fields of an import's status that the operator owns.
@@ -61,78 +47,6 @@ struct PoolFields {
 }
 
 impl Applier {
-    /// `Promised` is the operator's for ever; `Ready` only until the reservation has a place: then it is the node's.
-    pub(super) async fn report_reservation(
-        &self,
-        name: &ObjectName,
-        uid: &Uid,
-        version: &ObjectVersion,
-        report: &ReservationReport,
-    ) -> Result<bool, ApplyError> {
-        let Some(seen) = self.seen::<StagingReservation>(name, Some(uid)) else { return Ok(false) };
-        if seen.resource_version().as_deref() != Some(version.0.as_str()) {
-            let object = format!("StagingReservation {name}");
-            return Err(ApplyError::Conflict { operation: "report on", object });
-        }
-        let status = seen.status.clone().unwrap_or_default();
-        let generation = seen.metadata.generation;
-        let write = |kind, holds| {
-            condition(
-                &status.conditions,
-                kind,
-                truth(holds),
-                report.reason,
-                &report.message,
-                generation,
-                now(),
-            )
-        };
-        let promised = matches!(report.state, ReservationState::Promised | ReservationState::Ready);
-        let mut kinds = vec![ConditionType::Promised];
-        let mut conditions = vec![write(ConditionType::Promised, promised)];
-        if status.assignment.is_none() && !promised {
-            kinds.push(ConditionType::Ready);
-            conditions.push(write(ConditionType::Ready, false));
-        }
-        let wanted = ReservationFields {
-            state: Some(reservation_state(report.state)),
-            queue: report.queue.map(|(position, ahead)| QueuePlace {
-                position: position.try_into().unwrap_or(i32::MAX),
-                bytes_ahead: ahead.as_i64(),
-                reason: report.reason.as_str().to_owned(),
-            }),
-            shortfall_bytes: report.shortfall.map(berth_core::units::Bytes::as_i64),
-            conditions,
-        };
-        let is = ReservationFields {
-            state: status.state,
-            queue: status.queue,
-            shortfall_bytes: status.shortfall_bytes,
-            conditions: of_kinds(&status.conditions, &kinds),
-        };
-        if is == wanted {
-            return Ok(false);
-        }
-        let written = self.report(self.namespaced(name), &*seen, Some(version), &wanted).await?;
-        let Some(written) = written else { return Ok(false) };
-        self.observer.absorb(written);
-        if is.state != wanted.state || reason_of(&is.conditions) != reason_of(&wanted.conditions) {
-            self.say_reservation(&seen, name, report);
-        }
-        Ok(true)
-    }
-
-    /// Tells of a reservation that came to another state, or came there for another reason.
-    fn say_reservation(&self, seen: &StagingReservation, name: &ObjectName, report: &ReservationReport) {
-        let action = format!("{:?}", report.state);
-        tracing::info!(reservation = %name, state = action, reason = %report.reason, message = report.message,
-            "reservation reported");
-        self.events.say(seen, &action, report.reason, &report.message);
-        if report.state == ReservationState::Refused {
-            self.metrics.add(Metric::RefusalsTotal, &[("reason", report.reason.as_str())], 1);
-        }
-    }
-
     pub(super) async fn report_import(
         &self,
         name: &ObjectName,
@@ -253,14 +167,18 @@ impl Applier {
         Ok(())
     }
 
-    fn seen<K: Observed>(&self, name: &ObjectName, uid: Option<&Uid>) -> Option<std::sync::Arc<K>> {
+    pub(super) fn seen<K: Observed>(
+        &self,
+        name: &ObjectName,
+        uid: Option<&Uid>,
+    ) -> Option<std::sync::Arc<K>> {
         let seen = self.observer.stored::<K>(name)?;
         uid.is_none_or(|uid| seen.uid().as_deref() == Some(uid.as_str())).then_some(seen)
     }
 
     /// Applies the operator's fields of a status, if it is still at `version` where one is given; `None` if the object
     /// is gone.
-    async fn report<K: Observed>(
+    pub(super) async fn report<K: Observed>(
         &self,
         api: Api<K>,
         seen: &K,
@@ -285,28 +203,17 @@ impl Applier {
     }
 }
 
-const fn truth(holds: bool) -> Truth {
+pub(super) const fn truth(holds: bool) -> Truth {
     if holds { Truth::True } else { Truth::False }
 }
 
 /// The conditions of these types, in the order of the types.
-fn of_kinds(conditions: &[Condition], kinds: &[ConditionType]) -> Vec<Condition> {
+pub(super) fn of_kinds(conditions: &[Condition], kinds: &[ConditionType]) -> Vec<Condition> {
     kinds.iter().filter_map(|kind| find(conditions, *kind)).cloned().collect()
 }
 
-fn reason_of(conditions: &[Condition]) -> Option<&str> {
+pub(super) fn reason_of(conditions: &[Condition]) -> Option<&str> {
     conditions.first().map(|condition| condition.reason.as_str())
-}
-
-const fn reservation_state(state: ReservationState) -> ApiReservationState {
-    match state {
-        ReservationState::Pending => ApiReservationState::Pending,
-        ReservationState::Queued => ApiReservationState::Queued,
-        ReservationState::Promised => ApiReservationState::Promised,
-        ReservationState::Ready => ApiReservationState::Ready,
-        ReservationState::Releasing => ApiReservationState::Releasing,
-        ReservationState::Refused => ApiReservationState::Refused,
-    }
 }
 
 const fn import_state(state: ImportState) -> ApiImportState {

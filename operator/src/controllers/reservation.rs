@@ -55,14 +55,23 @@ impl Controlled for StagingReservation {
     }
 }
 
-/// True if a placement, or the end, is still to come.
+/// True if a placement, or the end, is still to come. One that is only tried looks again by itself, every few seconds, so
+/// that a busy pool does not make it write at every change.
 fn is_waiting(reservation: &ReservationView) -> bool {
-    reservation.deleting || reservation.assignment.is_none() && reservation.state != ReservationState::Refused
+    reservation.deleting
+        || !reservation.dry_run
+            && reservation.assignment.is_none()
+            && reservation.state != ReservationState::Refused
 }
 
-/// True if nothing but deletion can change it.
+/// True if nothing but deletion can change it. One that ends when nothing uses it is never settled.
 fn is_settled(reservation: &ReservationView) -> bool {
-    !reservation.deleting && matches!(reservation.state, ReservationState::Ready | ReservationState::Refused)
+    let ended = match reservation.state {
+        ReservationState::Ready => reservation.ttl_millis.is_none(),
+        ReservationState::Refused => true,
+        _ => false,
+    };
+    ended && !reservation.deleting
 }
 
 fn names(reservation: &ReservationView, image: &str) -> bool {
@@ -90,6 +99,7 @@ mod tests {
             priority: 0,
             ttl_millis: None,
             renewed: None,
+            expires: None,
             dry_run: false,
             max_size: Bytes::gib(1),
             template: None,
