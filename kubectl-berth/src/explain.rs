@@ -160,7 +160,7 @@ fn places(told: &Explanation) -> String {
     }
     let mut table = Table::new(["POOL", "NODE", "VERDICT", "SHORT OF"]);
     for place in &told.candidates {
-        let verdict = if place.fits { "Fits".to_owned() } else { place.reason.clone() };
+        let verdict = if place.chosen { "Chosen".to_owned() } else { place.reason.clone() };
         let short = place.shortfall_bytes.map(|bytes| bytes.to_string()).unwrap_or_default();
         table.push([place.pool.clone(), place.node.clone(), verdict, short]);
     }

@@ -20,7 +20,7 @@ use request::request;
 
 /// What would become of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-enum Result {
+enum Verdict {
     /// It would be promised now.
     Fits,
     /// It would wait.
@@ -33,7 +33,7 @@ enum Result {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer {
-    result: Result,
+    result: Verdict,
     reason: String,
     message: String,
     /// Where it would be.
@@ -85,9 +85,9 @@ pub async fn run(client: &Client, scope: &Scope, args: &FitArgs) -> anyhow::Resu
         Output::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
     }
     Ok(match answer.result {
-        Result::Fits => ExitCode::SUCCESS,
-        Result::Waits => ExitCode::from(1),
-        Result::Refused => ExitCode::from(2),
+        Verdict::Fits => ExitCode::SUCCESS,
+        Verdict::Waits => ExitCode::from(1),
+        Verdict::Refused => ExitCode::from(2),
     })
 }
 
@@ -96,14 +96,14 @@ fn answer(view: &View, request: ReservationView, now: Timestamp) -> Answer {
     let outcome = outcome(view, &request, now);
     let fit = fit(&View { leader: true, ..view.clone() }, &request, now);
     let (result, told) = match outcome {
-        Outcome::Promised => (Result::Fits, None),
-        Outcome::Waits(told) => (Result::Waits, Some(told)),
-        Outcome::Refused(told) => (Result::Refused, Some(told)),
+        Outcome::Promised => (Verdict::Fits, None),
+        Outcome::Waits(told) => (Verdict::Waits, Some(told)),
+        Outcome::Refused(told) => (Verdict::Refused, Some(told)),
     };
     of(result, told, fit)
 }
 
-fn of(result: Result, told: Option<Told>, fit: Fit) -> Answer {
+fn of(result: Verdict, told: Option<Told>, fit: Fit) -> Answer {
     let Told { reason, message } = told.unwrap_or(Told { reason: fit.reason, message: fit.message });
     let (pool, node) = fit.place.map(|(pool, node)| (pool.to_string(), node.to_string())).unzip();
     let places = fit.considered.into_iter().map(|place| Place {
@@ -121,7 +121,7 @@ fn of(result: Result, told: Option<Told>, fit: Fit) -> Answer {
         pool,
         node,
         peak_bytes: fit.peak,
-        position: fit.position.filter(|_| result == Result::Waits),
+        position: fit.position.filter(|_| result == Verdict::Waits),
         bytes_ahead: fit.bytes_ahead,
         shortfall_bytes: fit.shortfall,
         reclaims: fit.reclaims,
@@ -131,10 +131,10 @@ fn of(result: Result, told: Option<Told>, fit: Fit) -> Answer {
 
 fn as_text(answer: &Answer) -> String {
     let mut text = match (&answer.result, &answer.pool, &answer.node) {
-        (Result::Fits, Some(pool), Some(node)) => format!("fits now: pool {pool} on node {node}\n"),
-        (Result::Fits, ..) => "fits now\n".to_owned(),
-        (Result::Waits, ..) => "would wait\n".to_owned(),
-        (Result::Refused, ..) => "would be refused\n".to_owned(),
+        (Verdict::Fits, Some(pool), Some(node)) => format!("fits now: pool {pool} on node {node}\n"),
+        (Verdict::Fits, ..) => "fits now\n".to_owned(),
+        (Verdict::Waits, ..) => "would wait\n".to_owned(),
+        (Verdict::Refused, ..) => "would be refused\n".to_owned(),
     };
     text.push_str(&fact("why", &format!("{}: {}", answer.reason, answer.message)));
     text.push_str(&fact("peak", &answer.peak_bytes.to_string()));

@@ -103,7 +103,10 @@ fn kept_until(reservation: &ReservationView, now: Timestamp) -> Result<Timestamp
         ReservationState::Refused => Err(NotRenewable::Refused(name)),
         ReservationState::Releasing => Err(NotRenewable::Deleted(name)),
         ReservationState::Pending | ReservationState::Queued => Err(NotRenewable::Waiting(name)),
-        ReservationState::Promised | ReservationState::Ready => Ok(Timestamp(now.0.saturating_add(ttl))),
+        ReservationState::Promised | ReservationState::Ready => {
+            let renewed = Timestamp(now.0.saturating_add(ttl));
+            Ok(reservation.expires.map_or(renewed, |expires| expires.max(renewed)))
+        }
     }
 }
 
@@ -118,6 +121,9 @@ mod tests {
     fn what_is_held_is_kept_for_its_ttl() {
         let ready = parse::reservation_view(&seen().reservations[0]);
         assert_eq!(kept_until(&ready, NOW), Ok(Timestamp(NOW.0 + 3_600_000)));
+        let later = Timestamp(NOW.0 + 5_000_000);
+        let longer = ReservationView { expires: Some(later), ..ready };
+        assert_eq!(kept_until(&longer, NOW), Ok(later), "it never ends earlier than it would have");
     }
 
     #[test]

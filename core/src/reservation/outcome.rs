@@ -86,13 +86,22 @@ mod tests {
         assert_eq!(outcome(&view, &request, NOW), Outcome::Promised);
         hold(&mut view, "a", "x", Class::Images, 70);
         let waits = outcome(&view, &request, NOW);
-        assert!(matches!(&waits, Outcome::Waits(told) if told.reason == Reason::InsufficientCapacity), "{waits:?}");
+        assert!(
+            matches!(&waits, Outcome::Waits(told) if told.reason == Reason::InsufficientCapacity),
+            "{waits:?}"
+        );
         let mut strict = request.clone();
         strict.when_full = Some(WhenFull::Reject);
         let refused = outcome(&view, &strict, NOW);
-        assert!(matches!(&refused, Outcome::Refused(told) if told.reason == Reason::CapacityRefused), "{refused:?}");
+        assert!(
+            matches!(&refused, Outcome::Refused(told) if told.reason == Reason::CapacityRefused),
+            "{refused:?}"
+        );
         let large = outcome(&view, &reservation("r", 400, 0), NOW);
-        assert!(matches!(&large, Outcome::Refused(told) if told.reason == Reason::LargerThanPool), "{large:?}");
+        assert!(
+            matches!(&large, Outcome::Refused(told) if told.reason == Reason::LargerThanPool),
+            "{large:?}"
+        );
     }
 
     #[test]
@@ -114,6 +123,9 @@ mod tests {
         request.access = Access::Block;
         request.template = Some(ObjectName::new("ns", "none"));
         let refused = outcome(&view(&[("a", 100)]), &request, NOW);
-        assert!(matches!(&refused, Outcome::Refused(told) if told.reason == Reason::TemplateNotFound), "{refused:?}");
+        assert!(
+            matches!(&refused, Outcome::Refused(told) if told.reason == Reason::TemplateNotFound),
+            "{refused:?}"
+        );
     }
 }

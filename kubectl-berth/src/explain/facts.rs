@@ -1,11 +1,11 @@
 //! What there is to say of one reservation: nothing is guessed that a view does not show.
 
 use berth_api::conditions::{ConditionType, Truth, find};
-use berth_api::staging_reservation::StagingReservationStatus;
+use berth_api::staging_reservation::{CandidatePlace, StagingReservationStatus};
 use berth_api::{StagedImage, StagingReservation};
 use berth_core::ids::{ObjectName, Uid};
 use berth_core::ledger::LedgerRecord as _;
-use berth_core::reservation::{Candidate, Need, Verdict, candidates, is_waiting};
+use berth_core::reservation::{Candidate, Need, candidates, is_waiting};
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{Placement, PoolChoice, ReservationView, View};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -40,7 +40,7 @@ pub struct Explanation {
     /// Its place in the queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue: Option<Queue>,
-    /// Every place that its fields allow, while it has none.
+    /// The places that its fields allow: as they are now while it has none, otherwise as they were when it got its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub candidates: Vec<Place>,
     /// What is promised to it, in which ledgers.
@@ -115,9 +115,9 @@ pub struct Place {
     pub pool: String,
     /// The node.
     pub node: String,
-    /// True if it fits there now.
-    pub fits: bool,
-    /// The documented reason against it; `Queued` if only earlier requests are.
+    /// True for the place that it was given.
+    pub chosen: bool,
+    /// The documented reason for or against it; `Queued` if only earlier requests speak against it.
     pub reason: String,
     /// What is missing there.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -215,7 +215,10 @@ pub fn explain(
         message: condition.map(|condition| condition.message.clone()).unwrap_or_default(),
         asks: asks(reservation, &request),
         queue: queue(&view, &request, &status, now),
-        candidates: places.iter().map(place).collect(),
+        candidates: match places.is_empty() {
+            true => status.candidates.iter().map(told).collect(),
+            false => places.iter().map(place).collect(),
+        },
         promises: promises(&view, &request.uid),
         image: image(seen, &view, &request, &status),
         node: request.assignment.as_ref().map(|at| node(seen, &view, at, now)),
@@ -281,17 +284,25 @@ fn places(view: &View, request: &ReservationView, now: Timestamp) -> Vec<Candida
 }
 
 fn place(candidate: &Candidate) -> Place {
-    let shortfall_bytes = match &candidate.verdict {
-        Verdict::Short(shortfall) | Verdict::TooLarge(shortfall) => Some(shortfall.bytes),
-        _ => None,
-    };
     Place {
         pool: candidate.pool.to_string(),
         node: candidate.node.to_string(),
-        fits: matches!(candidate.verdict, Verdict::Fits { .. }),
+        chosen: false,
         reason: candidate.verdict.reason().as_str().to_owned(),
-        shortfall_bytes,
+        shortfall_bytes: candidate.verdict.shortfall(),
         message: candidate.to_string(),
+    }
+}
+
+/// A place as the operator has told of it.
+fn told(place: &CandidatePlace) -> Place {
+    Place {
+        pool: place.pool.clone(),
+        node: place.node.clone(),
+        chosen: place.chosen,
+        reason: place.reason.clone(),
+        shortfall_bytes: place.shortfall_bytes.map(Bytes::from_i64),
+        message: place.message.clone(),
     }
 }
 
@@ -422,30 +433,28 @@ struct Expiry {
 impl Expiry {
     fn of(view: &View, request: &ReservationView, now: Timestamp) -> Self {
         let Some(ttl) = request.ttl_millis else {
-            let ends = "only when it is deleted, by what it belongs to".to_owned();
-            return Self { ends, at: None };
+            return Self { ends: "only when it is deleted, by what it belongs to".to_owned(), at: None };
         };
-        let ttl_text = span(ttl);
-        if in_use(view, request) == Some(true) {
-            return Self {
-                ends: format!("{ttl_text} after it was last in use, or when it is deleted"),
-                at: None,
-            };
-        }
-        let Some(ready) = request.ready_since else {
-            let ends = format!("{ttl_text} after it is ready and nothing uses it, or when it is deleted");
-            return Self { ends, at: None };
+        let after = span(ttl);
+        let ends = match (in_use(view, request), request.expires, request.ready_since) {
+            (Some(true), ..) => format!("{after} after it was last in use, or when it is deleted"),
+            (_, Some(at), _) => {
+                let left = span(at.millis_since(now));
+                let ends = format!("in {left}, unless something uses it until then or it is renewed");
+                return Self { ends, at: Some(at) };
+            }
+            (None, None, Some(_)) => {
+                format!("{after} after its last use; not while its node does not say whether it is in use")
+            }
+            (Some(false), None, Some(_)) => {
+                format!(
+                    "{after} after an operator has first seen that nothing uses it, or when it is deleted"
+                )
+            }
+            (_, None, None) => {
+                format!("{after} after it is ready and nothing uses it, or when it is deleted")
+            }
         };
-        let at = Timestamp(ready.max(request.renewed.unwrap_or(ready)).0.saturating_add(ttl));
-        let left = at.millis_since(now);
-        let ends = if in_use(view, request).is_none() {
-            format!("{ttl_text} after its last use; not while its node does not say whether it is in use")
-        } else {
-            format!(
-                "{ttl_text} after it was last ready, renewed or in use: in {} at the earliest",
-                span(left)
-            )
-        };
-        Self { ends, at: Some(at) }
+        Self { ends, at: None }
     }
 }

@@ -70,9 +70,17 @@ StagingReservation berth-system/csi-vol
 #[test]
 fn what_is_ready_says_until_when_it_stays() {
     let mut seen = led(seen());
+    let unseen = told(&seen, "ready");
+    assert_eq!(
+        unseen.ends,
+        "1 h after an operator has first seen that nothing uses it, or when it is deleted"
+    );
+    let status = seen.reservations[0].status.as_mut().expect("it has one");
+    status.expires_at = Some(berth_api::conditions::time(Timestamp(NOW.0 + 90_000)));
     let ready = told(&seen, "ready");
+    assert_eq!(ready.ends, "in 1 min 30 s, unless something uses it until then or it is renewed");
     assert_eq!(ready.next, "Nothing: it is ready on node n1.");
-    assert_eq!(ready.expires_at.as_deref(), Some("2026-01-01T01:00:00Z"));
+    assert_eq!(ready.expires_at.as_deref(), Some("2026-01-01T01:01:30Z"));
     assert_eq!((ready.in_use, ready.candidates.len()), (Some(false), 0));
     let status = seen.nodes[0].status.as_mut().expect("it reports");
     status.pools[0].in_use.push("uid-ready".to_owned());
@@ -81,6 +89,33 @@ fn what_is_ready_says_until_when_it_stays() {
     assert_eq!(used.ends, "1 h after it was last in use, or when it is deleted");
     seen.fresh_leases.clear();
     assert_eq!(told(&seen, "ready").in_use, None, "a lost node says nothing");
+}
+
+#[test]
+fn what_has_a_place_says_why_it_was_that_one() {
+    let mut seen = led(seen());
+    let place = |pool: &str, chosen: bool, reason: &str, message: &str| {
+        berth_api::staging_reservation::CandidatePlace {
+            pool: pool.to_owned(),
+            node: "n1".to_owned(),
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+            shortfall_bytes: (!chosen).then_some(5 << 30),
+            chosen,
+        }
+    };
+    seen.reservations[0].status.as_mut().expect("it has one").candidates = vec![
+        place("fast", true, "Promised", "MostFree: pool fast on node n1 has 10 GiB left, the most"),
+        place("slow", false, "InsufficientCapacity", "pool slow on node n1 lacks 5 GiB in all"),
+    ];
+    let text = as_text(&told(&seen, "ready"));
+    let expected = "
+POOL   NODE   VERDICT                SHORT OF
+fast   n1     Chosen                 -
+slow   n1     InsufficientCapacity   5 GiB
+  MostFree: pool fast on node n1 has 10 GiB left, the most
+";
+    assert!(text.ends_with(expected), "{text}");
 }
 
 #[test]

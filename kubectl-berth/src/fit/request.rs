@@ -142,7 +142,18 @@ mod tests {
     #[test]
     fn flags_say_everything_that_a_manifest_could() {
         let words = [
-            "--size", "20Gi", "-l", "tier=fast", "--access", "Block", "--node", "n1", "--zone", "z", "--priority", "7",
+            "--size",
+            "20Gi",
+            "-l",
+            "tier=fast",
+            "--access",
+            "Block",
+            "--node",
+            "n1",
+            "--zone",
+            "z",
+            "--priority",
+            "7",
         ];
         let view = reservation_view(&request(&flags(&words), "team").expect("a request"));
         assert_eq!((view.max_size, view.access, view.priority), (Bytes::gib(20), View::Block, 7));
@@ -150,14 +161,17 @@ mod tests {
         assert_eq!((view.zone.as_deref(), view.name.namespace.as_str()), (Some("z"), "team"));
         assert!(matches!(&view.pools, PoolChoice::Labelled(labels) if labels["tier"] == "fast"));
         assert_eq!((view.invalid, view.uid.as_str()), (None, ""));
-        let view = reservation_view(&request(&flags(&["--template", "images/debian"]), "team").expect("a request"));
+        let view =
+            reservation_view(&request(&flags(&["--template", "images/debian"]), "team").expect("a request"));
         assert_eq!((view.access, view.max_size), (View::Block, Bytes::ZERO));
         assert_eq!(view.template, Some(ObjectName::new("images", "debian")));
     }
 
     #[test]
     fn a_manifest_is_read_as_if_it_were_new() {
-        let text = format!("{HEAD}metadata: {{name: r, namespace: team, uid: u}}\nspec: {{maxSize: 5Gi}}\nstatus: {{state: Ready}}\n");
+        let text = format!(
+            "{HEAD}metadata: {{name: r, namespace: team, uid: u}}\nspec: {{maxSize: 5Gi}}\nstatus: {{state: Ready}}\n"
+        );
         let made = with_manifest(&text, &[]).expect("a request");
         assert_eq!((made.namespace().as_deref(), made.uid(), made.status), (Some("team"), None, None));
         let unnamed = format!("{HEAD}metadata: {{name: r}}\nspec: {{maxSize: 5Gi}}\n");
