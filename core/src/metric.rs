@@ -102,6 +102,8 @@ metrics! {
     PoolMetadataUsedBytes = "berth_pool_metadata_used_bytes", Gauge, "bytes", Operator, ["pool", "node", "class"];
     /// Bytes that are promised to images nothing refers to, over all nodes.
     PoolUnreferencedBytes = "berth_pool_unreferenced_bytes", Gauge, "bytes", Operator, ["pool"];
+    /// 1 while the ledger of a pool on a node is behind what the node has obeyed, otherwise 0.
+    PoolLedgerBehind = "berth_pool_ledger_behind", Gauge, "", Operator, ["pool", "node"];
     /// Reservations by state.
     Reservations = "berth_reservations", Gauge, "", Operator, ["state"];
     /// Imports by state.

@@ -46,6 +46,8 @@ impl Preflight {
             program_check("mkfs.ext4", "install e2fsprogs", false),
             cgroups(),
             clock(),
+            parts("dm-thin", "for pools of thin devices", &crate::thin::missing()),
+            parts("nbd", "for image files as templates", &crate::nbd::missing()),
         ]);
         checks.extend(host_config::checks(host_root));
         Self { checks }
@@ -91,6 +93,16 @@ pub(crate) fn check(
 ) -> Check {
     let ok = result.is_ok();
     Check { name, ok, required, detail: result.map_or_else(Into::into, Into::into) }
+}
+
+/// What some nodes need only.
+fn parts(name: &'static str, purpose: &str, missing: &[String]) -> Check {
+    let result = if missing.is_empty() {
+        Ok(format!("everything {purpose} is there"))
+    } else {
+        Err(format!("needed {purpose}: {}", missing.join("; ")))
+    };
+    check(name, false, result)
 }
 
 fn privileges(status: &str) -> Check {
@@ -207,12 +219,26 @@ mod tests {
     fn every_check_is_made_and_failures_say_what_to_do() {
         let preflight = Preflight::run();
         let names: Vec<_> = preflight.checks.iter().map(|check| check.name).collect();
-        for name in ["privileges", "loop-devices", "xfs", "mkfs.xfs", "qemu-img", "cgroups", "clock"] {
+        for name in [
+            "privileges",
+            "loop-devices",
+            "xfs",
+            "mkfs.xfs",
+            "qemu-img",
+            "cgroups",
+            "clock",
+            "dm-thin",
+            "nbd",
+        ] {
             assert!(names.contains(&name), "{name}");
         }
         assert!(preflight.failures().all(|check| !check.detail.is_empty()));
         assert_eq!(preflight.passed(), preflight.failures().all(|check| !check.required));
         assert!(!check("x", true, Err::<&str, _>("y")).ok);
+        let missing = ["program lvm is not installed: install lvm2".to_owned(), "no nbd".to_owned()];
+        let lacking = parts("x", "for pools", &missing);
+        assert_eq!((lacking.ok, lacking.required), (false, false));
+        assert_eq!(lacking.detail, "needed for pools: program lvm is not installed: install lvm2; no nbd");
         assert_eq!(
             program_check("no-such-program", "install it", true).detail,
             "no-such-program is not installed: install it"

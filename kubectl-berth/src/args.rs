@@ -7,6 +7,7 @@ use berth_api::defaults::SYSTEM_NAMESPACE;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::observe::Scope;
+use crate::pages::{CompleteArgs, CompletionsArgs, ManArgs};
 
 /// Shows what Berth promises and what waits, and checks that everything is as it must be.
 #[derive(Clone, Debug, Parser)]
@@ -44,12 +45,201 @@ impl Args {
 /// The commands.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
+    /// Those that ask the API server.
+    #[command(flatten)]
+    Cluster(ClusterCommand),
+    /// Those about this program itself.
+    #[command(flatten)]
+    Pages(PagesCommand),
+}
+
+/// The commands that ask the API server.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ClusterCommand {
     /// Checks that every promise, placement and report agrees with the others.
     ///
     /// Ends with 0 if everything does, with 1 if there are findings, with 2 if it could not be checked.
     Check(CheckArgs),
     /// Shows pools, nodes, imports and reservations in one table.
     Status(StatusArgs),
+    /// Says of one reservation where it is, why, and what it waits for.
+    Explain(ExplainArgs),
+    /// Says whether and where a request would be admitted now; promises nothing.
+    ///
+    /// Ends with 0 if it fits now, with 1 if it would wait, with 2 if it would be refused.
+    Fit(FitArgs),
+    /// Keeps a reservation that nothing uses for another while.
+    Renew(RenewArgs),
+    /// Empties a pool: it takes nothing new, and images that nothing refers to go. Shows what still holds it.
+    Drain(DrainArgs),
+    /// Lets a pool take nothing new; what is there stays.
+    Cordon(PoolArgs),
+    /// Lets a pool take what is new again, after `cordon` or `drain`.
+    Uncordon(PoolArgs),
+    /// Looks for what keeps Berth from working: nodes, clocks, stores, definitions, ledgers.
+    ///
+    /// Ends with 0 if nothing is broken, with 1 if something is.
+    Doctor(DoctorArgs),
+}
+
+/// The commands about this program itself.
+#[derive(Clone, Debug, Subcommand)]
+pub enum PagesCommand {
+    /// Writes man pages.
+    Man(ManArgs),
+    /// Prints completions for a shell.
+    Completions(CompletionsArgs),
+    /// Answers kubectl, which completes `kubectl berth`.
+    #[command(name = "__complete", hide = true)]
+    Complete(CompleteArgs),
+}
+
+/// Flags of `kubectl berth explain`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ExplainArgs {
+    /// The reservation.
+    #[arg(value_name = "RESERVATION")]
+    pub name: String,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// How the explanation is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth fit`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("request").required(true).multiple(true).args(["size", "file", "template"]))]
+pub struct FitArgs {
+    /// The most that would be written, for example `20Gi`. Default with `--template`: the template's size.
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<String>,
+
+    /// A manifest of a StagingReservation, in YAML or JSON; `-` is standard input.
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "pool", "selector", "access", "template", "node", "zone", "priority"])]
+    pub file: Option<PathBuf>,
+
+    /// This pool only.
+    #[arg(long, value_name = "POOL", conflicts_with = "selector")]
+    pub pool: Option<String>,
+
+    /// Pools with these labels only, for example `tier=fast,site=a`.
+    #[arg(short = 'l', long, value_name = "LABELS", value_parser = parse_labels)]
+    pub selector: Option<Labels>,
+
+    /// How the space would be used. Default: `Block` with `--template`, otherwise `File`.
+    #[arg(long, value_enum, ignore_case = true)]
+    pub access: Option<Access>,
+
+    /// The TemplateImport that a volume would start from, as `namespace/name`.
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = parse_object)]
+    pub template: Option<(String, String)>,
+
+    /// This node only.
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<String>,
+
+    /// This zone only.
+    #[arg(long, value_name = "ZONE")]
+    pub zone: Option<String>,
+
+    /// Its priority; higher ones come first among those that wait.
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1000..=1000))]
+    pub priority: Option<i32>,
+
+    /// The namespace that would ask. Default: the manifest's, or the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// How the answer is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// How reserved space is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum Access {
+    /// A directory.
+    File,
+    /// A volume.
+    Block,
+    /// Nothing is written.
+    Stream,
+}
+
+/// Labels that something must carry, all of them.
+pub type Labels = std::collections::BTreeMap<String, String>;
+
+/// Flags of `kubectl berth renew`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RenewArgs {
+    /// The reservation.
+    #[arg(value_name = "RESERVATION")]
+    pub name: String,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth drain`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DrainArgs {
+    /// The pool.
+    #[arg(value_name = "POOL")]
+    pub pool: String,
+
+    /// On this node only; may be given more than once. Default: on all.
+    #[arg(long, value_name = "NODE")]
+    pub node: Vec<String>,
+
+    /// Wait, and show progress, until only volumes are left or nothing.
+    #[arg(long, conflicts_with = "undo")]
+    pub wait: bool,
+
+    /// Wait no longer than this many seconds; ends with 1 then. Default: as long as it takes.
+    #[arg(long, value_name = "SECONDS", requires = "wait")]
+    pub at_most: Option<u64>,
+
+    /// Let it take what is new again.
+    #[arg(long)]
+    pub undo: bool,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth cordon` and `kubectl berth uncordon`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PoolArgs {
+    /// The pool.
+    #[arg(value_name = "POOL")]
+    pub pool: String,
+}
+
+/// Flags of `kubectl berth doctor`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Only this node, and the image stores that it looks after.
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<String>,
+
+    /// Show what is in order too, each in its own line.
+    #[arg(long)]
+    pub all: bool,
+
+    /// How the findings are printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
 }
 
 /// Flags of `kubectl berth check`.
@@ -85,6 +275,27 @@ pub enum Output {
     Json,
 }
 
+/// `key=value,key=value`.
+fn parse_labels(text: &str) -> Result<Labels, String> {
+    let pair = |pair: &str| {
+        let (key, value) = pair.split_once('=').unwrap_or_default();
+        let usable = !key.is_empty() && !key.contains('!') && !value.contains('=');
+        usable.then(|| (key.to_owned(), value.to_owned()))
+    };
+    let all: Option<Labels> = text.split(',').map(pair).collect();
+    all.ok_or_else(|| format!("`{text}` is not of the form key=value,key=value"))
+}
+
+/// `namespace/name`.
+fn parse_object(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok((namespace.to_owned(), name.to_owned()))
+        }
+        _ => Err(format!("`{text}` is not of the form namespace/name")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,7 +314,44 @@ mod tests {
             Args::try_parse_from(["kubectl-berth", "status", "-n", "team", "-o", "json"]).expect("valid");
         assert!(matches!(
             args.command,
-            Command::Status(StatusArgs { output: Output::Json, namespace: Some(_) })
+            Command::Cluster(ClusterCommand::Status(StatusArgs { output: Output::Json, namespace: Some(_) }))
         ));
+    }
+
+    #[test]
+    fn fit_takes_a_request_by_flags_or_as_a_manifest() {
+        let parse = |flags: &[&str]| {
+            let words = ["kubectl-berth", "fit"].iter().chain(flags);
+            Args::try_parse_from(words).map_err(|error| error.to_string())
+        };
+        for good in [
+            &["--size", "20Gi", "--pool", "fast", "--access", "block", "--priority", "-5"][..],
+            &["--template", "images/debian", "-l", "tier=fast,site=a"],
+            &["-f", "request.yaml", "-n", "team"],
+        ] {
+            assert!(parse(good).is_ok(), "{good:?}: {:?}", parse(good));
+        }
+        for (bad, says) in [
+            (&[][..], "--size"),
+            (&["--pool", "fast"], "--size"),
+            (&["--size", "1Gi", "--pool", "p", "-l", "a=b"], "cannot be used with"),
+            (&["--size", "1Gi", "-f", "x.yaml"], "cannot be used with"),
+            (&["--size", "1Gi", "-l", "fast"], "`fast` is not of the form key=value"),
+            (&["--size", "1Gi", "-l", "a!=b"], "`a!=b` is not of the form key=value"),
+            (&["--template", "debian"], "`debian` is not of the form namespace/name"),
+            (&["--size", "1Gi", "--priority", "1001"], "1001"),
+            (&["--size", "1Gi", "--access", "nfs"], "nfs"),
+        ] {
+            let error = parse(bad).expect_err("refused");
+            assert!(error.contains(says), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_drain_that_is_undone_is_not_waited_for() {
+        assert!(Args::try_parse_from(["kubectl-berth", "drain", "fast", "--undo", "--wait"]).is_err());
+        assert!(Args::try_parse_from(["kubectl-berth", "drain", "fast", "--at-most", "5"]).is_err());
+        let words = ["kubectl-berth", "drain", "fast", "--node", "a", "--node", "b", "--wait"];
+        assert!(Args::try_parse_from(words).is_ok());
     }
 }

@@ -76,3 +76,64 @@ pub fn seen() -> Seen {
         ..Seen::default()
     }
 }
+
+/// The same with a volume of the claim `team/disk` in it, that starts from an image which its node is still fetching.
+pub fn seen_with_volume() -> Seen {
+    let mut seen = seen();
+    let digest = format!("sha256:{}", "ab".repeat(32));
+    let place = json!({"pool": "fast", "node": "n1", "generation": 1});
+    let volume = json!({"apiVersion": API, "kind": "StagingReservation",
+        "metadata": {"name": "csi-vol", "namespace": "berth-system", "uid": "uid-vol",
+            "labels": {"staging.berth.dev/claim-namespace": "team", "staging.berth.dev/claim-name": "disk"},
+            "finalizers": ["staging.berth.dev/release"]},
+        "spec": {"poolName": "fast", "maxSize": "2Gi", "access": "Block",
+            "image": {"template": {"namespace": "images", "name": "debian"}}},
+        "status": {"state": "Promised", "assignment": place, "reused": false,
+            "image": {"digest": digest, "stagedImage": "debian-img", "virtualSize": 2_u64 << 30},
+            "conditions": [condition("Promised", "True", "Promised", "promised in pool fast on node n1")]}});
+    let image = json!({"apiVersion": API, "kind": "StagedImage", "metadata": {"name": "debian-img", "uid": "uid-img"},
+        "spec": {"digest": digest, "poolName": "fast", "nodeName": "n1", "dataBytes": 1_u64 << 30,
+            "virtualSize": 2_u64 << 30, "store": {"namespace": "images", "name": "s"}},
+        "status": {"state": "Filling", "progress": {"percent": 40}}});
+    seen.reservations.push(read(volume));
+    seen.images.push(read(image));
+    let promise = |holder: Value, class: &str, gib: u64| {
+        read(
+            json!({"holder": holder, "class": class, "dataBytes": gib << 30, "metadataBytes": 0, "generation": 1}),
+        )
+    };
+    let promises = &mut seen.ledgers[0].spec.promises;
+    let volume = json!({"kind": "StagingReservation", "namespace": "berth-system", "name": "csi-vol"});
+    promises.insert("uid-vol".to_owned(), promise(volume, "Volumes", 2));
+    promises.insert(
+        "uid-img".to_owned(),
+        promise(json!({"kind": "StagedImage", "name": "debian-img"}), "Images", 1),
+    );
+    let report = seen.nodes[0].status.as_mut().expect("it reports");
+    report.pools[0].obeyed.push(read(json!({"uid": "uid-vol", "generation": 1})));
+    seen.leases.push(lease("n1", "2026-01-01T00:59:50Z"));
+    seen
+}
+
+/// An image store that node `n1` looks after.
+pub fn store(ready: &str, reason: &str, message: &str) -> berth_api::ImageStore {
+    read(json!({"apiVersion": API, "kind": "ImageStore", "metadata": {"name": "s", "namespace": "images"},
+        "spec": {"endpoint": "https://s3.example.org", "bucket": "images"},
+        "status": {"assignment": {"node": "n1", "generation": 1}, "conditions": [condition("Ready", ready, reason, message)],
+            "capabilities": {"conditionalWrites": true, "verifiesChecksums": true, "listsUploads": true, "ranges": true}}}))
+}
+
+/// A Lease of the operator, written when it was renewed.
+pub fn operator_lease(renewed: &str) -> Lease {
+    let mut lease = lease("any", renewed);
+    lease.metadata.name = Some("berth-operator".to_owned());
+    lease.spec.as_mut().expect("it has one").holder_identity = Some("operator-1".to_owned());
+    written(lease, renewed)
+}
+
+/// The Lease as the API server notes that it was written at that time, by its own clock.
+pub fn written(mut lease: Lease, time: &str) -> Lease {
+    lease.metadata.managed_fields =
+        Some(vec![read(json!({"manager": "m", "operation": "Update", "time": time}))]);
+    lease
+}

@@ -1,18 +1,20 @@
 //! Reads every object that a command looks at.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::time::Duration;
 
 use berth_api::{
-    StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport, parse,
+    ImageStore, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
+    parse,
 };
 use berth_core::ids::{NodeName, node_lease_name};
 use berth_core::view::View;
 use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use kube::api::ListParams;
-use kube::core::DeserializeGuard;
+use kube::core::{DeserializeGuard, PartialObjectMeta};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -71,7 +73,11 @@ pub struct Seen {
     pub images: Vec<StagedImage>,
     /// The ledgers.
     pub ledgers: Vec<StagingLedger>,
-    /// Names of the node Leases that have not run out, by this machine's clock.
+    /// The image stores.
+    pub stores: Vec<ImageStore>,
+    /// The Leases of nodes and operator.
+    pub leases: Vec<Lease>,
+    /// Names of those that have not run out, by this machine's clock.
     pub fresh_leases: BTreeSet<String>,
     /// What could not be read.
     pub unreadable: Vec<Unreadable>,
@@ -97,6 +103,9 @@ impl Seen {
         for image in self.images.iter().filter_map(|image| parse::image_view(image).ok()) {
             view.images.insert(image.name.clone(), image);
         }
+        for store in self.stores.iter().map(parse::store_view) {
+            view.stores.insert(store.name.clone(), store);
+        }
         for ledger in self.ledgers.iter().map(parse::ledger_view) {
             view.ledgers.insert((ledger.pool.clone(), ledger.node.clone()), ledger);
         }
@@ -106,6 +115,13 @@ impl Seen {
     /// True if the node has renewed its Lease in time.
     pub fn is_live(&self, node: &NodeName) -> bool {
         self.fresh_leases.contains(&node_lease_name(node))
+    }
+
+    /// When the node last renewed its Lease, by its own clock.
+    pub fn renewed(&self, node: &NodeName) -> Option<berth_core::units::Timestamp> {
+        let name = node_lease_name(node);
+        let lease = self.leases.iter().find(|lease| lease.name_any() == name)?;
+        Some(crate::server::timestamp(lease.spec.as_ref()?.renew_time.as_ref()?.0))
     }
 
     /// Keeps what could be read, and remembers what could not.
@@ -160,13 +176,32 @@ async fn look_at_all(client: &Client, system_namespace: &str) -> Result<Seen, Lo
         }
     }
     let listed = list(&Api::all(client.clone())).await?;
+    seen.stores = seen.sort(listed);
+    let listed = list(&Api::all(client.clone())).await?;
     seen.ledgers = seen.sort(listed);
     let listed = list::<Lease>(&Api::namespaced(client.clone(), system_namespace)).await?;
-    let leases = seen.sort(listed);
+    seen.leases = seen.sort(listed);
     let now = Timestamp::now();
     seen.fresh_leases =
-        leases.iter().filter(|lease| is_fresh(lease, now)).map(kube::ResourceExt::name_any).collect();
+        seen.leases.iter().filter(|lease| is_fresh(lease, now)).map(kube::ResourceExt::name_any).collect();
     Ok(seen)
+}
+
+/// The labels of all namespaces, which limits of tenants go by. Without the right to list them such limits are not seen.
+pub async fn namespaces(client: &Client, scope: &Scope) -> BTreeMap<String, BTreeMap<String, String>> {
+    let all = Api::<Namespace>::all(client.clone());
+    let params = ListParams::default();
+    let why = match tokio::time::timeout(scope.timeout, all.list_metadata(&params)).await {
+        Ok(Ok(listed)) => {
+            let labels =
+                |namespace: PartialObjectMeta<Namespace>| (namespace.name_any(), namespace.labels().clone());
+            return listed.items.into_iter().map(labels).collect();
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {} s", scope.timeout.as_secs()),
+    };
+    eprintln!("warning: limits of tenants by labels of namespaces are left out: {why}");
+    BTreeMap::new()
 }
 
 /// All objects, page by page. One that is no object of its kind does not hide the others.

@@ -128,6 +128,7 @@ impl Metrics {
             Metric::PoolMetadataPromisedBytes,
             Metric::PoolMetadataUsedBytes,
             Metric::PoolUnreferencedBytes,
+            Metric::PoolLedgerBehind,
         ];
         for metric in gauges {
             self.clear(metric);
@@ -140,6 +141,7 @@ impl Metrics {
             self.set(Metric::PoolTotalBytes, &labels, ledger.capacity.total.data.as_i64());
             self.set(Metric::PoolPromisedBytes, &labels, promised.as_i64());
             self.set(Metric::PoolUsedBytes, &labels, used.unwrap_or_default().as_i64());
+            self.set(Metric::PoolLedgerBehind, &labels, i64::from(view.behind(ledger).is_some()));
             if let Some(state) = report.and_then(|report| report.thin.as_ref()) {
                 self.look_at_metadata(ledger, state);
             }
@@ -344,9 +346,18 @@ mod tests {
             "berth_pool_metadata_promised_bytes{pool=\"p\",node=\"n\",class=\"Images\"} 0",
             "berth_pool_metadata_promised_bytes{pool=\"p\",node=\"n\",class=\"Volumes\"} 5",
             "berth_pool_metadata_used_bytes{pool=\"p\",node=\"n\",class=\"Volumes\"} 4",
+            "berth_pool_ledger_behind{pool=\"p\",node=\"n\"} 0",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
+        view.ledgers.values_mut().for_each(|ledger| ledger.revision = 0);
+        view.nodes.values_mut().for_each(|node| {
+            let report = node.pools.values_mut().next().expect("one");
+            (report.lineage, report.obeyed_revision) = (Some(Lineage::from("lineage")), 1);
+        });
+        metrics.look(&view);
+        let text = metrics.encode().expect("writes to a string");
+        assert!(text.contains("berth_pool_ledger_behind{pool=\"p\",node=\"n\"} 1"), "{text}");
         metrics.look(&View::default());
         let text = metrics.encode().expect("writes to a string");
         assert!(!text.contains("class=\"Volumes\""), "{text}");
