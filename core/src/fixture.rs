@@ -90,6 +90,7 @@ pub fn view(nodes: &[(&str, u64)]) -> View {
             name: NodeName::from(*name),
             live: true,
             reported: true,
+            silent: false,
             zone: None,
             pools: BTreeMap::from([(PoolName::from("p"), node_pool(*total))]),
         };

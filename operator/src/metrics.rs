@@ -302,7 +302,8 @@ mod tests {
             in_use: std::collections::BTreeSet::new(),
         };
         let pools = BTreeMap::from([(pool.clone(), report)]);
-        let node = NodeState { name: name.clone(), live: true, reported: true, zone: None, pools };
+        let node =
+            NodeState { name: name.clone(), live: true, reported: true, silent: false, zone: None, pools };
         let charge = Charge { data: Bytes(50), metadata: Bytes(5) };
         let holder = Holder::Image("i".to_owned());
         let promise =

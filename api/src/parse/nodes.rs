@@ -12,13 +12,15 @@ use super::{generation, reason};
 use crate::StagingNode;
 use crate::staging_node::{NodePool, Released, ThinPool, ThinPoolMode, ThinPools};
 
-/// What decisions look at. Whether the node is live, and has reported, only the caller knows: both are `false` here.
+/// What decisions look at. Whether the node is live, has reported or is silent, only the caller knows: all are
+/// `false` here.
 pub fn node_state(node: &StagingNode) -> NodeState {
     let pools = node.status.iter().flat_map(|status| &status.pools);
     NodeState {
         name: NodeName(node.spec.node_name.clone()),
         live: false,
         reported: false,
+        silent: false,
         zone: node.status.as_ref().and_then(|status| status.zone.clone()),
         pools: pools.map(|pool| (PoolName(pool.name.clone()), pool_state(pool))).collect(),
     }

@@ -156,10 +156,10 @@ fn judge(
     if let Err(shortfall) = fits_empty(&ledger.capacity, &everything(need, &reservation.uid, pool.block)) {
         return Verdict::TooLarge(shortfall);
     }
-    if !state.live {
+    if state.is_lost() {
         return Verdict::NodeLost;
     }
-    if !state.reported {
+    if !state.live || !state.reported {
         return Verdict::NotReported;
     }
     if let Some(behind) = view.behind(ledger) {
@@ -313,6 +313,7 @@ mod tests {
             pool.reason = Reason::PoolAreaFailed;
             pool.message = "no such directory".to_owned();
         });
+        view.nodes.get_mut(&NodeName::from("d")).expect("there").live = false;
         let all = look(&view, &reservation("r", 40, 0));
         let texts: Vec<String> = all.iter().map(ToString::to_string).collect();
         assert_eq!(

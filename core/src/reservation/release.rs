@@ -84,7 +84,7 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
     if released {
         return Step::Write(view.without(ledger, &[uid]));
     }
-    let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
+    let lost = view.is_lost(&place.node);
     let reason = if lost { Reason::NodeLost } else { Reason::Releasing };
     let message = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
     Step::Wait(reason, message)

@@ -98,8 +98,14 @@ impl World {
         for name in NODES {
             let pools = if name == "c" { vec!["q"] } else { vec!["p", "q"] };
             let pools = pools.into_iter().map(|pool| (PoolName::from(pool), report(pool == "q"))).collect();
-            let node =
-                NodeState { name: NodeName::from(name), live: true, reported: true, zone: None, pools };
+            let node = NodeState {
+                name: NodeName::from(name),
+                live: true,
+                reported: true,
+                silent: false,
+                zone: None,
+                pools,
+            };
             objects.nodes.insert(node.name.clone(), node);
         }
         for (name, size) in [("one", 20 * UNIT), ("two", 35 * UNIT)] {
