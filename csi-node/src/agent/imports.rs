@@ -386,10 +386,10 @@ fn is_assigned(import: &TemplateImport, node: &str, generation: Generation) -> b
 async fn begin_anew(journal: &Journal, object: &TemplateImport) {
     match journal.forget().await {
         Ok(()) => {
-            tracing::warn!(import = %name_of(object), "its session is gone from the store: it begins anew")
+            tracing::warn!(import = %name_of(object), "its session is gone from the store: it begins anew");
         }
         Err(error) => {
-            tracing::warn!(import = %name_of(object), error = chain(&error), "cannot begin anew yet")
+            tracing::warn!(import = %name_of(object), error = chain(&error), "cannot begin anew yet");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A writer's session: it protects what the writer relies on, and lets any node go on where another one stopped.
+//! A writer's session: it protects what the writer relies on, and hands the work over to one writer at a time.
 //!
 //! 1. The session is written **before** the first question whether a chunk is there. Collection deletes only candidates
 //!    older than every open session, so a chunk that was found stays.
