@@ -79,16 +79,18 @@ impl Sums {
 
     /// Adds up what promises cost.
     pub fn of_charges(charges: impl IntoIterator<Item = (Class, Charge)>) -> Self {
-        let mut sums = Self::default();
-        for (class, charge) in charges {
-            let sum = match class {
-                Class::Images => &mut sums.images,
-                Class::Volumes => &mut sums.volumes,
-            };
-            sum.0 += u128::from(charge.data.0);
-            sum.1 += u128::from(charge.metadata.0);
-        }
-        sums
+        charges.into_iter().fold(Self::default(), |sums, (class, charge)| sums.with(class, charge))
+    }
+
+    /// These, and one more.
+    fn with(mut self, class: Class, charge: Charge) -> Self {
+        let sum = match class {
+            Class::Images => &mut self.images,
+            Class::Volumes => &mut self.volumes,
+        };
+        sum.0 += u128::from(charge.data.0);
+        sum.1 += u128::from(charge.metadata.0);
+        self
     }
 
     /// Data and metadata of an area.
@@ -211,6 +213,26 @@ pub fn free(ledger: &LedgerView, class: Class) -> Bytes {
     left(own).min(left(Area::Total))
 }
 
+/// The most whole units of `unit` that one more promise of a class may have, where so many bytes are charged as `charge`
+/// says: data, metadata and the number of promises have to do. Zero if nothing more can be promised.
+pub fn largest(ledger: &LedgerView, class: Class, unit: Bytes, charge: impl Fn(Bytes) -> Charge) -> Bytes {
+    if ledger.promises.len() >= MAX_PROMISES {
+        return Bytes::ZERO;
+    }
+    let sums = Sums::of(ledger.promises.values());
+    let fits = |units: u64| {
+        let charged = charge(Bytes(units.saturating_mul(unit.0)));
+        sums.with(class, charged).excess(&ledger.capacity).is_none()
+    };
+    // More bytes never cost less: what fits lies below what does not.
+    let (mut fitting, mut too_many) = (0, free(ledger, class).0 / unit.0.max(1) + 1);
+    while too_many - fitting > 1 {
+        let middle = fitting + (too_many - fitting) / 2;
+        if fits(middle) { fitting = middle } else { too_many = middle }
+    }
+    Bytes(fitting.saturating_mul(unit.0))
+}
+
 fn clamp(sum: u128) -> Bytes {
     Bytes(u64::try_from(sum).unwrap_or(u64::MAX))
 }
@@ -240,6 +262,25 @@ mod tests {
         assert_eq!(images, Shortfall { bytes: Bytes(G), bound: Bound::Data(Area::Images) });
         assert_eq!(images.to_string(), "lacks 1 GiB for images");
         assert_eq!(free(&ledger, Class::Images), Bytes(4 * G));
+    }
+
+    #[test]
+    fn the_largest_promise_is_one_that_fits_and_one_unit_more_does_not() {
+        let mut ledger = ledger("p", "n", 10 * G);
+        ledger.promises.insert(Uid::from("v"), promise("v", Class::Volumes, 3 * G + 1));
+        let plain = |data| Charge { data, metadata: Bytes::ZERO };
+        assert_eq!(largest(&ledger, Class::Volumes, Bytes(G), plain), Bytes(6 * G));
+        // A thousandth of metadata, of which there is enough for 4 GiB.
+        ledger.capacity.total.metadata = Bytes(4 * G / 1000);
+        ledger.capacity.volumes.metadata = Bytes(G);
+        let mapped = |data: Bytes| Charge { data, metadata: Bytes(data.0 / 1000) };
+        assert_eq!(largest(&ledger, Class::Volumes, Bytes(G), mapped), Bytes(4 * G));
+        ledger.capacity.total.metadata = Bytes(10);
+        assert_eq!(largest(&ledger, Class::Volumes, Bytes(G), mapped), Bytes::ZERO);
+        for n in 0..MAX_PROMISES {
+            ledger.promises.insert(Uid::from(format!("{n}")), promise("s", Class::Images, 0));
+        }
+        assert_eq!(largest(&ledger, Class::Volumes, Bytes(G), plain), Bytes::ZERO);
     }
 
     #[test]

@@ -94,6 +94,7 @@ pub fn view(nodes: &[(&str, u64)]) -> View {
             version: ObjectVersion("1".to_owned()),
             live: true,
             reported: true,
+            silent: false,
             zone: None,
             pools: BTreeMap::from([(PoolName::from("p"), node_pool(*total))]),
         };

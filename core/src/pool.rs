@@ -244,7 +244,7 @@ fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
             return (false, stopped.reason(), format!("node {name} {stopped}"));
         }
         let key = (pool.name.clone(), name.clone());
-        if view.nodes.get(name).is_some_and(|node| node.reported && !node.live) {
+        if view.is_lost(name) {
             return (false, Reason::NodeLost, format!("node {name} no longer renews its Lease"));
         }
         match view.ledgers.get(&key).map(|ledger| view.behind(ledger)) {

@@ -8,13 +8,13 @@ use crate::view::View;
 /// The next steps for the image store with this name. Time plays no part in them yet.
 pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
     let Some(store) = view.stores.get(name).filter(|store| !store.deleting) else { return Vec::new() };
-    let lives = |node: &NodeName| view.nodes.get(node).is_some_and(|state| state.live);
-    if store.assignment.as_ref().is_some_and(|(node, _)| lives(node)) {
+    if store.assignment.as_ref().is_some_and(|(node, _)| !view.is_lost(node)) {
         return Vec::new();
     }
     // Spread evenly, and alike in every operator: each store has its own order of nodes.
     let order = |node: &NodeName| Sha256Sum::of(format!("{name} {node}").as_bytes());
-    let Some(node) = view.nodes.keys().filter(|node| lives(node)).min_by_key(|node| order(node)) else {
+    let live = view.nodes.values().filter(|state| state.live).map(|state| &state.name);
+    let Some(node) = live.min_by_key(|node| order(node)) else {
         return Vec::new();
     };
     let generation = store.assignment.as_ref().map_or(Generation::FIRST, |(_, generation)| generation.next());
@@ -62,6 +62,12 @@ mod tests {
         assert_eq!(generation, Generation::FIRST);
         view.stores.get_mut(&names[0]).expect("there").assignment = Some((node.clone(), generation));
         assert_eq!(chosen(&view, &names[0]), None, "it stays");
+        let state = view.nodes.get_mut(&node).expect("there");
+        (state.live, state.reported) = (false, false);
+        assert_eq!(chosen(&view, &names[0]), None, "nothing is known of it yet");
+        view.nodes.get_mut(&node).expect("there").silent = true;
+        assert!(chosen(&view, &names[0]).is_some(), "it was listened to for long enough");
+        view.nodes.get_mut(&node).expect("there").reported = true;
         view.nodes.get_mut(&node).expect("there").live = false;
         let (other, generation) = chosen(&view, &names[0]).expect("two live");
         assert!(other != node && generation == Generation(2));

@@ -143,6 +143,8 @@ pub struct NodeState {
     pub live: bool,
     /// True if it has reported since this operator began to watch: before that, its ledgers admit nothing.
     pub reported: bool,
+    /// True if this operator has listened for as long as its Lease lasts, and heard nothing: not merely not yet.
+    pub silent: bool,
     /// The zone it is in, if it says.
     pub zone: Option<String>,
     /// The pools on it.
@@ -510,7 +512,20 @@ impl LedgerRecord for NodePoolState {
     }
 }
 
+impl NodeState {
+    /// True if it was there and fell silent, or was never heard for as long as its Lease lasts. One that an operator which
+    /// has only just begun to watch has not heard yet is not lost.
+    pub fn is_lost(&self) -> bool {
+        !self.live && (self.reported || self.silent)
+    }
+}
+
 impl View {
+    /// True if nothing is to be expected of this node: it is lost, or its report is gone.
+    pub fn is_lost(&self, node: &NodeName) -> bool {
+        self.nodes.get(node).is_none_or(NodeState::is_lost)
+    }
+
     /// The ledgers that hold a promise of this holder, in order of pool and node.
     pub fn ledgers_of<'v>(&'v self, uid: &'v Uid) -> impl Iterator<Item = &'v LedgerView> {
         self.ledgers.values().filter(move |ledger| ledger.promises.contains_key(uid))

@@ -3,6 +3,7 @@
 pub mod asked;
 pub mod execute;
 pub mod files;
+pub mod fill;
 pub mod heartbeat;
 pub mod imports;
 pub mod jobs;
@@ -12,7 +13,6 @@ pub mod pools;
 pub mod report;
 pub mod sources;
 pub mod space;
-pub mod staging;
 pub mod stores;
 pub mod volumes;
 pub mod watches;
@@ -88,11 +88,16 @@ pub async fn run(node: Arc<Node>) {
     });
     tokio::spawn(looking);
     let mut looked = Instant::now(); // it was done at the start
+    let mut forgotten = false;
     while !node.stop.is_cancelled() {
         if looked.elapsed() >= RESYNC {
             looked = Instant::now();
             let resuming = Arc::clone(&node);
             drop(tokio::task::spawn_blocking(move || mend(&resuming.pools)).await);
+        }
+        if !forgotten && node.watches.synced() {
+            forgotten = true;
+            imports::forget_others(&node).await;
         }
         pass(&node, &mut failed).await;
         let woken = tokio::time::timeout(RESYNC, node.wake.notified());

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bed::{Bed, MIB, Work, raw_image};
 use berth_core::reason::Reason;
 use berth_core::units::Bytes;
-use berth_node::agent::staging::{FillError, check_data};
+use berth_node::agent::fill::{FillError, check_data};
 use berth_objectstore::chunks::read::ImageReader;
 
 #[tokio::test(flavor = "multi_thread")]

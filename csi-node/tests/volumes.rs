@@ -284,6 +284,41 @@ fn a_staging_that_is_refused_leaves_nothing_attached() {
 }
 
 #[test]
+fn a_block_volume_that_could_not_be_attached_can_be_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("r1");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    let found = attach::find(&pools, [], "v1-r1", &uid).unwrap();
+    // A loop device is made of a file and of nothing else.
+    let (file, aside) = (pool.area.volume(&uid), dir.path().join("aside"));
+    fs::copy(&file, &aside).unwrap();
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    let staged = dir.path().join("staged");
+    let content = attach::ImportedContent::default();
+    found.stage(&staged, Use::Block, content).unwrap_err();
+    let left: Option<Attachment> = pool.record.record().get(tables::ATTACHMENTS, &uid).unwrap();
+    assert_eq!(left, None);
+    // One that was staged before is somebody's, until that one unstages it.
+    let before = Attachment {
+        loop_device: Some("/dev/loop-of-before".into()),
+        backing_file: file.clone(),
+        staged_path: staged.clone(),
+        mode: AttachmentMode::Block,
+    };
+    pool.record.attach(&uid, &before).unwrap();
+    found.stage(&staged, Use::Block, content).unwrap_err();
+    assert!(pool.record.record().get(tables::ATTACHMENTS, &uid).unwrap().is_some());
+    attach::unstage(&pools, [], &uid, &staged).unwrap();
+    fs::remove_dir(&file).unwrap();
+    fs::copy(&aside, &file).unwrap();
+    drop(found);
+    volumes::remove(&pool, &uid).unwrap();
+    close(pool, pools);
+}
+
+#[test]
 fn a_formatting_that_was_cut_off_is_not_taken_up_again_over_what_a_workload_wrote_since() {
     let dir = tempfile::tempdir().unwrap();
     let (pools, pool) = open(dir.path());

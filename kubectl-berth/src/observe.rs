@@ -92,6 +92,7 @@ impl Seen {
             let mut state = parse::node_state(node);
             state.live = self.is_live(&state.name);
             state.reported = state.live;
+            state.silent = !state.live;
             view.nodes.insert(state.name.clone(), state);
         }
         for reservation in self.reservations.iter().map(parse::reservation_view) {

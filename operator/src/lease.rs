@@ -1,4 +1,4 @@
-//! The Lease `berth-operator`: it gates sweeps, reclaim and publishing. Every replica admits, with it or without.
+//! The Lease `berth-operator`: it gates sweeps and reclaim. Every replica admits, with it or without.
 //!
 //! Another holder counts as gone when its Lease did not change for its duration on this process's own clock; clocks of
 //! two machines are never compared. Nothing that must be true rests on there being one leader only.

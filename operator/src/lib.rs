@@ -1,6 +1,7 @@
 //! The operator: observes the API, asks `berth-core`, writes the answer.
 //!
-//! [`observe`] is the only reader of the API and [`apply`] the only writer; what is decided is decided in `berth-core`.
+//! [`observe`] feeds every decision and [`apply`] makes every write; `apply` asks the API server itself only to confirm what
+//! a view may lag behind. What is decided is decided in `berth-core`.
 
 pub mod apply;
 pub mod args;

@@ -316,6 +316,7 @@ mod tests {
             version: ObjectVersion::default(),
             live: true,
             reported: true,
+            silent: false,
             zone: None,
             pools,
         };

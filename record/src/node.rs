@@ -9,7 +9,7 @@ use crate::error::{ChangeError, CreateError, OpenError, ReadError};
 use crate::schema::{Owner, tables};
 use crate::store::Record;
 
-/// The jobs of one node. Their checkpoints are only a faster copy of what the image store's sessions hold.
+/// The jobs of one node. What another node needs is in the image store's sessions: who is at work, at which generation.
 pub struct NodeRecord {
     record: Record,
 }

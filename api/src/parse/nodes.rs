@@ -13,7 +13,8 @@ use super::{generation, promise, reason, version_of};
 use crate::StagingNode;
 use crate::staging_node::{NodePool, Obeyed, Released, ThinPool, ThinPoolMode, ThinPools};
 
-/// What decisions look at. Whether the node is live, and has reported, only the caller knows: both are `false` here.
+/// What decisions look at. Whether the node is live, has reported or is silent, only the caller knows: all are
+/// `false` here.
 pub fn node_state(node: &StagingNode) -> NodeState {
     let pools = node.status.iter().flat_map(|status| &status.pools);
     NodeState {
@@ -21,6 +22,7 @@ pub fn node_state(node: &StagingNode) -> NodeState {
         version: version_of(&node.metadata),
         live: false,
         reported: false,
+        silent: false,
         zone: node.status.as_ref().and_then(|status| status.zone.clone()),
         pools: pools.map(|pool| (PoolName(pool.name.clone()), pool_state(pool))).collect(),
     }

@@ -25,7 +25,8 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         return drop_reservation(reservation).into_iter().collect(); // whatever else is shown of it now: that was true
     }
     if let Some(message) = &import.invalid {
-        return vec![report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false)];
+        let told = report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false);
+        return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
     if let Some(error) = import.error.as_ref().filter(|error| !error.retryable) {
         let told = report(import, ImportState::Failed, error.reason, error.message.clone(), false);
@@ -56,14 +57,13 @@ fn reservation_name(import: &ImportView) -> ObjectName {
 
 /// The head of the source is read by any live node; by another one if that is lost, which nothing depends on.
 fn probe(view: &View, import: &ImportView, place: Option<&Placement>) -> Vec<Change> {
-    let lives = |node: &NodeName| view.nodes.get(node).is_some_and(|node| node.live);
     let best = most_free(view, import);
     match (place, best) {
         (Some(place), None) => {
             let message = format!("node {} reads the head of the source", place.node);
             vec![report(import, ImportState::Probing, Reason::Probing, message, false)]
         }
-        (Some(place), Some(_)) if lives(&place.node) => {
+        (Some(place), Some(_)) if !view.is_lost(&place.node) => {
             let message = format!("node {} reads the head of the source", place.node);
             vec![report(import, ImportState::Probing, Reason::Probing, message, false)]
         }
@@ -338,6 +338,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_valid_any_more_fails_and_gives_the_space_back() {
+        let mut view = fresh();
+        import(&mut view).assignment = Some(placed("p", "a", 1));
+        import(&mut view).peak = Some(Bytes(30));
+        own_reservation(&mut view);
+        import(&mut view).invalid = Some("spec.limits.bytes: `0` must be more than 0".to_owned());
+        assert!(matches!(
+            &ask(&view)[..],
+            [
+                Change::ReportImport { state: ImportState::Failed, reason: Reason::InvalidSpec, .. },
+                Change::DeleteReservation { .. }
+            ]
+        ));
+    }
+
+    #[test]
     fn a_refused_reservation_fails_it_once_and_is_not_made_again() {
         let mut view = fresh();
         import(&mut view).assignment = Some(placed("p", "a", 1));
@@ -355,7 +371,10 @@ mod tests {
     fn a_probe_moves_away_from_a_lost_node_and_waits_where_there_is_no_other() {
         let mut view = fresh();
         import(&mut view).assignment = Some(placed("p", "b", 1));
-        view.nodes.get_mut(&NodeName::from("b")).expect("there").live = false;
+        let state = view.nodes.get_mut(&NodeName::from("b")).expect("there");
+        (state.live, state.reported) = (false, false);
+        assert_eq!(told(&view), (ImportState::Probing, Reason::Probing), "nothing is known of the node yet");
+        view.nodes.get_mut(&NodeName::from("b")).expect("there").silent = true;
         let changes = ask(&view);
         assert!(
             matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))

@@ -14,7 +14,7 @@ use crate::view::{Access, LedgerView};
 use super::files;
 use super::step::{Origin, Step};
 use super::view::{
-    AreaView, HeldWorkDir, JobKey, JobKind, NodeImport, NodeReservation, NodeView, PoolOnNode,
+    AreaView, HeldWorkDir, JobKey, JobKind, NodeImage, NodeImport, NodeReservation, NodeView, PoolOnNode,
 };
 
 /// Why `ledger` must not be obeyed by a node with this record, in words that name the ledger; `None` if it may be.
@@ -70,8 +70,8 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
             steps.extend(serve(view, name, area, uid, reservation, promise.generation, may_make));
         } else if view.images.get(uid).is_some_and(|image| image.pool == *name) {
             steps.extend(serve_image(view, name, area, uid, promise.generation, may_make));
-        } else if let Some(revoked) = obeyable.and_then(|ledger| revoked(ledger, uid)) {
-            steps.extend(match revoked {
+        } else if let Some(holder) = obeyable.and_then(|ledger| revoked(ledger, uid)) {
+            steps.extend(match holder {
                 Holder::Reservation(_) => give_back(view, name, area, uid, promise.generation),
                 Holder::Image(_) => give_back_image(view, name, area, uid, promise.generation),
             });
@@ -79,7 +79,8 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
     }
 }
 
-/// The holder, if the ledger says that it is gone. That no watch shows it says nothing: a watch may lag.
+/// Which object's promise this was, if the ledger says that it is gone. That no watch shows it says nothing: a watch may
+/// lag.
 fn revoked<'l>(ledger: &'l LedgerView, uid: &Uid) -> Option<&'l Holder> {
     let promise = ledger.promises.get(uid).filter(|promise| promise.revoked.is_some())?;
     Some(&promise.holder)
@@ -152,7 +153,8 @@ fn serve(
         // Nothing is written, or the image is not all there yet.
         (Access::Stream, _) | (Access::Block, Some(_)) => return Vec::new(),
     };
-    vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin }]
+    let labels = reservation.labels.clone();
+    vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin, labels }]
 }
 
 /// Removes what a deleted reservation has, then says so. One that is in use stays until it is not.
@@ -197,28 +199,6 @@ fn works_in(view: &NodeView, reservation: &Uid) -> bool {
         .any(|job| view.imports.get(&job.uid).is_none_or(|import| import.reservation == reservation.name))
 }
 
-/// Removes the copy of an image whose object is gone, unless a later object of it or a volume to be made has taken it over.
-fn give_back_image(
-    view: &NodeView,
-    pool: &PoolName,
-    area: &AreaView,
-    uid: &Uid,
-    generation: Generation,
-) -> Vec<Step> {
-    let mut steps = Vec::new();
-    for (digest, _) in area.images.iter().filter(|(_, held)| held.holder == *uid) {
-        if is_awaited(view, area, pool, digest) {
-            return Vec::new();
-        }
-        steps.push(Step::RemoveImage { pool: pool.clone(), image: uid.clone(), digest: *digest });
-    }
-    if let Some(job) = view.jobs.iter().find(|job| job.kind == JobKind::Fill && job.uid == *uid) {
-        return vec![Step::StopJob { job: job.clone() }];
-    }
-    steps.push(Step::Released { pool: pool.clone(), holder: uid.clone(), generation });
-    steps
-}
-
 fn serve_image(
     view: &NodeView,
     pool: &PoolName,
@@ -233,18 +213,48 @@ fn serve_image(
         if let Some(job) = filling {
             return vec![Step::StopJob { job: job.clone() }];
         }
-        let (pool, image_uid, digest) = (pool.clone(), uid.clone(), image.digest);
-        let mut steps = Vec::new();
-        if area.images.get(&digest).is_some_and(|held| held.holder == *uid) {
-            steps.push(Step::RemoveImage { pool: pool.clone(), image: image_uid.clone(), digest });
-        }
-        steps.push(Step::Released { pool, holder: image_uid, generation });
-        return steps;
+        return remove_image(pool, uid, image.digest, generation);
     }
-    if filling.is_some() || !may_make || area.images.get(&image.digest).is_some_and(|held| held.complete) {
+    let held = area.images.get(&image.digest).filter(|held| held.holder == *uid);
+    if filling.is_some() || !may_make || held.is_some_and(|held| held.complete) {
         return Vec::new();
     }
     vec![Step::FillImage { pool: pool.clone(), image: uid.clone(), generation }]
+}
+
+/// Also where nothing is recorded of the image: its pin was set before that.
+fn remove_image(pool: &PoolName, uid: &Uid, digest: Digest, generation: Generation) -> Vec<Step> {
+    vec![
+        Step::RemoveImage { pool: pool.clone(), image: uid.clone(), digest },
+        Step::Released { pool: pool.clone(), holder: uid.clone(), generation },
+    ]
+}
+
+/// Removes what an image has whose object is gone, then says so. Once the next image of the same content is promised its
+/// space, that takes over what is there.
+fn give_back_image(
+    view: &NodeView,
+    pool: &PoolName,
+    area: &AreaView,
+    uid: &Uid,
+    generation: Generation,
+) -> Vec<Step> {
+    if view.jobs.iter().any(|job| job.kind == JobKind::Fill && job.uid == *uid) {
+        return Vec::new(); // it is being stopped
+    }
+    let held = area.images.iter().find(|(_, held)| held.holder == *uid);
+    let Some((digest, held)) = held else {
+        return vec![Step::Released { pool: pool.clone(), holder: uid.clone(), generation }];
+    };
+    let takes_over = |(next, image): (&Uid, &NodeImage)| {
+        let promised = area.promises.get(next).is_some_and(|promise| !promise.released);
+        image.pool == *pool && image.digest == *digest && !image.deleting && promised
+    };
+    let awaited = held.complete && is_awaited(view, area, pool, digest);
+    if view.images.iter().any(takes_over) || awaited {
+        return Vec::new();
+    }
+    remove_image(pool, uid, *digest, generation)
 }
 
 /// True if a live reservation here has yet to be made from the image.
@@ -291,7 +301,8 @@ fn plan_import(view: &NodeView, uid: &Uid, import: &NodeImport) -> Option<Step> 
 fn stop_unwanted(view: &NodeView) -> Vec<Step> {
     let wanted = |job: &&JobKey| match job.kind {
         JobKind::Probe | JobKind::Import => {
-            view.imports.get(&job.uid).is_some_and(|import| import.generation == job.generation)
+            let is_due = |import: &NodeImport| import.generation == job.generation && !import.ended;
+            view.imports.get(&job.uid).is_some_and(is_due)
         }
         JobKind::Fill => view.images.contains_key(&job.uid),
         JobKind::Fetch => view.reservations.get(&job.uid).is_some_and(|r| r.generation == job.generation),

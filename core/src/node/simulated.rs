@@ -1,6 +1,7 @@
 //! The plan carried out on a simulated node that can be cut off between any two effects.
 
 mod files;
+mod images;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,10 @@ use crate::view::{Access, LedgerCapacity, LedgerView, ObjectVersion};
 struct Node {
     view: NodeView,
     disk: BTreeSet<String>,
+    /// Which images their store keeps for this node.
+    pins: BTreeSet<Uid>,
+    /// How often an image was fetched.
+    fetched: usize,
     /// Effects until the power fails.
     left: usize,
     /// Files that were sent to their object store.
@@ -118,7 +123,15 @@ impl Node {
                     area.volumes.remove(reservation);
                 })
             }
-            Step::RemoveImage { digest, .. } => {
+            Step::RemoveImage { image, digest, .. } => {
+                self.pins.remove(image);
+                let held = self.view.pools[&PoolName::from("p")]
+                    .area
+                    .as_ref()
+                    .and_then(|area| area.images.get(digest));
+                if held.is_none_or(|held| held.holder != *image) {
+                    return Ok(());
+                }
                 self.effect(|area, _| area.images.get_mut(digest).expect("planned").complete = false)?;
                 self.effect(|_, disk| {
                     disk.remove(&format!("image {digest}"));
@@ -151,9 +164,13 @@ impl Node {
     fn fill(&mut self, uid: &Uid) -> Result<(), PowerCut> {
         self.must_be_obeyed(uid);
         let image = self.view.images[uid].clone();
+        self.pins.insert(uid.clone());
+        let area = self.view.pools[&PoolName::from("p")].area.as_ref().expect("area");
+        let there = area.images.get(&image.digest).is_some_and(|held| held.complete);
+        self.fetched += usize::from(!there);
         let held = |complete| HeldImage { holder: uid.clone(), complete, last_used: Timestamp(1) };
         self.effect(|area, _| {
-            area.images.insert(image.digest, held(false));
+            area.images.insert(image.digest, held(there));
         })?;
         self.effect(|_, disk| {
             disk.insert(format!("image {}", image.digest));
@@ -267,7 +284,15 @@ fn asked() -> Node {
         images: BTreeMap::from([("img".into(), image)]),
         ..NodeView::default()
     };
-    Node { view, disk: BTreeSet::new(), sent: BTreeSet::new(), left: 1000, fails: |_| false }
+    Node {
+        view,
+        disk: BTreeSet::new(),
+        pins: BTreeSet::new(),
+        fetched: 0,
+        sent: BTreeSet::new(),
+        left: 1000,
+        fails: |_| false,
+    }
 }
 
 fn delete_all(node: &mut Node) {

@@ -1,6 +1,6 @@
 //! The closed set of things that a node may be asked to do. Each can be done again after it was done, or half done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{Digest, Lineage, ObjectName, PoolName, Uid};
 use crate::ledger::Promise;
@@ -100,6 +100,8 @@ pub enum Step {
         size: Bytes,
         /// What it starts as.
         origin: Origin,
+        /// What people know it by.
+        labels: BTreeMap<String, String>,
     },
     /// Start to fetch a staged image, or go on.
     FillImage {
@@ -124,7 +126,7 @@ pub enum Step {
         /// The reservation.
         reservation: Uid,
     },
-    /// Remove a staged image's bytes, and the pin that its store keeps for it.
+    /// Remove a staged image's bytes, unless another has taken them over, and the pin that its store keeps for it.
     RemoveImage {
         /// The pool.
         pool: PoolName,

@@ -200,7 +200,7 @@ fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: 
             (Reason::LedgerBehind, format!("the node refuses new work: {behind}"))
         }
         _ if prepared => (Reason::Ready, format!("ready in pool {} on node {}", place.pool, place.node)),
-        _ if view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live) => (
+        _ if view.is_lost(&place.node) => (
             Reason::NodeLost,
             format!("promised in pool {}, but node {} does not report", place.pool, place.node),
         ),

@@ -213,10 +213,10 @@ fn judge(
         Service::Open => {}
         closed @ (Service::Cordoned | Service::Draining) => return Verdict::Cordoned(closed),
     }
-    if !state.live {
+    if state.is_lost() {
         return Verdict::NodeLost;
     }
-    if !state.reported {
+    if !state.live || !state.reported {
         return Verdict::NotReported;
     }
     if let Some(behind) = view.behind(ledger) {

@@ -58,6 +58,7 @@ fn every_obstacle_is_explained() {
         pool.reason = Reason::PoolAreaFailed;
         pool.message = "no such directory".to_owned();
     });
+    view.nodes.get_mut(&NodeName::from("d")).expect("there").live = false;
     let all = look(&view, &reservation("r", 40, 0));
     let texts: Vec<String> = all.iter().map(ToString::to_string).collect();
     assert_eq!(

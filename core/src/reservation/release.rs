@@ -84,7 +84,7 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
     if released || lost {
         return Step::Write(Box::new(view.without(ledger, &[uid])));
     }
-    let lost = view.nodes.get(&place.node).is_none_or(|node| node.reported && !node.live);
+    let lost = view.is_lost(&place.node);
     let gives_back = format!("node {} has still to give back the bytes in pool {}", place.node, place.pool);
     match (lost, &reservation.only_copy) {
         (true, _) => Step::Wait(Reason::NodeLost, gives_back),

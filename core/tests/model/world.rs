@@ -103,6 +103,7 @@ impl World {
                 version: ObjectVersion::default(),
                 live: true,
                 reported: true,
+                silent: false,
                 zone: None,
                 pools,
             };

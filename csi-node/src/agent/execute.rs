@@ -12,10 +12,10 @@ use kube::ResourceExt as _;
 use thiserror::Error;
 
 use super::files::{self, FilesError};
+use super::fill::{self, FillError};
 use super::imports::{self, WorkError};
 use super::jobs::StillRunning;
 use super::pools::{OpenPool, PoolError};
-use super::staging::{self, FillError};
 use super::volumes::{self, VolumeError};
 use super::{observe, stores};
 use crate::node::Node;
@@ -70,10 +70,9 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let (uid, generation, bytes) = (reservation.clone(), *generation, *bytes);
             on_pool(node, pool, move |pool| Ok(volumes::make_work_dir(pool, &uid, generation, bytes)?)).await
         }
-        Step::MakeVolume { pool, reservation, generation, size, origin } => {
-            let (uid, generation, size, origin) = (reservation.clone(), *generation, *size, origin.clone());
-            let labels = node.watches.assigned.find(|r| r.metadata.uid.as_deref() == Some(uid.as_str()));
-            let labels = labels.map(|reservation| reservation.labels().clone()).unwrap_or_default();
+        Step::MakeVolume { pool, reservation, generation, size, origin, labels } => {
+            let (uid, generation, size) = (reservation.clone(), *generation, *size);
+            let (origin, labels) = (origin.clone(), labels.clone());
             on_pool(node, pool, move |pool| {
                 Ok(volumes::make(pool, &uid, generation, size, &origin, &labels)?)
             })
@@ -97,7 +96,7 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         }
         Step::RemoveImage { pool, image, digest } => {
             let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
-            Ok(staging::remove(node, &pool, image, *digest).await?)
+            Ok(fill::remove(node, &pool, image, *digest).await?)
         }
         Step::Released { pool, holder, generation } => {
             let (uid, generation) = (holder.clone(), *generation);
@@ -132,7 +131,7 @@ fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         Step::FillImage { pool, image, generation } => {
             let (pool, uid) = (open(pool)?, image.clone());
             let key = key(JobKind::Fill, image, *generation);
-            node.jobs.start(key, |cancel| staging::fill(here, pool, uid, cancel));
+            node.jobs.start(key, |cancel| fill::fill(here, pool, uid, cancel));
         }
         Step::FetchFile { pool, reservation, generation } => {
             let (pool, uid, generation) = (open(pool)?, reservation.clone(), *generation);

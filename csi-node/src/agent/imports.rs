@@ -1,5 +1,6 @@
 //! Imports as Kubernetes asks for them: the object into a job, the job's progress and end into its status.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use berth_core::units::{Bytes, Generation};
 use berth_objectstore::chunks::store::OpenError;
 use berth_objectstore::s3::ConnectError;
 use berth_objectstore::source::address::NetworkError;
-use kube::ResourceExt as _;
+use kube::{Api, ResourceExt as _};
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +28,8 @@ use super::space::{self, SpaceDefect};
 use super::stores::{self, AccessError};
 use crate::credentials::CredentialsError;
 use crate::import::{
-    self, Durable, ImportError, ImportJob, Journal, Limits, Origin, Probed, Reporter, Snapshot, probe_source,
+    self, Durable, ImportError, ImportJob, Journal, Limits, Origin, Probed, Reporter, Snapshot, journal,
+    probe_source,
 };
 use crate::node::{Node, now};
 use crate::telemetry::chain;
@@ -119,21 +121,12 @@ fn name_of(import: &TemplateImport) -> ObjectName {
 }
 
 fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
-    let asked = &import.spec.limits;
-    let size = |field, quantity: &Option<_>| {
-        quantity
-            .as_ref()
-            .map_or(Ok(Bytes(defaults::SIZE_LIMIT_BYTES)), |quantity| parse::bytes(field, quantity))
-    };
-    let stall = asked.stall_timeout.as_ref();
-    let stall = stall.map_or(Ok(defaults::STALL_TIMEOUT_SECONDS), |span| {
-        parse::seconds("spec.limits.stallTimeout", span)
-    })?;
+    let limits = parse::import_limits(&import.spec.limits)?;
     Ok(Limits {
-        virtual_size: size("spec.limits.virtualSize", &asked.virtual_size)?,
-        bytes: size("spec.limits.bytes", &asked.bytes)?,
-        stall: Duration::from_secs(stall.max(1)),
-        retries: asked.retries.and_then(|n| u32::try_from(n).ok()).unwrap_or(defaults::RETRY_LIMIT),
+        virtual_size: limits.virtual_size,
+        bytes: limits.bytes,
+        stall: Duration::from_secs(limits.stall_timeout),
+        retries: limits.retries,
     })
 }
 
@@ -348,7 +341,8 @@ pub async fn run(
             Err(WorkError::Import(ImportError::Cancelled)) => return,
             Err(error) => error,
         };
-        if matches!(&error, WorkError::Import(error) if error.is_superseded()) {
+        let superseded = matches!(&error, WorkError::Import(error) if error.is_superseded());
+        if superseded && !is_ours(&node, &object, generation).await {
             tracing::warn!(import = %name_of(&object), error = chain(&error), "import goes on elsewhere");
             // The assignment that says so is on its way; until it comes, beginning again would change nothing.
             cancel.run_until_cancelled(tokio::time::sleep(Duration::from_secs(10))).await;
@@ -361,13 +355,54 @@ pub async fn run(
             None
         };
         let error = defect.map_or(error, WorkError::Space);
+        if matches!(&error, WorkError::Import(error) if error.is_session_gone()) {
+            begin_anew(&journal, &object).await;
+        }
         attempts += 1;
-        let next = failures.note(error.fault(), journal.reached() > before, retries(&object));
+        let fault = if superseded { Fault::Passing } else { error.fault() };
+        let next = failures.note(fault, journal.reached() > before, retries(&object));
         if !matches!(next, Next::Again(_)) {
             clean_up(&node, &object, &uid, generation, place).await;
         }
         if !pause_or_end(&node, &uid, &object, (&error, next, attempts), &cancel).await {
             return;
+        }
+    }
+}
+
+/// True if the API server itself says that this generation of an import is this node's to do: a watch may lag, and what was
+/// given up is not to be begun again. False where it does not answer.
+async fn is_ours(node: &Node, object: &TemplateImport, generation: Generation) -> bool {
+    let api = Api::<TemplateImport>::namespaced(node.client.clone(), &name_of(object).namespace);
+    match api.get_opt(&object.name_any()).await {
+        Ok(found) => found.is_some_and(|found| {
+            found.uid() == object.uid() && is_assigned(&found, node.name.as_str(), generation)
+        }),
+        Err(error) => {
+            tracing::warn!(import = %name_of(object), error = chain(&error), "whose it is could not be read");
+            false
+        }
+    }
+}
+
+/// True if this generation of an import is to be done on this node, and it is not being deleted.
+fn is_assigned(import: &TemplateImport, node: &str, generation: Generation) -> bool {
+    let assignment = import.status.as_ref().and_then(|status| status.assignment.as_ref());
+    let ours = assignment.is_some_and(|assignment| {
+        assignment.node == node && parse::generation(assignment.generation) == generation
+    });
+    ours && import.metadata.deletion_timestamp.is_none()
+}
+
+/// Forgets how far an import is whose session somebody has removed from its store: nothing protects any more what that
+/// relies on.
+async fn begin_anew(journal: &Journal, object: &TemplateImport) {
+    match journal.forget().await {
+        Ok(()) => {
+            tracing::warn!(import = %name_of(object), "its session is gone from the store: it begins anew");
+        }
+        Err(error) => {
+            tracing::warn!(import = %name_of(object), error = chain(&error), "cannot begin anew yet");
         }
     }
 }
@@ -439,6 +474,25 @@ async fn take_back(
     Ok(import::abandon(&job, &chunks, &journal, published).await?)
 }
 
+/// Forgets how far imports are that are not this node's any more: they have moved, or went while it was away.
+pub async fn forget_others(node: &Arc<Node>) {
+    let ours: BTreeSet<Uid> =
+        node.watches.imports.state().iter().filter_map(|import| Some(import.uid()?.into())).collect();
+    let record = Arc::clone(&node.record);
+    let forget = move || -> Result<(), ImportError> {
+        let jobs = record.jobs()?.into_iter().filter(|(_, job)| job.kind == journal::KIND);
+        for (uid, _) in jobs.filter(|(uid, _)| !ours.contains(uid)) {
+            record.forget_job(&uid)?;
+            tracing::info!(import = %uid, "forgotten: it is not this node's any more");
+        }
+        Ok(())
+    };
+    match tokio::task::spawn_blocking(forget).await.map_err(ImportError::from).flatten() {
+        Ok(()) => {}
+        Err(error) => tracing::warn!(error = chain(&error), "what is recorded of others' imports stays"),
+    }
+}
+
 /// Removes every trace of an import that is being deleted, and says so. While its store does not answer, the object stays
 /// and says why: a name that stayed behind in the store could not be given again. Only a store whose own object is gone
 /// keeps nobody waiting.
@@ -484,6 +538,26 @@ fn nothing_left(taken_back: Result<(), WorkError>, began: bool) -> Result<(), Wo
 mod tests {
     use super::*;
     use berth_objectstore::{Place, StoreError};
+
+    #[test]
+    fn what_was_superseded_is_ours_only_at_our_generation_and_while_it_is_not_deleted() {
+        let import = |node: &str, generation: u64, deleted: bool| -> TemplateImport {
+            let mut import = serde_json::json!({
+                "apiVersion": "staging.berth.dev/v1alpha1", "kind": "TemplateImport",
+                "metadata": {"name": "t", "namespace": "ns", "uid": "u"},
+                "spec": {"source": {"http": {"url": "https://example.org/a"}}, "store": {"name": "s"}},
+                "status": {"assignment": {"pool": "p", "node": node, "generation": generation}},
+            });
+            if deleted {
+                import["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+            }
+            serde_json::from_value(import).unwrap()
+        };
+        let is_ours = |import: &TemplateImport| is_assigned(import, "n1", Generation(2));
+        assert!(is_ours(&import("n1", 2, false)));
+        assert!(!is_ours(&import("n2", 2, false)) && !is_ours(&import("n1", 3, false)));
+        assert!(!is_ours(&import("n1", 2, true)), "its session is being removed");
+    }
 
     #[test]
     fn a_deleted_import_waits_for_its_store_but_not_for_one_that_is_gone() {

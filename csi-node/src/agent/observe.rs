@@ -231,7 +231,8 @@ fn imports(node: &Node) -> BTreeMap<Uid, NodeImport> {
                 deleting: import.metadata.deletion_timestamp.is_some(),
                 generation: generation(assignment.generation),
                 planned: news.plan.is_some(),
-                ended: news.durable.is_some() || failed,
+                // The operator says that it has failed; its space goes once nothing works in it any more.
+                ended: news.durable.is_some() || failed || parse::import_limits(&import.spec.limits).is_err(),
                 released: news.released_generation.map(generation),
             };
             Some((uid, parsed))

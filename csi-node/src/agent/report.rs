@@ -138,7 +138,7 @@ async fn apply<K>(
     wanted: Wanted<'_>,
 ) -> Result<(), ReportError>
 where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug,
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug,
 {
     if !differs(&shown, &wanted.status, wanted.owned, wanted.conditions) {
         return Ok(());
@@ -152,11 +152,28 @@ where
         "apiVersion": K::api_version(&()), "kind": K::kind(&()), "metadata": metadata, "status": wanted.status,
     });
     let params = PatchParams::apply(&node_manager(node.name.as_str())).force();
-    api.patch_status(&name, &params, &Patch::Apply(&patch)).await.map_err(|source| ReportError::Api {
+    let failed = |source| ReportError::Api {
         what: format!("the status of {} {name}", K::kind(&())),
         source: Box::new(source),
-    })?;
+    };
+    let answer = api.patch_status(&name, &params, &Patch::Apply(&patch)).await.map_err(failed)?;
+    let left = left_over(&serde_json::to_value(&answer)?["status"], &wanted);
+    if left.is_empty() {
+        return Ok(());
+    }
+    // What another node owns as well, from which the work has moved away, does not go by being left out.
+    let cleared = json!({"metadata": patch["metadata"], "status": left});
+    let params = PatchParams { field_manager: params.field_manager, ..PatchParams::default() };
+    api.patch_status(&name, &params, &Patch::Merge(&cleared)).await.map_err(failed)?;
     Ok(())
+}
+
+/// The owned fields that are still shown though they are to go, each with null as its value.
+fn left_over(shown: &Value, wanted: &Wanted<'_>) -> Map<String, Value> {
+    let is_left = |name: &&str| {
+        shown.get(*name).is_some_and(|value| !value.is_null()) && wanted.status.get(*name).is_none()
+    };
+    wanted.owned.iter().copied().filter(is_left).map(|name| (name.to_owned(), Value::Null)).collect()
 }
 
 fn namespaced<K>(node: &Node, object: &K) -> Api<K>
@@ -439,5 +456,14 @@ mod tests {
         assert!(differs(&json!({"path": "/a", "conditions": [ready("False", "1")]})));
         assert!(differs(&json!({"conditions": [ready("True", "1")]})), "a field that is to go");
         assert!(differs(&json!({"path": "/a"})), "a condition that is to go");
+    }
+
+    #[test]
+    fn what_another_node_has_left_is_cleared_by_name() {
+        let status = json!({"attempts": 2});
+        let wanted = Wanted { status, owned: IMPORT_FIELDS, conditions: &[] };
+        let answer = json!({"attempts": 2, "lastError": {"reason": "SourceStalled"}, "state": "Importing"});
+        assert_eq!(Value::Object(left_over(&answer, &wanted)), json!({"lastError": null}));
+        assert!(left_over(&json!({"attempts": 2, "lastError": null}), &wanted).is_empty());
     }
 }

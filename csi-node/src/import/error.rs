@@ -219,6 +219,11 @@ impl ImportError {
         self.reason() == Reason::Superseded
     }
 
+    /// True if the session that the work had is not in its image store any more.
+    pub fn is_session_gone(&self) -> bool {
+        matches!(self, Self::Session(SessionError::Gone { .. }))
+    }
+
     /// The whole chain of causes, on one line.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();

@@ -1,6 +1,6 @@
 //! Importing an image: source → reservation → chunks in an image store, verified and published.
 //!
-//! Everything here works without Kubernetes; the agent and `berth-node template import` call the same functions.
+//! Everything here works without Kubernetes; the agent and `berth-node template import` make the same attempts, each in a loop of its own.
 //!
 //! **Memory**: one window of the uploader (8 MiB at 256 KiB chunks), the image reader's (about 10 MiB), and 16 pieces of
 //! the source's stream; nothing grows with the image. Pages of the files are let go of after every window.

@@ -137,9 +137,18 @@ impl<S: ObjectStore> Attempt<'_, S> {
         }
         let shape = self.shape(&path, size).await?;
         let source_digest = Digest(sum);
+        self.forget_index().await?;
         self.journal.save(Phase::Fetched { source_digest, shape }).await?;
         tracing::info!(stage = "Fetch", bytes = size.0, digest = %sum, "fetched");
         Ok((source_digest, shape))
+    }
+
+    /// An index of what was fetched before is not one of this, whatever the bucket says of it.
+    async fn forget_index(&self) -> Result<(), ImportError> {
+        let index = self.job.index_file();
+        let removed =
+            self.journal.work(move || remove_if_there(&index).map_err(ImportError::file("remove", &index)));
+        removed.await?
     }
 
     /// Probes the whole file, and compares what it asks for with limits and promise before a tool or a reader sees it.

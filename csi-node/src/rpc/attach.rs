@@ -112,7 +112,10 @@ impl FoundVolume {
         if mode == AttachmentMode::Filesystem && self.entry.origin.is_some() && !content.host_mount {
             return Err(RpcError::HostMount(self.id.clone()));
         }
-        if let Some(old) = self.attachment()? {
+        let old = self.attachment()?;
+        // Whoever unstages knows of nothing but a staging that once went well.
+        let never_staged = old.as_ref().is_none_or(|old| old.loop_device.is_none());
+        if let Some(old) = old {
             if old.mode != mode {
                 return Err(RpcError::Different { volume: self.id.clone(), what: "use" });
             }
@@ -121,7 +124,11 @@ impl FoundVolume {
             }
         }
         let shown = self.show(path, wanted, content, mode);
-        if shown.is_err() && mode == AttachmentMode::Filesystem && mounts::is_mounted(path)?.is_none() {
+        let unused = match mode {
+            AttachmentMode::Filesystem => shown.is_err() && mounts::is_mounted(path)?.is_none(),
+            _ => shown.is_err() && never_staged,
+        };
+        if unused {
             self.take_back();
         }
         shown

@@ -28,7 +28,7 @@ use berth_core::units::{Bytes, Generation};
 use berth_device::mounts::{self, FsType};
 use berth_device::thin;
 use berth_node::agent::pools::{OpenPool, PoolSpec, Pools};
-use berth_node::agent::{staging, volumes};
+use berth_node::agent::{fill, volumes};
 use berth_node::area::{AreaError, Backend, ThinGroup, ThinSpec};
 use berth_node::rpc::attach::{self, ImportedContent, Publication};
 use berth_node::rpc::request::Use;
@@ -231,7 +231,7 @@ async fn stage(bed: &Bed, pool: &Arc<OpenPool>, image: &Uid, digest: &Digest, re
     promise(pool, image, PromiseClass::Images, real);
     let reader = ImageReader::open(bed.chunks.clone(), *digest).await.unwrap();
     for _ in 0..2 {
-        staging::restore(pool, image, &reader, real, &TaskTracker::new(), |_| ()).await.unwrap();
+        fill::restore(pool, image, &reader, real, &TaskTracker::new(), |_| ()).await.unwrap();
     }
     let shown = pool.area.image(digest);
     assert!(same_disk(&shown, disk));

@@ -94,6 +94,9 @@ impl IndexFile {
             other => other?,
         };
         let mut sizes = open(&sizes_path(path)).map_err(|_| lost())?;
+        if items > index.metadata().map_err(io_at("read", path))?.len() / ITEM as u64 {
+            return Err(lost()); // also a number that nobody has ever counted to
+        }
         cut(&mut index, index_len(items)).map_err(io_at("cut", path))?.ok_or_else(lost)?;
         cut(&mut sizes, items * SIZE as u64).map_err(io_at("cut", path))?.ok_or_else(lost)?;
         let mut head = [0; HEAD];
@@ -271,6 +274,8 @@ mod tests {
         drop(file);
         assert!(matches!(IndexFile::resume(&path, size, 2, 20), Err(IndexFileError::Lost { .. })));
         assert!(matches!(IndexFile::resume(&path, size, 1, 20), Err(IndexFileError::Lost { .. })));
+        let wrapped = (1 << 62) + 1;
+        assert!(matches!(IndexFile::resume(&path, size, wrapped, 10), Err(IndexFileError::Lost { .. })));
         let other = ChunkSize::new(Size::kib(64)).unwrap();
         assert!(matches!(IndexFile::resume(&path, other, 1, 10), Err(IndexFileError::Lost { .. })));
         assert!(IndexFile::resume(&path, size, 1, 10).is_ok());

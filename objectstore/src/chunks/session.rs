@@ -1,4 +1,4 @@
-//! A writer's session: it protects what the writer relies on, and lets any node go on where another one stopped.
+//! A writer's session: it protects what the writer relies on, and hands the work over to one writer at a time.
 //!
 //! 1. The session is written **before** the first question whether a chunk is there. Collection deletes only candidates
 //!    older than every open session, so a chunk that was found stays.
@@ -248,10 +248,12 @@ impl<S: ObjectStore> Session<S> {
     }
 
     /// The uploader at the last checkpoint, from the index at `path` alone: whoever can write to the store has no say in
-    /// what the image is. Starts over if that index does not reach the checkpoint, which is another node's then.
+    /// what the image is. That is why a run of zeros that only the checkpoint tells of does not count. Starts over if that
+    /// index does not reach the checkpoint, which is another node's then.
     pub async fn local_uploader(&mut self, path: &Path) -> Result<ChunkUploader<S>, SessionError> {
         if let Some(saved) = &self.record.checkpoint {
-            match ChunkUploader::resume(self.chunks.clone(), self.tombstones(), path, &saved.upload) {
+            let vouched = saved.upload.at_its_last_item();
+            match ChunkUploader::resume(self.chunks.clone(), self.tombstones(), path, &vouched) {
                 Err(UploadError::Index(IndexFileError::Lost { .. })) => self.start_over().await?,
                 other => return Ok(other?),
             }

@@ -293,6 +293,42 @@ async fn a_session_with_damaged_pieces_starts_over() {
     assert_eq!(uploader.finish().await.unwrap().counters.chunks_reused, 2);
 }
 
+/// Zeros that no item stands for yet lie in the session's object alone, where others may write.
+#[tokio::test(flavor = "multi_thread")]
+async fn zeros_that_only_the_session_tells_of_are_not_taken_from_it() {
+    let (store, dir) = (MemoryStore::new(), tempfile::tempdir().unwrap());
+    let chunks = open(&store).await;
+    let (path, content) = (dir.path().join("a"), image(&[1, 2, 0, 0, 3, 4], 5));
+    let mut session = Session::begin(chunks.clone(), writer(1, "n1")).await.unwrap();
+    let mut uploader = session.local_uploader(&path).await.unwrap();
+    push(&mut uploader, &content[..4 * C]).await.unwrap();
+    session.checkpoint(&mut uploader, serde_json::Value::Null).await.unwrap();
+    drop((session, uploader));
+    let session = Session::begin(chunks.clone(), writer(1, "n1")).await.unwrap();
+    let honest = session.saved().unwrap().upload.clone();
+    assert_eq!((honest.items, honest.zero_run), (2, 2 * C as u64));
+    let key = "p/sessions/import-1";
+    let forge = |items: u64, offset: usize, zeros: usize| {
+        let mut forged: serde_json::Value = serde_json::from_slice(&store.bytes(key).unwrap()).unwrap();
+        let upload = &mut forged["checkpoint"]["upload"];
+        (upload["items"], upload["offset"], upload["zeroRun"]) = (items.into(), offset.into(), zeros.into());
+        upload["counters"]["chunksNew"] = u64::MAX.into();
+        store.set(key, forged.to_string());
+    };
+    let forged = [(2, 4 * C, 2 * C), (2, 5 * C, 3 * C), (0, 4 * C, 4 * C), (0, content.len(), content.len())];
+    for (items, offset, zeros) in forged {
+        std::fs::copy(&path, dir.path().join("b")).unwrap();
+        std::fs::copy(dir.path().join("a.sizes"), dir.path().join("b.sizes")).unwrap();
+        forge(items, offset, zeros);
+        let mut session = Session::begin(chunks.clone(), writer(1, "n1")).await.unwrap();
+        let mut uploader = session.local_uploader(&dir.path().join("b")).await.unwrap();
+        assert_eq!(uploader.offset(), items * C as u64, "from the last item on");
+        push(&mut uploader, &content).await.unwrap();
+        let done = uploader.finish().await.unwrap();
+        assert_eq!(done.digest, Digest(Sha256Sum::of(&naive_index(&content))), "{items} {offset} {zeros}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_survives_a_lost_answer_and_notices_its_end() {
     let (store, dir) = (MemoryStore::new(), tempfile::tempdir().unwrap());

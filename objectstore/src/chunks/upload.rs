@@ -106,6 +106,16 @@ pub struct Checkpoint {
     pub counters: Counters,
 }
 
+impl Checkpoint {
+    /// The same, without what no item of the index on the disk vouches for: the run of zeros is pushed again, which costs
+    /// no request.
+    pub(super) fn at_its_last_item(&self) -> Self {
+        let bytes_zero = self.counters.bytes_zero.saturating_sub(Size(self.zero_run));
+        let counters = Counters { bytes_zero, ..self.counters };
+        Self { offset: self.offset.saturating_sub(self.zero_run), zero_run: 0, items: self.items, counters }
+    }
+}
+
 /// An index that is whole, on the local disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FinishedIndex {
@@ -285,11 +295,11 @@ impl<S: ObjectStore> ChunkUploader<S> {
         self.index.append(*len, &landed.id, landed.stored)?;
         self.in_flight.pop_front();
         if landed.sent {
-            self.counters.chunks_new += 1;
+            self.counters.chunks_new = self.counters.chunks_new.saturating_add(1);
             self.counters.bytes_on_wire =
                 self.counters.bytes_on_wire.saturating_add(Size(u64::from(landed.stored)));
         } else {
-            self.counters.chunks_reused += 1;
+            self.counters.chunks_reused = self.counters.chunks_reused.saturating_add(1);
         }
         Ok(())
     }

@@ -23,13 +23,15 @@ impl Controlled for StagingReservation {
         match touched {
             Touched::Reservation(name, uid) => {
                 // One that went may have been ahead of others.
-                let waiting = all.filter(|r| !view.reservations.contains_key(uid) && is_waiting(r));
+                let waiting = all.filter(|r| !view.reservations.contains_key(uid) && needs_a_look(r));
                 waiting.map(|r| reference(&r.name)).chain([reference(name)]).collect()
             }
-            Touched::Pool(_) => all.filter(|r| is_waiting(r)).map(|r| reference(&r.name)).collect(),
+            Touched::Pool(_) => all.filter(|r| needs_a_look(r)).map(|r| reference(&r.name)).collect(),
             Touched::Node(node) => all
                 .filter(|r| {
-                    r.assignment.as_ref().map_or_else(|| is_waiting(r), |a| a.node == *node && !is_settled(r))
+                    r.assignment
+                        .as_ref()
+                        .map_or_else(|| needs_a_look(r), |a| a.node == *node && !is_settled(r))
                 })
                 .map(|r| reference(&r.name))
                 .collect(),
@@ -38,16 +40,16 @@ impl Controlled for StagingReservation {
                     let here = |a: &berth_core::view::Placement| {
                         a.node == *node && a.pool == *pool && !is_settled(r)
                     };
-                    r.assignment.as_ref().map_or_else(|| is_waiting(r), here)
+                    r.assignment.as_ref().map_or_else(|| needs_a_look(r), here)
                 })
                 .map(|r| reference(&r.name))
                 .collect(),
             Touched::Import(import) => all
-                .filter(|r| is_waiting(r) && r.template.as_ref() == Some(import))
+                .filter(|r| needs_a_look(r) && r.template.as_ref() == Some(import))
                 .map(|r| reference(&r.name))
                 .collect(),
             Touched::Image(image) => all
-                .filter(|r| is_waiting(r) && r.template.is_some() || names(r, image) && r.deleting)
+                .filter(|r| needs_a_look(r) && r.template.is_some() || names(r, image) && r.deleting)
                 .map(|r| reference(&r.name))
                 .collect(),
             _ => Vec::new(),
@@ -57,7 +59,7 @@ impl Controlled for StagingReservation {
 
 /// True if a placement, or the end, is still to come. One that is only tried looks again by itself, every few seconds, so
 /// that a busy pool does not make it write at every change.
-fn is_waiting(reservation: &ReservationView) -> bool {
+fn needs_a_look(reservation: &ReservationView) -> bool {
     reservation.deleting
         || !reservation.dry_run
             && reservation.assignment.is_none()

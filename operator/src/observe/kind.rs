@@ -1,8 +1,9 @@
 //! One kind: its watch, its objects, and its queue.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use berth_core::ids::ObjectName;
 use futures::TryStreamExt as _;
@@ -41,10 +42,27 @@ where
     K::DynamicType: Eq + Hash,
 {
     writer: Mutex<Writer<K>>,
+    relist: Mutex<Option<Relist<K>>>,
     /// The objects as they were last seen.
     pub reader: Store<K>,
     queue: mpsc::UnboundedSender<ReconcileRequest<K>>,
     queued: Mutex<Option<mpsc::UnboundedReceiver<ReconcileRequest<K>>>>,
+}
+
+/// A list of the whole kind while it arrives. It shows one moment, and may be older than an answer to our own write that
+/// came since.
+#[derive(Debug)]
+struct Relist<K> {
+    /// The newest form of each object that was entered meanwhile, and the version that it had before.
+    entered: BTreeMap<ObjectName, (Arc<K>, Option<u128>)>,
+    /// Objects in the list that cannot be read.
+    unreadable: BTreeSet<ObjectName>,
+}
+
+impl<K> Default for Relist<K> {
+    fn default() -> Self {
+        Self { entered: BTreeMap::new(), unreadable: BTreeSet::new() }
+    }
 }
 
 impl<K: Resource<DynamicType = ()> + Clone + 'static> Default for Kind<K> {
@@ -54,6 +72,7 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Default for Kind<K> {
         Self {
             reader: writer.as_reader(),
             writer: Mutex::new(writer),
+            relist: Mutex::default(),
             queue,
             queued: Mutex::new(Some(queued)),
         }
@@ -76,6 +95,10 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Kind<K> {
     /// Every object, as it was last seen.
     pub fn all(&self) -> Vec<Arc<K>> {
         self.reader.state()
+    }
+
+    fn relist(&self) -> MutexGuard<'_, Option<Relist<K>>> {
+        self.relist.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self, event: &Event<K>) {
@@ -111,10 +134,10 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
         Event::Apply(DeserializeGuard(Err(bad))) => unreadable::<K>(observer, &bad),
         Event::Delete(DeserializeGuard(object)) => leave(observer, &object),
         Event::Init => {
+            // What could not be read stays so until the list is whole: sweeps need all of the truth.
+            let _state = observer.write();
             K::objects(observer).write(&Event::Init);
-            let mut state = observer.write();
-            state.unreadable.retain(|(kind, _)| *kind != K::kind(&()));
-            state.settle_leader();
+            *K::objects(observer).relist() = Some(Relist::default());
         }
         Event::InitApply(DeserializeGuard(Ok(object))) => {
             K::objects(observer).write(&Event::InitApply(object));
@@ -125,6 +148,9 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
                 K::objects(observer).write(&Event::InitApply(K::clone(&last)));
             }
             unreadable::<K>(observer, &bad);
+            if let Some(relist) = &mut *K::objects(observer).relist() {
+                relist.unreadable.insert(name_of(&bad.metadata));
+            }
         }
         Event::InitDone => replace_all::<K>(observer),
     }
@@ -150,7 +176,9 @@ pub fn enter<K: Observed>(observer: &Observer, object: K, source: Source) {
         if source == Source::Answer && before.as_ref().is_none_or(|before| before.uid() != object.uid()) {
             return;
         }
+        let mut version_before = None;
         if let Some(before) = before {
+            version_before = version(before.meta());
             if before.uid() == object.uid() && version(before.meta()) > version(object.meta()) {
                 return;
             }
@@ -158,9 +186,14 @@ pub fn enter<K: Observed>(observer: &Observer, object: K, source: Source) {
                 before.leave(&mut state);
             }
         }
-        state.unreadable.remove(&(K::kind(&()).into_owned(), name));
+        state.unreadable.remove(&(K::kind(&()).into_owned(), name.clone()));
         object.enter(&mut state);
         state.settle_leader();
+        if let Some(relist) = &mut *K::objects(observer).relist() {
+            let form = Arc::new(object.clone());
+            let entered = relist.entered.entry(name).or_insert_with(|| (Arc::clone(&form), version_before));
+            entered.0 = form;
+        }
         K::objects(observer).write(&Event::Apply(object));
     }
     observer.touch(&touched);
@@ -193,19 +226,32 @@ fn unreadable<K: Observed>(observer: &Observer, bad: &InvalidObject) {
 }
 
 /// A complete list has arrived: what it does not name is gone. If any object is older in it than it was, the API server
-/// went back in time (an etcd restore), and every node has to report anew before its ledgers are trusted.
+/// went back in time (an etcd restore), and every node has to report anew before its ledgers are trusted. What was entered
+/// while the list arrived may be newer than it: that stays, and does not count.
 fn replace_all<K: Observed>(observer: &Observer) {
     let mut backwards = false;
     {
         let mut state = observer.write();
-        let before = K::objects(observer).reader.state();
-        K::objects(observer).write(&Event::InitDone);
+        let objects = K::objects(observer);
+        let Relist { entered, unreadable } = objects.relist().take().unwrap_or_default();
+        let before = objects.reader.state();
+        objects.write(&Event::InitDone);
         for old in before {
-            let now = observer.stored::<K>(&name_of(old.meta()));
-            backwards |=
-                now.is_some_and(|now| now.uid() == old.uid() && version(now.meta()) < version(old.meta()));
+            let name = name_of(old.meta());
+            let known = entered.get(&name).map_or_else(|| version(old.meta()), |(_, before)| *before);
+            let now = observer.stored::<K>(&name);
+            backwards |= now.is_some_and(|now| now.uid() == old.uid() && version(now.meta()) < known);
             old.leave(&mut state);
         }
+        for (newer, _) in entered.into_values().filter(|_| !backwards) {
+            let listed = observer.stored::<K>(&name_of(newer.meta()));
+            let same = listed.filter(|listed| listed.uid() == newer.uid());
+            if same.is_some_and(|listed| version(listed.meta()) < version(newer.meta())) {
+                objects.write(&Event::Apply(K::clone(&newer)));
+            }
+        }
+        let stays = |(kind, name): &(String, ObjectName)| *kind != K::kind(&()) || unreadable.contains(name);
+        state.unreadable.retain(stays);
         for object in K::objects(observer).reader.state() {
             object.enter(&mut state);
         }
@@ -227,4 +273,101 @@ pub fn name_of(meta: &ObjectMeta) -> ObjectName {
 /// else, which counts as older than every number.
 fn version(meta: &ObjectMeta) -> Option<u128> {
     meta.resource_version.as_deref().and_then(|text| text.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::http::{Request, Response};
+    use berth_api::StagingPool;
+    use berth_core::ids::NodeName;
+    use kube::Client;
+    use kube::client::Body;
+
+    fn observer() -> Observer {
+        let nobody = tower::service_fn(|_: Request<Body>| async {
+            Err::<Response<Body>, _>(std::io::Error::other("nobody listens"))
+        });
+        Observer::new(Client::new(nobody, "berth-system"), "berth-system".to_owned()).0
+    }
+
+    fn pool(name: &str, version: u64) -> StagingPool {
+        let pool = serde_json::json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingPool",
+            "metadata": {"name": name, "uid": format!("u-{name}"), "resourceVersion": version.to_string()},
+            "spec": {"backend": {"filesystem": {"path": "/x", "size": "1Gi"}}},
+        });
+        serde_json::from_value(pool).expect("readable")
+    }
+
+    fn list(observer: &Observer, pools: &[(&str, u64)], meanwhile: impl FnOnce(&Observer)) {
+        take::<StagingPool>(observer, Event::Init);
+        for (name, version) in pools {
+            take(observer, Event::InitApply(DeserializeGuard(Ok(pool(name, *version)))));
+        }
+        meanwhile(observer);
+        take::<StagingPool>(observer, Event::InitDone);
+    }
+
+    /// One node that has reported.
+    fn trusted() -> Observer {
+        let observer = observer();
+        observer.write().confirmed.insert(NodeName::from("n"));
+        list(&observer, &[("a", 10), ("b", 11)], |_| ());
+        observer
+    }
+
+    fn version_of(observer: &Observer, name: &str) -> Option<u128> {
+        version(observer.stored::<StagingPool>(&ObjectName::new("", name))?.meta())
+    }
+
+    fn trusts(observer: &Observer) -> bool {
+        !observer.read().confirmed.is_empty()
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_during_a_new_list_stays_and_is_no_step_back_in_time() {
+        let observer = trusted();
+        list(&observer, &[("a", 10), ("b", 11)], |observer| observer.absorb(pool("a", 12)));
+        assert_eq!((version_of(&observer, "a"), version_of(&observer, "b")), (Some(12), Some(11)));
+        assert!(trusts(&observer));
+        list(&observer, &[("a", 12)], |observer| observer.absorb(pool("b", 13)));
+        assert_eq!(version_of(&observer, "b"), None, "what the list does not name is gone");
+        assert!(trusts(&observer));
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_older_is_a_step_back_in_time_whatever_was_entered_meanwhile() {
+        for meanwhile in [false, true] {
+            let observer = trusted();
+            list(&observer, &[("a", 9), ("b", 11)], |observer| {
+                if meanwhile {
+                    observer.absorb(pool("a", 12));
+                }
+            });
+            assert!(!trusts(&observer), "{meanwhile}");
+            assert_eq!(version_of(&observer, "a"), Some(9));
+        }
+    }
+
+    #[tokio::test]
+    async fn sweeps_pause_until_a_new_list_is_whole() {
+        let observer = trusted();
+        observer.set_leader(true);
+        let sweeps = |observer: &Observer| observer.view(|view| view.leader);
+        assert!(sweeps(&observer));
+        let bad = || {
+            let text = r#"{"metadata": {"name": "bad", "resourceVersion": "12"}, "spec": 7}"#;
+            serde_json::from_str::<DeserializeGuard<StagingPool>>(text).expect("guarded")
+        };
+        take(&observer, Event::Apply(bad()));
+        assert!(!sweeps(&observer));
+        take::<StagingPool>(&observer, Event::Init);
+        assert!(!sweeps(&observer), "the list that may still name it is not there");
+        take(&observer, Event::InitApply(bad()));
+        take::<StagingPool>(&observer, Event::InitDone);
+        assert!(!sweeps(&observer), "it still cannot be read");
+        list(&observer, &[("a", 10), ("b", 11)], |_| ());
+        assert!(sweeps(&observer), "it is gone");
+    }
 }

@@ -39,11 +39,18 @@ pub struct Heard {
     lasts: Duration,
     /// When the renewal was seen; `None` while only its first form is known, which may be of any age.
     at: Option<Instant>,
+    /// Since when nothing else was heard.
+    since: Instant,
 }
 
 impl Heard {
     fn is_live(&self, now: Instant) -> bool {
         self.at.is_some_and(|at| now.duration_since(at) < self.lasts)
+    }
+
+    /// True if it was listened for as long as the Lease lasts, and nothing came.
+    fn is_silent(&self, now: Instant) -> bool {
+        !self.is_live(now) && now.duration_since(self.since) >= self.lasts
     }
 
     /// `lease` after this, seen at `now`. A form never seen before proves life only if it was not there at the start.
@@ -57,7 +64,8 @@ impl Heard {
             Some(_) => Some(now),
             None => (!listed).then_some(now),
         };
-        Self { renewed, lasts, at }
+        let since = before.filter(|before| before.renewed == renewed).map_or(now, |before| before.since);
+        Self { renewed, lasts, at, since }
     }
 }
 
@@ -79,23 +87,24 @@ pub fn spawn(
 /// Brings `live` and `reported` of a node that has just been entered up to date.
 pub fn judge(state: &mut State, node: &NodeName) {
     let now = Instant::now();
-    let live = state.heard.get(&node_lease_name(node)).is_some_and(|heard| heard.is_live(now));
-    let reported = state.confirmed.contains(node);
-    if let Some(entry) = state.view.nodes.get_mut(node) {
-        entry.live = live;
-        entry.reported = reported;
+    let State { view, heard, confirmed, .. } = state;
+    let heard = heard.get(&node_lease_name(node));
+    if let Some(entry) = view.nodes.get_mut(node) {
+        entry.live = heard.is_some_and(|heard| heard.is_live(now));
+        entry.silent = heard.is_some_and(|heard| heard.is_silent(now));
+        entry.reported = confirmed.contains(node);
     }
 }
 
 /// After the API server went back in time: no report counts until it was made anew.
 pub fn forget_reports(state: &mut State) {
     state.confirmed.clear();
+    let now = Instant::now();
     for heard in state.heard.values_mut() {
-        heard.at = None;
+        (heard.at, heard.since) = (None, now);
     }
     for node in state.view.nodes.values_mut() {
-        node.live = false;
-        node.reported = false;
+        (node.live, node.reported, node.silent) = (false, false, false);
     }
 }
 
@@ -150,12 +159,15 @@ fn settle(observer: &Observer) {
         let mut state = observer.write();
         let State { view, heard, confirmed, .. } = &mut *state;
         for (name, node) in &mut view.nodes {
-            let live = heard.get(&node_lease_name(name)).is_some_and(|heard| heard.is_live(now));
+            let heard = heard.get(&node_lease_name(name));
+            let live = heard.is_some_and(|heard| heard.is_live(now));
+            let silent = heard.is_some_and(|heard| heard.is_silent(now));
             if live && !confirmed.contains(name) && observer.confirm.try_send(name.clone()).is_err() {
                 tracing::debug!(node = %name, "confirmed a second later");
             }
-            if std::mem::replace(&mut node.live, live) != live {
-                tracing::info!(node = %name, live, "node liveness changed");
+            if (node.live, node.silent) != (live, silent) {
+                (node.live, node.silent) = (live, silent);
+                tracing::info!(node = %name, live, silent, "node liveness changed");
                 changed.push(name.clone());
             }
         }
@@ -220,13 +232,21 @@ mod tests {
     fn a_lease_found_at_the_start_proves_nothing_until_it_changes() {
         let start = Instant::now();
         let found = Heard::next(None, &lease(100), true, start);
-        assert!(!found.is_live(start));
+        assert!(!found.is_live(start) && !found.is_silent(start + Duration::from_secs(39)));
+        assert!(
+            found.is_silent(start + Duration::from_secs(40)),
+            "it was listened to for as long as it lasts"
+        );
         let again = Heard::next(Some(&found), &lease(100), false, start);
         assert!(!again.is_live(start), "the same renewal seen twice is no renewal");
         let renewed = Heard::next(Some(&again), &lease(50), false, start);
         assert!(renewed.is_live(start), "a change counts, whatever the node's clock says");
         assert!(renewed.is_live(start + Duration::from_secs(39)));
         assert!(!renewed.is_live(start + Duration::from_secs(40)));
+        let late = start + Duration::from_secs(50);
+        assert!(
+            renewed.is_silent(late) && !Heard::next(Some(&renewed), &lease(60), false, late).is_silent(late)
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use berth_core::units::Bytes;
 use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::publish::PublishError;
 use berth_objectstore::chunks::read::{ImageReader, ReadError, WriteAt};
-use berth_record::{ChangeError, ImageState};
+use berth_record::{ChangeError, ImageState, tables};
 use kube::ResourceExt as _;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use thiserror::Error;
@@ -354,17 +354,21 @@ fn tell(node: &Node, uid: &Uid, done: Bytes, size: Bytes) {
     }
 }
 
-/// Removes an image's bytes, then its pin. A pin that cannot be removed stays in the store and protects chunks that
-/// nothing needs: it is logged, and does not keep the promise.
+/// Removes an image's bytes if they are this one's, then its pin, which is there before anything is recorded. A pin that
+/// cannot be removed stays in the store and protects chunks that nothing needs: it is logged, and does not keep the promise.
 pub async fn remove(
     node: &Arc<Node>,
     pool: &Arc<OpenPool>,
     uid: &Uid,
     digest: Digest,
 ) -> Result<(), FillError> {
-    let pool = Arc::clone(pool);
+    let (pool, holder) = (Arc::clone(pool), uid.clone());
     tokio::task::spawn_blocking(move || {
         let _turn = pool.turn();
+        let held = pool.record.record().get(tables::IMAGES, &digest).map_err(ChangeError::from)?;
+        if held.is_none_or(|held| held.holder != holder) {
+            return Ok(()); // never begun, or taken over by the next image of this content
+        }
         pool.area.require_unused(&pool.record, &digest)?;
         pool.record.begin_evict(&digest)?;
         if !sabotage::active(sabotage::RELEASE_WITHOUT_DELETE) {
