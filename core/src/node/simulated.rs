@@ -1,7 +1,9 @@
 //! The plan carried out on a simulated node that can be cut off between any two effects.
 
+mod closing;
 mod files;
 mod images;
+mod imports;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -485,74 +487,4 @@ fn a_volume_in_use_and_an_image_that_is_awaited_stay() {
     node.settle().unwrap();
     assert!(node.disk.contains("volume clone"), "the clone was made first");
     assert!(!node.disk.iter().any(|name| name.starts_with("image")), "then the image went");
-}
-
-fn import(planned: bool) -> NodeImport {
-    NodeImport {
-        name: ObjectName::new("ns", "t"),
-        deleting: false,
-        generation: Generation(1),
-        reservation: ObjectName::new("ns", "work"),
-        planned,
-        ended: false,
-        released: None,
-    }
-}
-
-#[test]
-fn an_import_is_probed_then_run_in_its_prepared_directory_then_left_alone() {
-    let mut node = asked();
-    let uid = Uid::from("imp");
-    node.view.imports.insert(uid.clone(), import(false));
-    let probe = Step::StartProbe { import: uid.clone(), generation: Generation(1) };
-    assert!(plan(&node.view, Timestamp(5)).contains(&probe), "a probe needs no pool");
-    node.view.imports.insert(uid.clone(), import(true));
-    assert!(!plan(&node.view, Timestamp(5)).iter().any(|step| matches!(step, Step::StartImport { .. })));
-    let waiting = node.view.imports.remove(&uid).unwrap();
-    node.settle().unwrap();
-    node.view.imports.insert(uid.clone(), waiting);
-    let start = Step::StartImport {
-        import: uid.clone(),
-        generation: Generation(1),
-        pool: "p".into(),
-        reservation: "work".into(),
-        promised: Bytes::mib(64),
-    };
-    assert_eq!(plan(&node.view, Timestamp(5)), [start]);
-    let job = JobKey { kind: JobKind::Import, uid: uid.clone(), generation: Generation(1) };
-    node.view.jobs.insert(job.clone());
-    assert_eq!(plan(&node.view, Timestamp(5)), []);
-
-    node.view.reservations.get_mut(&Uid::from("work")).unwrap().deleting = true;
-    assert_eq!(plan(&node.view, Timestamp(5)), [], "its directory stays while it is written in");
-    let stop = Step::StopJob { job: job.clone() };
-    let unknown = NodeView { imports: BTreeMap::new(), ..node.view.clone() };
-    assert_eq!(plan(&unknown, Timestamp(5)), std::slice::from_ref(&stop), "so it does for one not shown");
-    node.view.imports.get_mut(&uid).unwrap().generation = Generation(2);
-    let steps = plan(&node.view, Timestamp(5));
-    assert_eq!(steps[0], stop, "placed anew");
-    assert!(!steps.iter().any(|step| matches!(step, Step::RemoveWorkDir { .. } | Step::Released { .. })));
-    node.view.imports.get_mut(&uid).unwrap().deleting = true;
-    node.view.jobs.clear();
-    let abandon = Step::AbandonImport { import: uid.clone(), generation: Generation(2) };
-    assert!(plan(&node.view, Timestamp(5)).contains(&abandon));
-    node.view.imports.get_mut(&uid).unwrap().released = Some(Generation(2));
-    assert!(!plan(&node.view, Timestamp(5)).contains(&abandon));
-}
-
-#[test]
-fn an_area_is_closed_only_when_its_pool_and_everything_in_it_are_gone() {
-    let close = Step::ClosePool { pool: "p".into() };
-    let mut node = asked();
-    node.settle().unwrap();
-    let name = PoolName::from("p");
-    node.view.pools.get_mut(&name).unwrap().wanted = None;
-    assert!(!plan(&node.view, Timestamp(5)).contains(&close), "volumes are there");
-    delete_all(&mut node);
-    node.settle().unwrap();
-    assert!(!plan(&node.view, Timestamp(5)).contains(&close), "the ledger has not let go");
-    node.view.pools.get_mut(&name).unwrap().ledger = None;
-    assert_eq!(plan(&node.view, Timestamp(5)), [close]);
-    node.view.pools.get_mut(&name).unwrap().wanted = Some("pu".into());
-    assert_eq!(plan(&node.view, Timestamp(5)), []);
 }

@@ -1,7 +1,8 @@
 //! Imports as Kubernetes asks for them: the object into a job, the job's progress and end into its status.
 
+mod error;
+
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,18 +16,14 @@ use berth_core::retry::{Failures, Fault, Next};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation};
 use berth_objectstore::chunks::store::OpenError;
-use berth_objectstore::s3::ConnectError;
-use berth_objectstore::source::address::NetworkError;
 use kube::{Api, ResourceExt as _};
-use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use super::news::{ImportNews, last_error};
 use super::pools::OpenPool;
 use super::sources;
-use super::space::{self, SpaceDefect};
+use super::space;
 use super::stores::{self, AccessError};
-use crate::credentials::CredentialsError;
 use crate::import::{
     self, Durable, ImportError, ImportJob, Journal, Limits, Origin, Probed, Reporter, Snapshot, journal,
     probe_source,
@@ -34,81 +31,7 @@ use crate::import::{
 use crate::node::{Node, now};
 use crate::telemetry::chain;
 
-/// Why work on an import cannot begin or go on.
-#[derive(Debug, Error)]
-pub enum WorkError {
-    /// The object is gone.
-    #[error("there is no TemplateImport {0}")]
-    Gone(Uid),
-    /// A field of it.
-    #[error("the import is not possible")]
-    Field(#[from] InvalidField),
-    /// Its checksum.
-    #[error("spec.checksum: `{0}` is not a sha256 sum")]
-    Checksum(String),
-    /// The source's credentials.
-    #[error("no credentials for the source")]
-    Credentials(#[from] CredentialsError),
-    /// The source's client.
-    #[error("no client for the source")]
-    Connect(#[from] ConnectError),
-    /// The source's host has no address, or one that is refused.
-    #[error("spec.source.s3.endpoint: {endpoint} is at {address}, which sources may not be read from")]
-    Address {
-        /// What was asked for.
-        endpoint: String,
-        /// Where it is.
-        address: IpAddr,
-    },
-    /// Allowed networks.
-    #[error("--allow-source-cidr")]
-    Network(#[from] NetworkError),
-    /// The image store.
-    #[error("the image store cannot be used")]
-    Store(#[from] AccessError),
-    /// There was no space for what is promised: a defect.
-    #[error("{0}")]
-    Space(SpaceDefect),
-    /// The import itself.
-    #[error("the import failed")]
-    Import(#[from] ImportError),
-}
-
-impl WorkError {
-    pub(super) fn reason(&self) -> Reason {
-        match self {
-            Self::Gone(_) => Reason::Retrying,
-            Self::Field(_) | Self::Checksum(_) | Self::Connect(_) | Self::Network(_) => Reason::InvalidSpec,
-            Self::Credentials(_) => Reason::CredentialsMissing,
-            Self::Address { .. } => Reason::SourceAddressRefused,
-            Self::Store(error) => error.reason(),
-            Self::Space(_) => Reason::SpacePromiseBroken,
-            Self::Import(error) => error.reason(),
-        }
-    }
-
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Gone(_) | Self::Credentials(_) => Fault::Passing,
-            Self::Field(_)
-            | Self::Checksum(_)
-            | Self::Connect(_)
-            | Self::Network(_)
-            | Self::Space(_)
-            | Self::Address { .. } => Fault::Lasting,
-            Self::Store(error) => error.fault(),
-            Self::Import(error) => error.fault(),
-        }
-    }
-
-    /// What waiting for it to pass is called.
-    fn waiting(&self) -> Reason {
-        match self.fault() {
-            Fault::StoreAway => Reason::ObjectStoreUnavailable,
-            Fault::Passing | Fault::Lasting => Reason::Retrying,
-        }
-    }
-}
+pub use error::WorkError;
 
 /// The object with this UID.
 fn find(node: &Node, uid: &Uid) -> Result<Arc<TemplateImport>, WorkError> {
