@@ -3,7 +3,7 @@ use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, template, 
 use crate::ids::{NodeName, ObjectName, PoolName};
 use crate::ledger::Class;
 use crate::reason::Reason;
-use crate::reservation;
+use crate::reservation::{self, fit};
 use crate::units::Generation;
 use crate::view::{Access, AssignedImage, ReservationState, WhenFull};
 
@@ -113,6 +113,8 @@ fn a51_what_nothing_needs_goes_before_a_request_waits_or_is_refused() {
         let changes = of_request(&view, 100);
         assert_eq!(reason(&changes), Some((ReservationState::Queued, Reason::Reclaiming)));
         assert_eq!(deleted(&changes), ["old"], "20 are missing; the older one has them");
+        let tried = fit(&view, &view.reservations[&Uid::from("r")], Timestamp(100));
+        assert_eq!((tried.reason, tried.reclaims), (Reason::Reclaiming, vec!["old".to_owned()]));
         let Change::ReportReservation { report, .. } = &changes[0] else { panic!("{changes:?}") };
         assert_eq!(
             report.message,

@@ -44,6 +44,7 @@ impl Args {
 
 /// The commands.
 #[derive(Clone, Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // there is one, made from the command line
 pub enum Command {
     /// Those that ask the API server.
     #[command(flatten)]
@@ -118,7 +119,7 @@ pub struct FitArgs {
     #[arg(long, value_name = "SIZE")]
     pub size: Option<String>,
 
-    /// A manifest of a StagingReservation, in YAML or JSON; `-` is standard input.
+    /// A manifest of a `StagingReservation`, in YAML or JSON; `-` is standard input.
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "pool", "selector", "access", "template", "node", "zone", "priority"])]
     pub file: Option<PathBuf>,
 
@@ -134,7 +135,7 @@ pub struct FitArgs {
     #[arg(long, value_enum, ignore_case = true)]
     pub access: Option<Access>,
 
-    /// The TemplateImport that a volume would start from, as `namespace/name`.
+    /// The `TemplateImport` that a volume would start from, as `namespace/name`.
     #[arg(long, value_name = "NAMESPACE/NAME", value_parser = parse_object)]
     pub template: Option<(String, String)>,
 

@@ -156,7 +156,8 @@ fn as_text(answer: &Answer) -> String {
         let short = place.shortfall_bytes.map(|bytes| bytes.to_string()).unwrap_or_default();
         table.push([place.pool.clone(), place.node.clone(), verdict, short]);
     }
-    text.push_str(&format!("\n{table}"));
+    text.push('\n');
+    text.push_str(&table.to_string());
     for place in &answer.candidates {
         text.push_str(&wrapped("  ", &place.message));
     }

@@ -10,6 +10,7 @@ use super::decide::{report, why};
 use super::need::{Need, Unmet};
 use super::place::{Candidate, candidates, choose, consider, everything, least_shortfall, promises_at};
 use super::queue::Backlog;
+use super::room;
 
 /// How often a dry run is answered anew, in milliseconds.
 const AGAIN_MILLIS: u64 = 5_000;
@@ -31,7 +32,7 @@ pub struct Fit {
     pub bytes_ahead: Bytes,
     /// How many bytes are missing where least are, if it is bytes that are missing.
     pub shortfall: Option<Bytes>,
-    /// Names of the staged images that would have to go first. Empty: admission does not look at them.
+    /// Names of the staged images that would go first, so that it fits.
     pub reclaims: Vec<String>,
     /// Every place that its fields allow, in order of pool and node.
     pub considered: Vec<Considered>,
@@ -46,10 +47,13 @@ pub fn fit(view: &View, request: &ReservationView, now: Timestamp) -> Fit {
     let all = candidates(view, request, &need);
     let ahead = Backlog::around(view, request, now).ahead(view, request, &all);
     let best = choose(&all, |at| !ahead.iter().any(|earlier| earlier.places.contains(&at)));
-    let (reason, message) = match best {
-        Some(at) => (Reason::Promised, format!("{} fit: {}", need.bytes(), all[at].chosen_because())),
-        None => why(view, request, &need, &all),
+    let room = if best.is_none() { room::best(view, request, &need, &all, &ahead, now) } else { None };
+    let (reason, message) = match (best, &room) {
+        (Some(at), _) => (Reason::Promised, format!("{} fit: {}", need.bytes(), all[at].chosen_because())),
+        (None, Some((ledger, room))) => (Reason::Reclaiming, room::message(ledger, room, need.bytes())),
+        (None, None) => why(view, request, &need, &all),
     };
+    let reclaims = room.iter().flat_map(|(_, room)| room.leaving.iter().chain(&room.next));
     let waits = best.is_none();
     Fit {
         place: best.map(|at| (all[at].pool.clone(), all[at].node.clone())),
@@ -59,7 +63,7 @@ pub fn fit(view: &View, request: &ReservationView, now: Timestamp) -> Fit {
         position: waits.then(|| u32::try_from(ahead.len()).unwrap_or(u32::MAX).saturating_add(1)),
         bytes_ahead: ahead.iter().map(|earlier| earlier.bytes).sum(),
         shortfall: if waits { least_shortfall(&all) } else { None },
-        reclaims: Vec::new(),
+        reclaims: reclaims.map(|image| image.name.clone()).collect(),
         considered: consider(&all, best),
     }
 }

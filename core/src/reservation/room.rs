@@ -30,18 +30,7 @@ pub(super) fn make(
     ahead: &[Ahead],
     now: Timestamp,
 ) -> Option<Vec<Change>> {
-    let waited_for = |at: usize| ahead.iter().any(|earlier| earlier.places.contains(&at));
-    let places = all
-        .iter()
-        .enumerate()
-        .filter(|(at, candidate)| matches!(candidate.verdict, Verdict::Short(_)) && !waited_for(*at));
-    let rooms = places.filter_map(|(_, candidate)| {
-        let ledger = view.ledgers.get(&(candidate.pool.clone(), candidate.node.clone()))?;
-        let new: Vec<(Uid, Promise)> = promises_at(view, ledger, &reservation.uid, need);
-        Some((ledger, for_shortfall(view, ledger, &new, now)?))
-    });
-    let (ledger, room) =
-        rooms.min_by_key(|(ledger, room)| (room.next.len(), room.bytes(ledger), &ledger.name))?;
+    let (ledger, room) = best(view, reservation, need, all, ahead, now)?;
     if is_late(view, reservation, now) {
         return None;
     }
@@ -55,13 +44,36 @@ pub(super) fn make(
     Some(told.into_iter().chain(deletions).collect())
 }
 
+/// The place that loses fewest images, then fewest bytes, to make room for the request, and what it loses. `None` if no place
+/// that nobody waits for already can be made large enough.
+pub(super) fn best<'v>(
+    view: &'v View,
+    reservation: &ReservationView,
+    need: &Need,
+    all: &[Candidate],
+    ahead: &[Ahead],
+    now: Timestamp,
+) -> Option<(&'v LedgerView, Room<'v>)> {
+    let waited_for = |at: usize| ahead.iter().any(|earlier| earlier.places.contains(&at));
+    let places = all
+        .iter()
+        .enumerate()
+        .filter(|(at, candidate)| matches!(candidate.verdict, Verdict::Short(_)) && !waited_for(*at));
+    let rooms = places.filter_map(|(_, candidate)| {
+        let ledger = view.ledgers.get(&(candidate.pool.clone(), candidate.node.clone()))?;
+        let new: Vec<(Uid, Promise)> = promises_at(view, ledger, &reservation.uid, need);
+        Some((ledger, for_shortfall(view, ledger, &new, now)?))
+    });
+    rooms.min_by_key(|(ledger, room)| (room.next.len(), room.bytes(ledger), &ledger.name))
+}
+
 fn is_late(view: &View, reservation: &ReservationView, now: Timestamp) -> bool {
     let since = reservation.queued_since.filter(|_| reservation.state == ReservationState::Queued);
     let policy = Policy::of(view, reservation);
     since.zip(policy).is_some_and(|(since, policy)| now.millis_since(since) >= policy.millis)
 }
 
-fn message(ledger: &LedgerView, room: &Room<'_>, asked: Bytes) -> String {
+pub(super) fn message(ledger: &LedgerView, room: &Room<'_>, asked: Bytes) -> String {
     let images: Vec<&str> = room.leaving.iter().chain(&room.next).map(|image| image.name.as_str()).collect();
     let more = images.len().saturating_sub(NAMED);
     let named = images[..images.len().min(NAMED)].join(", ");

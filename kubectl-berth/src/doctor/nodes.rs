@@ -45,8 +45,8 @@ fn one(seen: &Seen, view: &View, node: &StagingNode, now: Timestamp) -> Vec<Find
     findings
 }
 
-fn object(name: &NodeName) -> Option<String> {
-    Some(format!("node {name}"))
+fn object(name: &NodeName) -> String {
+    format!("node {name}")
 }
 
 fn liveness(name: &NodeName, renewal: Option<&Renewal>) -> Finding {
@@ -54,15 +54,15 @@ fn liveness(name: &NodeName, renewal: Option<&Renewal>) -> Finding {
                  Volumes that are attached go on.";
     let fix = "See whether the node runs, whether a pod of berth-node does there, and whether that reaches the API server.";
     match renewal {
-        None => Finding::fail("node", object(name), "it has no Lease", means, fix),
+        None => Finding::fail("node", Some(object(name)), "it has no Lease", means, fix),
         Some(renewal) if renewal.fresh => Finding::ok(
             "node",
-            object(name),
+            Some(object(name)),
             format!("live, renewed its Lease {} ago", span(renewal.age_millis)),
         ),
         Some(renewal) => {
             let found = format!("it has not renewed its Lease for {}", span(renewal.age_millis));
-            Finding::fail("node", object(name), found, means, fix)
+            Finding::fail("node", Some(object(name)), found, means, fix)
         }
     }
 }
@@ -77,14 +77,14 @@ fn clock(name: &NodeName, renewal: &Renewal) -> Option<Finding> {
         SKEW_FAILURE_MILLIS.. => {
             let means = "S3 servers refuse requests signed with such a clock (RequestTimeTooSkewed), and certificates \
                          may seem invalid.";
-            Finding::fail("clock", object(name), found, means, fix)
+            Finding::fail("clock", Some(object(name)), found, means, fix)
         }
         SKEW_WARNING_MILLIS.. => {
             let means =
                 "No promise rests on it, but times in logs and status mislead, and it may become worse.";
-            Finding::warn("clock", object(name), found, means, fix)
+            Finding::warn("clock", Some(object(name)), found, means, fix)
         }
-        _ => Finding::ok("clock", object(name), "agrees with the API server's"),
+        _ => Finding::ok("clock", Some(object(name)), "agrees with the API server's"),
     })
 }
 
@@ -97,14 +97,18 @@ fn preflight(name: &NodeName, node: &StagingNode) -> Vec<Finding> {
         let fix =
             "Do what it says, then restart berth-node there; `berth-node preflight` on the node looks again.";
         findings.push(if check.required {
-            Finding::fail("preflight", object(name), found, "No pool can be used on this node.", fix)
+            Finding::fail("preflight", Some(object(name)), found, "No pool can be used on this node.", fix)
         } else {
             let means = "What needs it does not work on this node, or is not as safe; the rest works.";
-            Finding::warn("preflight", object(name), found, means, fix)
+            Finding::warn("preflight", Some(object(name)), found, means, fix)
         });
     }
     if passed > 0 {
-        findings.push(Finding::ok("preflight", object(name), format!("{} passed", count(passed, "check"))));
+        findings.push(Finding::ok(
+            "preflight",
+            Some(object(name)),
+            format!("{} passed", count(passed, "check")),
+        ));
     }
     findings
 }
@@ -115,7 +119,7 @@ fn versions(name: &NodeName, node: &StagingNode) -> Option<Finding> {
     differs.then(|| {
         Finding::warn(
             "version",
-            object(name),
+            Some(object(name)),
             format!("its agent is {agent}, this program {VERSION}"),
             "What this program says may not be all that there is.",
             "Use the kubectl-berth of the version that runs, or bring the node to the same one.",
@@ -151,7 +155,7 @@ fn pools(name: &NodeName, node: &StagingNode) -> Vec<Finding> {
         let means = "There is nothing to promise there.";
         let fix =
             "If it should carry a pool: compare its labels with `spec.nodeSelector` of the StagingPool.";
-        findings.push(Finding::warn("pool", object(name), "it carries no pool", means, fix));
+        findings.push(Finding::warn("pool", Some(object(name)), "it carries no pool", means, fix));
     }
     findings
 }

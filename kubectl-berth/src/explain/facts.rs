@@ -150,6 +150,7 @@ pub struct PromiseLine {
 
 /// The image that a volume starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[allow(clippy::struct_field_names)] // `stagedImage` names an object of that kind
 #[serde(rename_all = "camelCase")]
 pub struct Image {
     /// Its identity; absent until a place is assigned.
@@ -215,9 +216,10 @@ pub fn explain(
         message: condition.map(|condition| condition.message.clone()).unwrap_or_default(),
         asks: asks(reservation, &request),
         queue: queue(&view, &request, &status, now),
-        candidates: match places.is_empty() {
-            true => status.candidates.iter().map(told).collect(),
-            false => places.iter().map(place).collect(),
+        candidates: if places.is_empty() {
+            status.candidates.iter().map(told).collect()
+        } else {
+            places.iter().map(place).collect()
         },
         promises: promises(&view, &request.uid),
         image: image(seen, &view, &request, &status),

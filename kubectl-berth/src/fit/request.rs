@@ -157,7 +157,7 @@ mod tests {
         ];
         let view = reservation_view(&request(&flags(&words), "team").expect("a request"));
         assert_eq!((view.max_size, view.access, view.priority), (Bytes::gib(20), View::Block, 7));
-        assert_eq!(view.node.as_ref().map(|node| node.as_str()), Some("n1"));
+        assert_eq!(view.node.as_ref().map(berth_core::ids::NodeName::as_str), Some("n1"));
         assert_eq!((view.zone.as_deref(), view.name.namespace.as_str()), (Some("z"), "team"));
         assert!(matches!(&view.pools, PoolChoice::Labelled(labels) if labels["tier"] == "fast"));
         assert_eq!((view.invalid, view.uid.as_str()), (None, ""));
