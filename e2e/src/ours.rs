@@ -54,6 +54,9 @@ pub const OPERATOR: Ours = Ours { package: "berth-operator", binary: "berth-oper
 /// The node plugin.
 pub const NODE: Ours = Ours { package: "berth-node", binary: "berth-node", feature: None };
 
+/// The kubectl plugin.
+pub const KUBECTL: Ours = Ours { package: "kubectl-berth", binary: "kubectl-berth", feature: None };
+
 /// Shows a record.
 pub const RECORD_DUMP: Ours = Ours { package: "berth-record", binary: "berth-record-dump", feature: None };
 

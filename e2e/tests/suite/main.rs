@@ -9,6 +9,7 @@ mod cluster;
 mod data_plane;
 mod files;
 mod kernel;
+mod kubectl;
 mod manifests;
 mod memory;
 mod minio;
@@ -38,6 +39,7 @@ fn scenarios() -> Vec<Scenario> {
         manifests::scenarios(),
         minio::scenarios(),
         operator::scenarios(),
+        kubectl::scenarios(),
         volume::scenarios(),
         thin_cluster::scenarios(),
         sanity::scenarios(),

@@ -1,7 +1,7 @@
 //! The operator against a real API server, with its own service account, and nodes made of API objects.
 
 mod admission;
-mod bed;
+pub mod bed;
 mod fake_node;
 mod reclaim;
 mod restored;
