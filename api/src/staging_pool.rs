@@ -30,8 +30,6 @@ use crate::fields::{Quantity, Span, WhenFull};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
 )]
-#[x_kube(validation = Rule::new("has(self.backend.dmThin) || !has(self.capacity) || !has(self.capacity.volumeOvercommitPercent) || self.capacity.volumeOvercommitPercent == 100")
-    .message("spec.capacity.volumeOvercommitPercent: only with `dmThin`"))]
 #[serde(rename_all = "camelCase")]
 pub struct StagingPoolSpec {
     /// What the pool is made of.
@@ -167,11 +165,6 @@ pub struct CapacityPolicy {
     /// At most this much is promised on each node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Quantity>,
-    /// How much may be promised to volumes, in percent of what there is; only with `dmThin`. Above 100 a volume may find no
-    /// space for what was promised to it; staging is never overcommitted. Default 100.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 100, max = 10_000))]
-    pub volume_overcommit_percent: Option<i32>,
 }
 
 /// What happens to requests that do not fit.

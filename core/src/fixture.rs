@@ -73,7 +73,6 @@ pub fn pool(name: &str) -> PoolView {
         max_queued: 1000,
         strategy: Strategy::default(),
         tenant_limits: Vec::new(),
-        volume_percent: 100,
         reclaim: ReclaimPolicy::default(),
         node_loss: NodeLossPolicy::default(),
         service: Service::default(),

@@ -237,8 +237,6 @@ reasons! {
     DryRun => Normal,
     /// Nothing has used it for as long as it may stay unused.
     Expired => Normal,
-    /// More is promised to volumes than there is, as the pool allows.
-    VolumesOvercommitted => Normal,
 }
 
 impl fmt::Display for Reason {

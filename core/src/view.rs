@@ -51,8 +51,6 @@ pub struct PoolView {
     pub strategy: Strategy,
     /// What the reservations of one namespace may hold.
     pub tenant_limits: Vec<TenantLimit>,
-    /// How much may be promised to volumes, in percent of what there is; at least 100.
-    pub volume_percent: u32,
     /// When unreferenced images go.
     pub reclaim: ReclaimPolicy,
     /// What becomes of promises on a node that is lost.

@@ -38,7 +38,6 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         max_queued: MAX_QUEUED,
         strategy: Strategy::default(),
         tenant_limits: Vec::new(),
-        volume_percent: 100,
         reclaim: ReclaimPolicy {
             ttl_millis: RECLAIM_TTL_SECONDS * 1000,
             keep_warm_millis: 0,
@@ -81,9 +80,6 @@ fn read_policy(spec: &StagingPoolSpec, view: &mut PoolView) -> Result<(), Invali
         view.strategy = self::strategy(strategy);
     }
     view.tenant_limits = spec.admission.tenant_limits.iter().map(tenant_limit).collect::<Result<_, _>>()?;
-    if let Some(percent) = spec.capacity.volume_overcommit_percent {
-        view.volume_percent = in_range("spec.capacity.volumeOvercommitPercent", percent, 100..=10_000)?;
-    }
     view.reclaim = reclaim(&spec.reclaim, view.reclaim)?;
     Ok(())
 }

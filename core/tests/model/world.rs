@@ -352,7 +352,6 @@ fn pool(name: &str, when_full: WhenFull) -> PoolView {
         max_queued: 3,
         strategy: Strategy::default(),
         tenant_limits: Vec::new(),
-        volume_percent: 100,
         reclaim: ReclaimPolicy { ttl_millis: 60_000, ..ReclaimPolicy::default() },
         node_loss: NodeLossPolicy::default(),
         service: Service::default(),
