@@ -25,16 +25,20 @@ pub fn is_written_off(view: &View, node: &NodeName) -> bool {
     is_gone(view, node) && !view.nodes.contains_key(node)
 }
 
+/// True if nothing is lost with the space of this reservation: it is no volume, and holds no file that was not sent yet.
+const fn can_be_had_again(reservation: &ReservationView) -> bool {
+    !matches!(reservation.access, Access::Block) && reservation.only_copy.is_none()
+}
+
 /// True if the promise of this reservation, which is being deleted, may go without a report of its node.
 pub fn releases(view: &View, reservation: &ReservationView, pool: &PoolName, node: &NodeName) -> bool {
-    is_written_off(view, node) || reservation.access != Access::Block && is_given_up(view, pool, node)
+    is_written_off(view, node) || can_be_had_again(reservation) && is_given_up(view, pool, node)
 }
 
 /// What the leader does about a reservation on a node that is given up: nobody can use its space any more.
 pub fn give_up(view: &View, reservation: &ReservationView) -> Option<Change> {
     let place = reservation.assignment.as_ref()?;
-    let lost =
-        view.leader && reservation.access != Access::Block && is_given_up(view, &place.pool, &place.node);
+    let lost = view.leader && can_be_had_again(reservation) && is_given_up(view, &place.pool, &place.node);
     lost.then(|| Change::DeleteReservation { name: reservation.name.clone(), uid: reservation.uid.clone() })
 }
 
@@ -94,7 +98,18 @@ mod tests {
         assert!(matches!(&about(&view, "work")[..], [Change::DeleteReservation { .. }]));
         assert!(!about(&view, "volume").iter().any(|c| matches!(c, Change::DeleteReservation { .. })));
         assert!(images_go(&view));
+        let work = |view: &mut View, copy: Option<&str>| {
+            let work = view.reservations.get_mut(&Uid::from("work")).expect("there");
+            work.only_copy = copy.map(str::to_owned);
+        };
+        work(&mut view, Some("result.raw is to be sent"));
+        assert!(
+            !about(&view, "work").iter().any(|c| matches!(c, Change::DeleteReservation { .. })),
+            "only copy"
+        );
         view.reservations.values_mut().for_each(|r| r.deleting = true);
+        assert!(matches!(&about(&view, "work")[..], [Change::ReportReservation { .. }]), "it waits, too");
+        work(&mut view, None);
         assert!(
             matches!(&about(&view, "work")[..], [Change::WriteLedger { promises, .. }] if promises.len() == 2)
         );
@@ -114,6 +129,11 @@ mod tests {
         assert!(
             matches!(&about(&view, "volume")[..], [Change::WriteLedger { .. }]),
             "its report is deleted too"
+        );
+        view.ledgers.clear();
+        assert!(
+            matches!(&about(&view, "volume")[..], [Change::UnguardReservation { .. }]),
+            "so is its ledger"
         );
     }
 

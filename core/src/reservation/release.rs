@@ -69,12 +69,12 @@ fn give_back(view: &View, reservation: &ReservationView, place: &Placement) -> S
     let uid = &reservation.uid;
     let report = view.report_of(&place.pool, &place.node);
     let released = report.and_then(|report| report.released.get(uid)).is_some_and(|g| *g >= place.generation);
+    let lost = lost::releases(view, reservation, &place.pool, &place.node);
     let Some(ledger) = view.ledger_at(place) else {
         let message = format!("waits for the ledger of pool {} on node {}", place.pool, place.node);
-        return if released { Step::Done } else { Step::Wait(Reason::LedgerBehind, message) };
+        return if released || lost { Step::Done } else { Step::Wait(Reason::LedgerBehind, message) };
     };
     // A ledger lacks what was given up: by the last report of a node that is gone, it is behind for that alone.
-    let lost = lost::releases(view, reservation, &place.pool, &place.node);
     if view.behind(ledger).is_some() && !lost {
         return behind(&ledger.name);
     }
