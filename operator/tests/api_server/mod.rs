@@ -19,6 +19,8 @@ use tokio_util::task::TaskTracker;
 
 /// How long the first lists may take.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// What else is watched, by plural.
+const WATCHED_BESIDE: &[&str] = &["leases", "namespaces", "nodes"];
 /// Where the kinds are.
 pub const KINDS: &str = "/apis/staging.berth.dev/v1alpha1";
 
@@ -60,7 +62,7 @@ impl ApiServer {
         let object = path.strip_suffix("/status").unwrap_or(&path);
         let (status, answer) = match self.stored.get(object) {
             Some(stored) => (200, stored.clone()),
-            None if path == format!("{KINDS}/{plural}") || plural == "leases" => {
+            None if path == format!("{KINDS}/{plural}") || WATCHED_BESIDE.contains(&plural) => {
                 let items = self.listed.get(plural).cloned().unwrap_or_default();
                 (
                     200,
