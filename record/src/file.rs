@@ -64,7 +64,7 @@ impl PoolRecord {
     ///
     /// # Errors
     /// Refused while it is not all there, is being removed, is shown to a writer, or, to a writer, while anybody sees it or
-    /// it is being sent.
+    /// it is being sent; with `discard` also while it is the only copy.
     pub fn publish_file(
         &self,
         uid: &Uid,
@@ -79,6 +79,10 @@ impl PoolRecord {
             }
             if let Some(problem) = obstacle(file, volume, publication) {
                 return Err(state(uid, problem, "published"));
+            }
+            if publication.writer && discard && file.is_only_copy() {
+                // What it writes would be sent in place of what somebody waits for.
+                return Err(state(uid, "the only copy", "published to a writer whose changes nobody wants"));
             }
             if publication.writer && file.target.is_some() && !discard {
                 file.content = FileContent::OnlyCopy;

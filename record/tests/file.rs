@@ -155,6 +155,17 @@ fn changes_that_nobody_wants_are_no_only_copy() {
 }
 
 #[test]
+fn changes_that_nobody_wants_never_replace_what_is_still_to_be_sent() {
+    let (_dir, record) = record();
+    begin(&record, 1, FileFetch::Complete).unwrap();
+    record.publish_file(&uid(), "v", &seen("/v", true), false).unwrap();
+    record.unpublish_file("v").unwrap();
+    assert_eq!(refusal(record.publish_file(&uid(), "w", &seen("/w", true), true)), "the only copy");
+    record.file_sent(&uid(), BOOT, &sent()).unwrap();
+    record.publish_file(&uid(), "w", &seen("/w", true), true).unwrap();
+}
+
+#[test]
 fn what_an_earlier_boot_showed_is_seen_by_nobody_and_stays_the_only_copy() {
     let (_dir, record) = record();
     begin(&record, 1, FileFetch::Complete).unwrap();
