@@ -238,7 +238,7 @@ fn judge(
 }
 
 /// The first kernel pool that takes nothing more of all those that have to take some of this.
-fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<Stopped> {
+pub(super) fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<Stopped> {
     let state = report.thin.as_ref()?;
     let mut needed = all.iter().filter(|(_, promise)| promise.charge.data > Bytes::ZERO);
     needed.find_map(|(_, promise)| state.stopped(promise.class))

@@ -18,7 +18,7 @@ use crate::units::{Bytes, Timestamp};
 use crate::view::{PoolView, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::Need;
-use super::place::{Candidate, everything, may_use};
+use super::place::{Candidate, everything, may_use, stopped};
 use super::tenant::Holdings;
 
 /// The part of a pool's `maxQueueTime` after which a request is overtaken no more.
@@ -184,16 +184,21 @@ fn ordered(
     ranked.into_iter().map(|(_, waiting)| waiting).collect()
 }
 
-/// True if `other` may use the place, and could if it were empty.
+/// True if `other` may use the place, and could if it were empty. It does not wait for space where a kernel pool that it
+/// needs is damaged: the other class goes on there.
 fn waits_for(view: &View, other: &ReservationView, waiting: &Waiting, place: &Candidate) -> bool {
     let (Some(pool), Some(node)) = (view.pools.get(&place.pool), view.nodes.get(&place.node)) else {
         return false;
     };
     let ledger = view.ledgers.get(&(place.pool.clone(), place.node.clone()));
+    let all = everything(&waiting.need, &other.uid, pool.block);
+    let damaged = || {
+        let report = view.report_of(&place.pool, &place.node);
+        report.and_then(|report| stopped(report, &all)).is_some_and(|stopped| !stopped.is_about_space())
+    };
     may_use(other, pool, node)
-        && ledger.is_some_and(|ledger| {
-            fits_empty(&ledger.capacity, &everything(&waiting.need, &other.uid, pool.block)).is_ok()
-        })
+        && ledger.is_some_and(|ledger| fits_empty(&ledger.capacity, &all).is_ok())
+        && !damaged()
 }
 
 /// What the pools that a reservation may go to say about waiting: the most generous of each, and `Reject` only if all do.

@@ -1,9 +1,9 @@
 use super::*;
-use crate::fixture::{add, hold, pool, reservation, view};
+use crate::fixture::{add, hold, pool, reservation, thin_view, view};
 use crate::ids::{NodeName, PoolName};
 use crate::ledger::Class;
 use crate::reservation::candidates;
-use crate::view::{PoolChoice, TenantLimit};
+use crate::view::{Access, PoolChoice, TenantLimit};
 use proptest::prelude::*;
 
 fn names_at(view: &View, request: &ReservationView, now: Timestamp) -> Vec<String> {
@@ -199,4 +199,18 @@ proptest! {
         sorted.sort_unstable();
         prop_assert_eq!(sorted, (0..all.len()).collect::<Vec<_>>(), "one strict order");
     }
+}
+
+#[test]
+fn a_damaged_kernel_pool_holds_back_nobody_of_the_other_class() {
+    let mut view = thin_view(&["a"], Bytes::gib(10));
+    let mut volume = reservation("volume", 1 << 30, 0);
+    volume.access = Access::Block;
+    add(&mut view, volume);
+    let work = reservation("work", 1 << 30, 1);
+    assert_eq!(names(&view, &work), ["volume"], "it waits for the same place");
+    let node = view.nodes.values_mut().next().expect("one");
+    let report = node.pools.values_mut().next().expect("one");
+    report.thin.as_mut().expect("thin").volumes.needs_check = true;
+    assert!(names(&view, &work).is_empty(), "space is not what it waits for");
 }
