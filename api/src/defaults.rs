@@ -26,9 +26,13 @@ pub const LABEL_CLAIM_NAMESPACE: &str = "staging.berth.dev/claim-namespace";
 pub const LABEL_CLAIM_NAME: &str = "staging.berth.dev/claim-name";
 /// Annotation with the CSI volume name on its reservation.
 pub const ANNOTATION_VOLUME_NAME: &str = "staging.berth.dev/volume-name";
+/// Annotation with the `PersistentVolume` that was made of a CSI volume, on the reservation of that.
+pub const ANNOTATION_PERSISTENT_VOLUME: &str = "staging.berth.dev/persistent-volume";
 
 /// Annotation with the time, RFC 3339, at which a person last said that a reservation is still needed.
 pub const ANNOTATION_RENEWED: &str = "staging.berth.dev/renewed-at";
+/// With a new value, lets an import that has failed be tried again, once.
+pub const ANNOTATION_RETRY: &str = "staging.berth.dev/retry";
 /// Annotation by which a person consents, with the value `true`, to losing a file that is in no object store yet.
 pub const ANNOTATION_DISCARD: &str = "staging.berth.dev/discard-only-copy";
 /// The nodes' label with their zone.

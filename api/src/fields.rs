@@ -77,7 +77,8 @@ impl JsonSchema for Span {
 }
 
 /// Which pool an object's bytes are in, on which node. Written by the operator, by update with resourceVersion only.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(validation = Rule::new("self.generation >= oldSelf.generation").message("generation: never falls"))]
 #[serde(rename_all = "camelCase")]
 pub struct Assignment {
     /// The pool's name.

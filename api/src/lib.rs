@@ -15,6 +15,7 @@ pub mod staging_ledger;
 pub mod staging_node;
 pub mod staging_pool;
 pub mod staging_reservation;
+mod states;
 pub mod template_import;
 
 pub use image_store::ImageStore;

@@ -1,6 +1,7 @@
 //! Objects into the views that decisions look at, and back where decisions write. Every message names the field and the
 //! value. A field that cannot be used never hides its object: the view carries the message as `invalid`.
 
+mod claims;
 mod images;
 mod imports;
 mod ledgers;
@@ -13,14 +14,15 @@ use std::collections::BTreeMap;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
-use berth_core::view::{ObjectVersion, Placement, PoolChoice};
+use berth_core::view::{ObjectVersion, Placement, PoolChoice, Unreadable};
 use kube::api::ObjectMeta;
 use thiserror::Error;
 
 use crate::conditions::timestamp;
 use crate::fields::{Assignment, PoolSelector, Quantity, Span};
 
-pub use images::{image_view, store_view};
+pub use claims::{SELECTED_NODE, named_reservation};
+pub use images::{image_view, staged_state, store_view};
 pub use imports::{import_limits, import_view};
 use ledgers::promise;
 pub use ledgers::{
@@ -118,6 +120,17 @@ pub fn seconds(field: &'static str, span: &Span) -> Result<u64, InvalidField> {
         }
     }
     if rest.is_empty() && !span.0.is_empty() { Ok(total) } else { Err(bad()) }
+}
+
+/// What decisions look at of an object that cannot be read: by its metadata alone.
+pub fn unreadable(kind: &str, meta: &ObjectMeta, problem: String) -> Unreadable {
+    Unreadable {
+        kind: kind.to_owned(),
+        name: name_of(meta),
+        uid: uid_of(meta),
+        claim_namespace: reservations::claim_namespace(meta),
+        problem,
+    }
 }
 
 fn name_of(meta: &ObjectMeta) -> ObjectName {

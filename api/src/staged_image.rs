@@ -60,6 +60,7 @@ pub enum StagedImageState {
 
 /// What the node says of the image.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[x_kube(validation = Rule::new(crate::states::rule::<berth_core::image::StagedState>()).message(crate::states::MESSAGE))]
 #[serde(rename_all = "camelCase")]
 pub struct StagedImageStatus {
     /// Its state.

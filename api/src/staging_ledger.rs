@@ -88,6 +88,22 @@ pub struct LedgerCapacity {
     pub volumes: LedgerBytes,
     /// For both together.
     pub total: LedgerBytes,
+    /// How far volumes are promised beyond that. Absent: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume_overcommit: Option<VolumeOvercommit>,
+}
+
+/// How far volumes are promised beyond what is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VolumeOvercommit {
+    /// Bytes that are promised to volumes count for a hundred of this many. It follows the pool's `volumeOvercommitPercent`,
+    /// a lower one as promises are given back.
+    #[schemars(range(min = 100, max = 1000))]
+    pub percent: i32,
+    /// The thin pool of volumes may become so large, although its promises count for less. Images are not promised these.
+    #[schemars(range(min = 0))]
+    pub attain_bytes: i64,
 }
 
 /// Bytes of data and of metadata.

@@ -101,23 +101,23 @@ pub struct NodePool {
     pub obeyed_revision: i64,
     /// Promises that the node has obeyed and whose bytes are gone.
     #[serde(default)]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub released: Vec<Released>,
     /// Promises that the node has obeyed and whose bytes are there.
     #[serde(default)]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub obeyed: Vec<Obeyed>,
     /// What lies in the area without an object of the API server that it belongs to. Nothing removes it by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
-    #[x_kube(merge_strategy = ListMerge::Map(vec!["uid".into()]))]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub orphans: Vec<Orphan>,
     /// How many there are, if more than are listed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orphans_total: Option<i32>,
     /// UIDs of reservations whose bytes something on the node uses now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[x_kube(merge_strategy = ListMerge::Set)]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub in_use: Vec<String>,
 }
 

@@ -30,6 +30,10 @@ use crate::fields::{Quantity, Span, WhenFull};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = 1)
 )]
+#[x_kube(validation = Rule::new("has(self.backend.dmThin) || !has(self.capacity) \
+        || !has(self.capacity.volumeOvercommitPercent) || self.capacity.volumeOvercommitPercent <= 100")
+    .message("spec.capacity.volumeOvercommitPercent: above 100 only with `dmThin`; in a `filesystem` pool volumes and staged \
+images share one file system: make a `dmThin` pool for volumes that are overcommitted"))]
 #[serde(rename_all = "camelCase")]
 pub struct StagingPoolSpec {
     /// What the pool is made of.
@@ -165,6 +169,12 @@ pub struct CapacityPolicy {
     /// At most this much is promised on each node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Quantity>,
+    /// How much may be promised to volumes, in percent of what they can attain. Default 100. Above that, what is promised to
+    /// volumes cannot all be written; staged images and work space keep their bytes whatever volumes do, for which a `dmThin`
+    /// pool is needed. A lower value admits nothing until what is promised fits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 100, max = 1000))]
+    pub volume_overcommit_percent: Option<i32>,
 }
 
 /// What happens to requests that do not fit.
@@ -305,9 +315,12 @@ pub struct PoolCapacity {
     /// What may be promised in all.
     #[serde(default)]
     pub total: i64,
-    /// What is promised.
+    /// What promises count for.
     #[serde(default)]
     pub promised: i64,
+    /// What is promised to volumes, in full: where they are overcommitted it counts for less.
+    #[serde(default)]
+    pub promised_to_volumes: i64,
     /// What the nodes have written.
     #[serde(default)]
     pub used: i64,

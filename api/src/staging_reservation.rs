@@ -9,6 +9,20 @@ use crate::fields::{
     Assignment, LastError, ObjectRef, PoolSelector, Progress, Quantity, S3Source, S3Target, Span, WhenFull,
 };
 
+/// Every field but `maxSize` stays as it is. Optional ones are not compared as optional values: their cost has no bound that the
+/// API server could know.
+const FIXED: &str = "self.access == oldSelf.access \
+    && self.dryRun == oldSelf.dryRun \
+    && (has(self.poolName) ? has(oldSelf.poolName) && self.poolName == oldSelf.poolName : !has(oldSelf.poolName)) \
+    && (has(self.poolSelector) ? has(oldSelf.poolSelector) && self.poolSelector == oldSelf.poolSelector : !has(oldSelf.poolSelector)) \
+    && (has(self.image) ? has(oldSelf.image) && self.image == oldSelf.image : !has(oldSelf.image)) \
+    && (has(self.file) ? has(oldSelf.file) && self.file == oldSelf.file : !has(oldSelf.file)) \
+    && (has(self.nodeName) ? has(oldSelf.nodeName) && self.nodeName == oldSelf.nodeName : !has(oldSelf.nodeName)) \
+    && (has(self.whenFull) ? has(oldSelf.whenFull) && self.whenFull == oldSelf.whenFull : !has(oldSelf.whenFull)) \
+    && (has(self.topology) ? has(oldSelf.topology) && self.topology == oldSelf.topology : !has(oldSelf.topology)) \
+    && (has(self.priority) ? has(oldSelf.priority) && self.priority == oldSelf.priority : !has(oldSelf.priority)) \
+    && (has(self.ttl) ? has(oldSelf.ttl) && self.ttl == oldSelf.ttl : !has(oldSelf.ttl))";
+
 /// What is asked for.
 #[derive(CustomResource, Clone, Debug, Default, Deserialize, Serialize, KubeSchema)]
 #[kube(
@@ -39,7 +53,9 @@ use crate::fields::{
         priority = 1
     )
 )]
-#[x_kube(validation = Rule::new("self == oldSelf").message("spec: immutable; make another reservation"))]
+#[x_kube(validation = Rule::new(FIXED).message("spec: immutable but for `maxSize`; make another reservation"))]
+#[x_kube(validation = Rule::new("self.maxSize == oldSelf.maxSize || self.access == 'Block'")
+    .message("spec.maxSize: changes only where `spec.access` is `Block`"))]
 #[x_kube(validation = Rule::new("!(has(self.poolName) && has(self.poolSelector))")
     .message("spec: at most one of `poolName` and `poolSelector` may be set"))]
 #[x_kube(validation = Rule::new("!has(self.image) || self.access == 'Block'")
@@ -55,7 +71,8 @@ pub struct StagingReservationSpec {
     /// Any pool with these labels. Without this and `poolName`: any pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool_selector: Option<PoolSelector>,
-    /// The most that will ever be written.
+    /// The most that will ever be written. Of a volume it may become larger: more is promised to it then where there is room,
+    /// and the volume grows. Neither a promise nor a volume becomes smaller: less than is promised asks for nothing.
     pub max_size: Quantity,
     /// The template whose content the volume starts with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -158,6 +175,7 @@ pub enum ReservationState {
 
 /// What became of a reservation.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[x_kube(validation = Rule::new(crate::states::rule::<berth_core::view::ReservationState>()).message(crate::states::MESSAGE))]
 #[serde(rename_all = "camelCase")]
 pub struct StagingReservationStatus {
     /// The discriminant of its state. Written by the operator.
@@ -187,6 +205,9 @@ pub struct StagingReservationStatus {
     /// the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<Time>,
+    /// When something last ceased to use it, by the clock of its node. Written by the node, once for each use that ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used: Option<Time>,
     /// What would happen, where `spec.dryRun` asks for no more. Written by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dry_run: Option<DryRunAnswer>,

@@ -113,6 +113,7 @@ pub enum ImportState {
 
 /// What became of an import.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[x_kube(validation = Rule::new(crate::states::rule::<berth_core::view::ImportState>()).message(crate::states::MESSAGE))]
 #[serde(rename_all = "camelCase")]
 pub struct TemplateImportStatus {
     /// The discriminant of its state. Written by the operator.
@@ -136,6 +137,13 @@ pub struct TemplateImportStatus {
     /// What went wrong last. Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
+    /// The generation of the assignment whose work `lastError` has ended. Written by the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed_generation: Option<i64>,
+    /// The value of the annotation `staging.berth.dev/retry` that was acted on last. Written by the operator with the assignment
+    /// that it made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retried: Option<String>,
     /// The image as it lies in the store. Written by the node, after everything was verified there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub durable: Option<DurableImage>,

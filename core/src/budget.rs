@@ -2,11 +2,15 @@
 //!
 //! Sums are made in 128 bits: 4,096 promises of 64 bits each cannot overflow them, so nothing here can wrap or saturate
 //! into a yes.
+//!
+//! A bound on data is one of bytes that are there. Where volumes are overcommitted, the sum of what they are promised counts for
+//! less against it ([`Overcommit`]); metadata counts in full.
 
 use std::fmt;
 
 use crate::ids::Uid;
 use crate::ledger::{Charge, Class, MAX_PROMISES, Promise};
+use crate::overcommit::{Overcommit, Percent};
 use crate::units::Bytes;
 use crate::view::{LedgerCapacity, LedgerView};
 
@@ -17,6 +21,9 @@ pub enum Bound {
     Data(Area),
     /// Bytes of metadata.
     Metadata(Area),
+    /// What volumes can attain: where they are overcommitted, none may be larger alone. Nobody could ever write such a one
+    /// whole, whatever others give back.
+    OneVolume,
     /// The number of promises, [`MAX_PROMISES`].
     Promises,
 }
@@ -41,12 +48,13 @@ impl fmt::Display for Bound {
             Self::Metadata(Area::Images) => "of metadata for images",
             Self::Metadata(Area::Volumes) => "of metadata for volumes",
             Self::Metadata(Area::Total) => "of metadata in all",
+            Self::OneVolume => "for one volume",
             Self::Promises => "of room for one more promise",
         })
     }
 }
 
-/// How much is missing.
+/// How much is missing, in bytes that are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shortfall {
     /// This many bytes; zero where the number of promises is what is bounded.
@@ -93,25 +101,31 @@ impl Sums {
         self
     }
 
-    /// Data and metadata of an area.
-    fn area(&self, area: Area) -> (u128, u128) {
+    /// What data counts for in an area, and metadata.
+    fn area(&self, area: Area, percent: Percent) -> (u128, u128) {
+        let volumes = (percent.charged(self.volumes.0), self.volumes.1);
         match area {
             Area::Images => self.images,
-            Area::Volumes => self.volumes,
-            Area::Total => (self.images.0 + self.volumes.0, self.images.1 + self.volumes.1),
+            Area::Volumes => volumes,
+            Area::Total => (self.images.0 + volumes.0, self.images.1 + volumes.1),
         }
     }
 
-    /// Bytes of data in an area; clamped to 64 bits.
-    pub fn data(&self, area: Area) -> Bytes {
-        clamp(self.area(area).0)
+    /// What data counts for in an area where volumes are overcommitted so far; clamped to 64 bits.
+    pub fn data(&self, area: Area, percent: Percent) -> Bytes {
+        clamp(self.area(area, percent).0)
+    }
+
+    /// Bytes of data that are promised to volumes, in full.
+    pub const fn promised_to_volumes(&self) -> u128 {
+        self.volumes.0
     }
 
     /// The worst excess over `capacity`, if there is any.
     pub fn excess(&self, capacity: &LedgerCapacity) -> Option<Shortfall> {
         let mut worst: Option<Shortfall> = None;
         for area in [Area::Images, Area::Volumes, Area::Total] {
-            let (data, metadata) = self.area(area);
+            let (data, metadata) = self.area(area, capacity.overcommit.percent);
             let bound = capacity.area(area);
             for (sum, bound, kind) in
                 [(data, bound.data, Bound::Data(area)), (metadata, bound.metadata, Bound::Metadata(area))]
@@ -130,24 +144,26 @@ impl LedgerCapacity {
     /// The same bound for images, volumes and both together, without metadata of its own: the filesystem backend.
     pub const fn shared(data: Bytes) -> Self {
         let charge = Charge { data, metadata: Bytes::ZERO };
-        Self { images: charge, volumes: charge, total: charge }
+        Self { images: charge, volumes: charge, total: charge, overcommit: Overcommit::NONE }
     }
 
     /// This, with at most `limit` of data in each class and in all.
     #[must_use]
     pub fn at_most(&self, limit: Bytes) -> Self {
         let bounded = |area: Charge| Charge { data: area.data.min(limit), metadata: area.metadata };
-        Self { images: bounded(self.images), volumes: bounded(self.volumes), total: bounded(self.total) }
+        let (images, volumes) = (bounded(self.images), bounded(self.volumes));
+        Self { images, volumes, total: bounded(self.total), overcommit: self.overcommit }
     }
 
-    /// The lower of both bounds, for each area.
+    /// The lower of both bounds, for each area, overcommitted as `other`.
     #[must_use]
     pub fn lowered_to(&self, other: &Self) -> Self {
         let lower = |area| {
             let (one, two) = (self.area(area), other.area(area));
             Charge { data: one.data.min(two.data), metadata: one.metadata.min(two.metadata) }
         };
-        Self { images: lower(Area::Images), volumes: lower(Area::Volumes), total: lower(Area::Total) }
+        let (images, volumes) = (lower(Area::Images), lower(Area::Volumes));
+        Self { images, volumes, total: lower(Area::Total), overcommit: other.overcommit }
     }
 
     /// What an area may hold.
@@ -159,15 +175,21 @@ impl LedgerCapacity {
         }
     }
 
-    /// This, but nowhere below what is promised already: a capacity shrinks as promises are given back, never under them.
-    #[must_use]
-    pub fn covering<'p>(&self, promises: impl IntoIterator<Item = &'p Promise>) -> Self {
-        let sums = Sums::of(promises);
+    /// This, but nowhere below these sums.
+    pub(crate) fn raised_to(&self, sums: &Sums) -> Self {
         let cover = |area| {
-            let ((data, metadata), bound) = (sums.area(area), self.area(area));
+            let ((data, metadata), bound) = (sums.area(area, self.overcommit.percent), self.area(area));
             Charge { data: bound.data.max(clamp(data)), metadata: bound.metadata.max(clamp(metadata)) }
         };
-        Self { images: cover(Area::Images), volumes: cover(Area::Volumes), total: cover(Area::Total) }
+        let (images, volumes) = (cover(Area::Images), cover(Area::Volumes));
+        Self { images, volumes, total: cover(Area::Total), overcommit: self.overcommit }
+    }
+
+    /// By how much a volume of this size is larger than all that volumes can attain, if it is.
+    fn too_large(&self, class: Class, data: Bytes) -> Option<Shortfall> {
+        let bytes = data.saturating_sub(self.volumes.data);
+        let too_large = class == Class::Volumes && bytes > Bytes::ZERO;
+        too_large.then_some(Shortfall { bytes, bound: Bound::OneVolume })
     }
 }
 
@@ -185,7 +207,10 @@ pub fn fits(ledger: &LedgerView, new: &[(Uid, Promise)]) -> Result<(), Shortfall
         all.push(promise);
     }
     all.extend(added);
-    if let Some(shortfall) = Sums::of(all).excess(&ledger.capacity) {
+    // One that is there and does not grow was promised when volumes could attain more.
+    let larger = |uid: &Uid, data: Bytes| ledger.promises.get(uid).is_none_or(|held| held.charge.data < data);
+    let alone = new.iter().filter(|(uid, promise)| larger(uid, promise.charge.data));
+    if let Some(shortfall) = shortfall(&ledger.capacity, &Sums::of(all), alone) {
         return Err(shortfall);
     }
     if count > MAX_PROMISES {
@@ -199,18 +224,35 @@ pub fn fits(ledger: &LedgerView, new: &[(Uid, Promise)]) -> Result<(), Shortfall
 /// # Errors
 /// The worst [`Shortfall`].
 pub fn fits_empty(capacity: &LedgerCapacity, new: &[(Uid, Promise)]) -> Result<(), Shortfall> {
-    Sums::of(new.iter().map(|(_, promise)| promise)).excess(capacity).map_or(Ok(()), Err)
+    let sums = Sums::of(new.iter().map(|(_, promise)| promise));
+    shortfall(capacity, &sums, new.iter()).map_or(Ok(()), Err)
 }
 
-/// Bytes of data that can still be promised to a class.
+/// The worst excess of all promises together, or else of one of the new ones alone.
+fn shortfall<'p>(
+    capacity: &LedgerCapacity,
+    all: &Sums,
+    mut new: impl Iterator<Item = &'p (Uid, Promise)>,
+) -> Option<Shortfall> {
+    let alone = || new.find_map(|(_, promise)| capacity.too_large(promise.class, promise.charge.data));
+    all.excess(capacity).or_else(alone)
+}
+
+/// Bytes of data that can still be promised to a class, in all.
 pub fn free(ledger: &LedgerView, class: Class) -> Bytes {
-    let sums = Sums::of(ledger.promises.values());
-    let left = |area| ledger.capacity.area(area).data.saturating_sub(sums.data(area));
-    let own = match class {
-        Class::Images => Area::Images,
-        Class::Volumes => Area::Volumes,
-    };
-    left(own).min(left(Area::Total))
+    let (sums, capacity) = (Sums::of(ledger.promises.values()), &ledger.capacity);
+    let percent = capacity.overcommit.percent;
+    let left = capacity.total.data.saturating_sub(sums.data(Area::Images, percent));
+    match class {
+        Class::Images => {
+            let own = capacity.images.data.saturating_sub(sums.data(Area::Images, percent));
+            own.min(capacity.total.data.saturating_sub(sums.data(Area::Total, percent)))
+        }
+        Class::Volumes => {
+            let most = percent.promisable(capacity.volumes.data.min(left));
+            clamp(most.saturating_sub(sums.promised_to_volumes()))
+        }
+    }
 }
 
 /// The most whole units of `unit` that one more promise of a class may have, where so many bytes are charged as `charge`
@@ -222,7 +264,8 @@ pub fn largest(ledger: &LedgerView, class: Class, unit: Bytes, charge: impl Fn(B
     let sums = Sums::of(ledger.promises.values());
     let fits = |units: u64| {
         let charged = charge(Bytes(units.saturating_mul(unit.0)));
-        sums.with(class, charged).excess(&ledger.capacity).is_none()
+        let alone = || ledger.capacity.too_large(class, charged.data);
+        sums.with(class, charged).excess(&ledger.capacity).or_else(alone).is_none()
     };
     // More bytes never cost less: what fits lies below what does not.
     let (mut fitting, mut too_many) = (0, free(ledger, class).0 / unit.0.max(1) + 1);
@@ -318,7 +361,7 @@ mod tests {
     #[test]
     fn a_capacity_never_shrinks_below_its_promises() {
         let promises = [promise("a", Class::Images, 3 * G), promise("b", Class::Volumes, 4 * G)];
-        let covered = LedgerCapacity::shared(Bytes(5 * G)).covering(&promises);
+        let covered = LedgerCapacity::shared(Bytes(5 * G)).covering(Overcommit::NONE, &promises);
         assert_eq!(covered.total.data, Bytes(7 * G));
         assert_eq!(covered.volumes.data, Bytes(5 * G));
     }

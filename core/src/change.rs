@@ -6,6 +6,7 @@ use crate::ids::{NodeName, ObjectName, PoolName, Uid};
 use crate::ledger::{Holder, Promise, Rebuilt};
 use crate::reason::Reason;
 use crate::reclaim::Cause;
+use crate::reservation::Claim;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement,
@@ -122,6 +123,34 @@ pub enum Change {
         /// For people, with numbers.
         message: String,
     },
+    /// Go on with the next change only if the API server confirms that a volume's claim will not ask for it again, and that the
+    /// `PersistentVolume` which would be called like it names another volume, if there is one.
+    ConfirmAbandoned {
+        /// The volume's reservation.
+        reservation: Uid,
+        /// Its claim.
+        claim: Claim,
+        /// The node that it was asked for on.
+        node: NodeName,
+    },
+    /// Note on a reservation that a `PersistentVolume` names its volume.
+    NotePersistent {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+        /// The `PersistentVolume`.
+        volume: String,
+    },
+    /// Delete the reservation of a volume that nobody will ask for again.
+    AbandonReservation {
+        /// Which.
+        name: ObjectName,
+        /// Its UID.
+        uid: Uid,
+        /// For people.
+        message: String,
+    },
     /// Say what became of a reservation, if it is still at this version: `Refused` is for ever, so that its promises may
     /// go, and an operator that saw an older version must not take it back. (By server-side apply this is
     /// `metadata.resourceVersion` in the patch.) Written only where it differs.
@@ -170,7 +199,7 @@ pub enum Change {
         /// The image store that has it.
         store: ObjectName,
     },
-    /// Delete a staged image.
+    /// Delete a staged image that its ledger has retired ([`crate::retire`]), or that has no ledger.
     DeleteImage {
         /// Its name.
         name: String,
@@ -184,7 +213,7 @@ pub enum Change {
         /// Its UID.
         uid: Uid,
     },
-    /// Say what the deletions of images before it in the list were for.
+    /// Say why images are retired by the ledger write before it in the list.
     ReportReclaim {
         /// The pool.
         pool: PoolName,
@@ -224,6 +253,8 @@ pub enum Change {
         version: ObjectVersion,
         /// Where.
         placement: Placement,
+        /// What asked for it to be tried again, if something did: recorded with it.
+        retried: Option<String>,
     },
     /// Say what became of an import, if it is still at this version: what ended must not be taken back by an operator
     /// that saw an older one. Written only where it differs.
@@ -262,8 +293,8 @@ pub enum Change {
         report: PoolReport,
     },
     /// Not a write: asks the API server itself, not what was watched, whether the holder of a promise is gone (no object
-    /// of this name, or one with another UID). The next change of the list is made only if it is. A UID never comes back,
-    /// so the answer stays true.
+    /// of this name, or one with another UID). What follows in the list is made only if it is. A UID never comes back, so
+    /// the answer stays true.
     ConfirmGone {
         /// Whose promise it is.
         holder: Holder,
@@ -361,8 +392,10 @@ pub struct PoolReport {
     pub nodes: u32,
     /// What may be promised in all.
     pub total: Bytes,
-    /// What is promised.
+    /// What promises count for.
     pub promised: Bytes,
+    /// What is promised to volumes, in full.
+    pub volumes: Bytes,
     /// What is written.
     pub used: Bytes,
     /// What is promised to images that nothing refers to.

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use crate::change::Change;
 use crate::ids::{NodeName, Uid};
 use crate::ledger::{Holder, Promise};
+use crate::lost;
 use crate::reclaim::has_other_copy;
 use crate::view::{Access, LedgerView, PoolView, ReservationView, Service, View};
 
@@ -14,12 +15,14 @@ const NAMED: usize = 8;
 /// What keeps a pool from being empty where it is drained: the first few by name, and how many more there are. `None` if
 /// nothing does. With `everywhere`, on every node.
 pub fn held_by(view: &View, pool: &PoolView, everywhere: bool) -> Option<String> {
-    let drained = view.ledgers.values().filter(|ledger| {
-        ledger.pool == pool.name && (everywhere || pool.service_on(&ledger.node) == Service::Draining)
-    });
+    let drained = || {
+        view.ledgers.values().filter(|ledger| {
+            ledger.pool == pool.name && (everywhere || pool.service_on(&ledger.node) == Service::Draining)
+        })
+    };
     let (mut text, mut count) = (String::new(), 0_usize);
     for (ledger, (uid, promise)) in
-        drained.flat_map(|ledger| ledger.promises.iter().map(move |p| (ledger, p)))
+        drained().flat_map(|ledger| ledger.promises.iter().map(move |p| (ledger, p)))
     {
         count += 1;
         if count <= NAMED {
@@ -29,6 +32,10 @@ pub fn held_by(view: &View, pool: &PoolView, everywhere: bool) -> Option<String>
     }
     if count > NAMED {
         let _ = write!(text, " and {} more", count - NAMED);
+    }
+    let held = drained().filter(|ledger| !ledger.promises.is_empty()).map(|ledger| &ledger.node);
+    for way_out in held.filter_map(|node| lost::way_out(view, node)).take(NAMED) {
+        let _ = write!(text, "; {way_out}");
     }
     (count > 0).then(|| format!("held by {text}"))
 }
@@ -68,21 +75,25 @@ pub fn end(view: &View, pool: &PoolView) -> Vec<Change> {
         let unguard = || Change::UnguardPool { name: pool.name.clone(), uid: pool.uid.clone() };
         return pool.has_finalizer.then(unguard).into_iter().collect();
     }
-    let empty = ledgers.filter(|ledger| is_over(view, ledger));
-    empty
-        .map(|ledger| Change::DeleteLedger { name: ledger.name.clone(), version: ledger.version.clone() })
-        .collect()
+    ledgers.filter_map(|ledger| end_ledger(view, ledger)).collect()
 }
 
-/// True if a ledger has nothing promised, its node has given everything back, and no object is left that would ask for it:
-/// what is being deleted looks for its promise there.
+/// The end of a ledger of a pool that goes or has gone, once nothing needs it any more.
+pub(crate) fn end_ledger(view: &View, ledger: &LedgerView) -> Option<Change> {
+    let (name, version) = (ledger.name.clone(), ledger.version.clone());
+    is_over(view, ledger).then_some(Change::DeleteLedger { name, version })
+}
+
+/// True if a ledger has nothing promised, its node has given everything back or is given up, and no object is left that would
+/// ask for it: what is being deleted looks for its promise there.
 fn is_over(view: &View, ledger: &LedgerView) -> bool {
     let here = |node: &NodeName| *node == ledger.node;
     let assigned = view.reservations.values().any(|reservation| {
         reservation.assignment.as_ref().is_some_and(|place| place.pool == ledger.pool && here(&place.node))
     });
     let staged = view.images.values().any(|image| image.pool == ledger.pool && here(&image.node));
-    ledger.promises.is_empty() && !assigned && !staged && view.behind(ledger).is_none()
+    let given_back = view.behind(ledger).is_none() || lost::is_given_up(view, &ledger.pool, &ledger.node);
+    ledger.promises.is_empty() && !assigned && !staged && given_back
 }
 
 #[cfg(test)]
@@ -192,6 +203,102 @@ mod tests {
         assert!(matches!(&ask(&view)[..], [Change::UnguardPool { .. }]));
         view.pools.values_mut().for_each(|pool| pool.has_finalizer = false);
         assert_eq!(ask(&view), []);
+    }
+
+    /// The pool of [`held`], being deleted, whose node `a` does not answer; its holders were removed by force.
+    fn forced() -> View {
+        let mut view = held();
+        view.pools.values_mut().for_each(|pool| pool.deleting = true);
+        view.reservations.clear();
+        view.images.clear();
+        view.ledgers.remove(&at("p", "b"));
+        let (uids, lineage): (Vec<Uid>, _) = {
+            let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+            ledger.promises.get_mut(&Uid::from("volume")).expect("held").class = Class::Volumes;
+            (ledger.promises.keys().cloned().collect(), ledger.lineage.clone())
+        };
+        let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
+        node.live = false;
+        node.pools.values_mut().for_each(|pool| {
+            pool.lineage = Some(lineage.clone());
+            pool.obeyed.extend(uids.iter().map(|uid| (uid.clone(), Generation::FIRST)));
+        });
+        view.kube_nodes = Some([NodeName::from("b")].into());
+        view
+    }
+
+    /// The holders that are asked for, and those that are promised something afterwards.
+    fn swept(view: &View) -> Option<(usize, Vec<String>)> {
+        let changes = ask(view);
+        let asked = changes.iter().filter(|change| matches!(change, Change::ConfirmGone { .. })).count();
+        changes.iter().find_map(|change| match change {
+            Change::WriteLedger { promises, .. } => {
+                let kept = promises.iter().filter(|(_, promise)| promise.revoked.is_none());
+                Some((asked, kept.map(|(uid, _)| uid.to_string()).collect()))
+            }
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn what_is_promised_on_a_node_that_is_written_off_goes_so_that_a_deleted_pool_ends() {
+        let mut view = forced();
+        view.nodes.remove(&NodeName::from("a"));
+        assert_eq!(swept(&view), Some((3, Vec::new())), "each is asked for, then all go, also the volume");
+        view.kube_nodes = Some([NodeName::from("a")].into());
+        assert_eq!(swept(&view), None, "Kubernetes still has the node");
+        view.kube_nodes = Some([NodeName::from("b")].into());
+        view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
+        assert!(ask(&view).iter().any(|change| matches!(change, Change::DeleteLedger { .. })));
+    }
+
+    #[test]
+    fn by_the_policy_release_copies_and_work_space_go_from_a_node_that_is_gone_and_no_volume() {
+        let mut view = forced();
+        let retained = swept(&view);
+        assert_ne!(retained, Some((2, vec!["volume".to_owned()])), "{retained:?}");
+        view.pools.values_mut().for_each(|pool| pool.node_loss = crate::view::NodeLossPolicy::Release);
+        assert_eq!(swept(&view), Some((2, vec!["volume".to_owned()])));
+        view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
+        assert!(view.behind(&view.ledgers[&at("p", "a")]).is_some(), "by the node's last report");
+        assert!(ask(&view).iter().any(|change| matches!(change, Change::DeleteLedger { .. })));
+    }
+
+    #[test]
+    fn what_a_lost_node_keeps_is_told_with_the_way_out() {
+        let mut view = forced();
+        let (.., message) = told(&view);
+        assert!(
+            message.ends_with("; node a is gone: delete StagingNode a to give up what it holds"),
+            "{message}"
+        );
+        view.kube_nodes = None;
+        let (.., message) = told(&view);
+        let way_out = "; node a does not report: if it will not come back, delete Node a and StagingNode a";
+        assert!(message.ends_with(way_out), "{message}");
+        view.nodes.values_mut().for_each(|node| node.live = true);
+        assert!(!told(&view).2.contains("node a does not report"));
+    }
+
+    #[test]
+    fn the_ledgers_of_a_pool_that_was_removed_by_force_go_once_nothing_is_promised_in_them() {
+        let mut view = held();
+        let end = |view: &View, node: &str| {
+            crate::pool::decide_ledger(view, &PoolName::from("p"), &NodeName::from(node))
+        };
+        assert_eq!(end(&view, "b"), [], "its pool is there");
+        view.pools.clear();
+        assert!(matches!(&end(&view, "b")[..], [Change::DeleteLedger { .. }]));
+        assert_eq!(end(&view, "a"), [], "what holds something is there");
+        view.reservations.clear();
+        view.images.clear();
+        let changes = end(&view, "a");
+        assert!(
+            matches!(&changes[..], [.., Change::WriteLedger { .. }]) && changes.len() == 4,
+            "{changes:?}"
+        );
+        view.leader = false;
+        assert_eq!(end(&view, "b"), []);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::ids::{
     Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name, staged_image_name,
 };
 use crate::ledger::{Charge, Class, Holder, Promise};
+use crate::overcommit::Percent;
 use crate::reason::Reason;
 use crate::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use crate::units::{Bytes, Generation, Timestamp};
@@ -68,6 +69,7 @@ pub fn pool(name: &str) -> PoolView {
         labels: BTreeMap::new(),
         block: None,
         limit: None,
+        overcommit: Percent::WHOLE,
         when_full: WhenFull::Queue,
         max_queue_millis: HOUR,
         max_queued: 1000,
@@ -139,12 +141,14 @@ pub fn reservation(name: &str, size: u64, created: u64) -> ReservationView {
         priority: 0,
         ttl_millis: None,
         renewed: None,
+        last_used: None,
         expires: None,
         dry_run: false,
         max_size: Bytes(size),
         template: None,
         claim_namespace: "ns".to_owned(),
         claim_name: None,
+        claim: None,
         access: Access::File,
         when_full: None,
         state: ReservationState::Pending,
@@ -200,6 +204,7 @@ pub fn template(virtual_size: u64, real_size: u64) -> ImportView {
             real_size: Bytes(real_size),
         }),
         error: None,
+        retry: None,
         released: None,
         invalid: None,
     }

@@ -160,7 +160,7 @@ impl LedgerView {
         let mut promises = self.promises.clone();
         promises.retain(|uid, _| !gone.contains(&uid));
         let capacity = reported.map_or(self.capacity, |reported| self.capacity.lowered_to(&reported));
-        self.replaced(capacity.covering(promises.values()), promises)
+        self.replaced(capacity.covering(self.capacity.overcommit, promises.values()), promises)
     }
 
     /// The write that revokes the promises of these holders.

@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::budget::{Area, Bound, Shortfall, Sums};
 use crate::ids::Uid;
 use crate::ledger::{Charge, Class, MAX_PROMISES};
+use crate::overcommit::Percent;
 use crate::reason::Reason;
 use crate::thin::Stopped;
 use crate::units::Bytes;
@@ -32,7 +33,7 @@ pub struct Held {
 pub struct Books<'a> {
     /// True if the pool obeys a ledger: then nobody else promises anything.
     pub has_ledger: bool,
-    /// What may be promised where there is no ledger.
+    /// What may be promised where there is no ledger; under one, how far it overcommits volumes.
     pub capacity: LedgerCapacity,
     /// Why nothing more is promised to the class, if so.
     pub stopped: Option<Stopped>,
@@ -144,10 +145,14 @@ pub fn most_ahead(books: &Books<'_>, class: Class) -> Bytes {
         Class::Images => (Area::Images, Area::Volumes),
         Class::Volumes => (Area::Volumes, Area::Images),
     };
+    let promised = |area| sums.data(area, Percent::WHOLE);
     if books.has_ledger {
-        return sums.data(own);
+        return match class {
+            Class::Images => promised(own),
+            Class::Volumes => books.capacity.overcommit.target(promised(own)),
+        };
     }
-    let left = books.capacity.total.data.saturating_sub(sums.data(other));
+    let left = books.capacity.total.data.saturating_sub(promised(other));
     left.min(books.capacity.area(own).data)
 }
 
@@ -163,6 +168,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::overcommit::Overcommit;
     use crate::thin::{StopReason, Usage};
 
     fn charge(data: u64, metadata: u64) -> Charge {
@@ -174,8 +180,9 @@ mod tests {
     }
 
     fn books(promises: &BTreeMap<Uid, Held>, has_ledger: bool) -> Books<'_> {
-        let capacity =
-            LedgerCapacity { images: charge(80, 8), volumes: charge(60, 6), total: charge(100, 14) };
+        let bounds =
+            LedgerCapacity { images: charge(80, 8), volumes: charge(60, 6), ..LedgerCapacity::default() };
+        let capacity = LedgerCapacity { total: charge(100, 14), ..bounds };
         Books { has_ledger, capacity, stopped: None, promises }
     }
 
@@ -238,7 +245,8 @@ mod tests {
         let open = books(&promises, false);
         assert!(ask(&open, "n", 59, 5).is_ok() && ask(&open, "n", 60, 5).is_err());
         let metadata = Usage { used: Bytes(71), total: Bytes(100) };
-        let why = Stopped { class: Class::Volumes, why: StopReason::Metadata, metadata };
+        let why =
+            Stopped { class: Class::Volumes, why: StopReason::Metadata, data: Usage::default(), metadata };
         let stopped = Books { stopped: Some(why), ..open };
         assert_eq!(ask(&stopped, "n", 1, 1), Err(Refused::Stopped(why)));
         assert_eq!(ask(&stopped, "v", 1, 1), Ok(Ruling::Covered), "what is promised may be used");
@@ -296,5 +304,11 @@ mod tests {
         assert_eq!(most_ahead(&local, Class::Volumes), Bytes(30));
         assert_eq!(most_ahead(&local, Class::Images), Bytes(80));
         assert_eq!(most_ahead(&clustered, Class::Volumes), Bytes(20));
+        let overcommit = Overcommit { percent: Percent::from(200), attain: Bytes(15) };
+        let over = Books { capacity: LedgerCapacity { overcommit, ..clustered.capacity }, ..clustered };
+        assert_eq!(
+            (most_ahead(&over, Class::Volumes), most_ahead(&over, Class::Images)),
+            (Bytes(15), Bytes(70))
+        );
     }
 }

@@ -20,9 +20,24 @@ pub fn is_given_up(view: &View, pool: &PoolName, node: &NodeName) -> bool {
     policy == Some(NodeLossPolicy::Release) && is_gone(view, node)
 }
 
-/// True if what is being deleted need not wait for this node: it is gone, and a person has deleted its report as well.
+/// True if what is being deleted need not wait for this node: it is gone, and a person has deleted its report as well. One
+/// that cannot be read is not deleted.
 pub fn is_written_off(view: &View, node: &NodeName) -> bool {
-    is_gone(view, node) && !view.nodes.contains_key(node)
+    is_gone(view, node) && !view.nodes.contains_key(node) && !view.hides_reports()
+}
+
+/// How to be done with what is promised on a node that does not report; `None` if it does.
+pub fn way_out(view: &View, node: &NodeName) -> Option<String> {
+    if !view.is_lost(node) || is_written_off(view, node) {
+        return None;
+    }
+    Some(if is_gone(view, node) {
+        format!("node {node} is gone: delete StagingNode {node} to give up what it holds")
+    } else {
+        format!(
+            "node {node} does not report: if it will not come back, delete Node {node} and StagingNode {node}"
+        )
+    })
 }
 
 /// True if nothing is lost with the space of this reservation: it is no volume, and holds no file that was not sent yet.
@@ -38,7 +53,7 @@ pub fn releases(view: &View, reservation: &ReservationView, pool: &PoolName, nod
 /// What the leader does about a reservation on a node that is given up: nobody can use its space any more.
 pub fn give_up(view: &View, reservation: &ReservationView) -> Option<Change> {
     let place = reservation.assignment.as_ref()?;
-    let lost = view.leader && can_be_had_again(reservation) && is_given_up(view, &place.pool, &place.node);
+    let lost = view.sweeps() && can_be_had_again(reservation) && is_given_up(view, &place.pool, &place.node);
     lost.then(|| Change::DeleteReservation { name: reservation.name.clone(), uid: reservation.uid.clone() })
 }
 
@@ -89,7 +104,7 @@ mod tests {
 
     fn images_go(view: &View) -> bool {
         let changes = crate::pool::decide(view, &PoolName::from("p"), Timestamp(0));
-        changes.iter().any(|change| matches!(change, Change::DeleteImage { .. }))
+        !crate::retire::retired(&changes).is_empty()
     }
 
     #[test]
@@ -130,6 +145,18 @@ mod tests {
             matches!(&about(&view, "volume")[..], [Change::WriteLedger { .. }]),
             "its report is deleted too"
         );
+        view.unreadable.push(crate::view::Unreadable {
+            kind: "StagingNode".to_owned(),
+            name: crate::ids::ObjectName::new("", "a"),
+            uid: Uid::from("node"),
+            claim_namespace: String::new(),
+            problem: "status.pools".to_owned(),
+        });
+        assert!(
+            matches!(&about(&view, "volume")[..], [Change::ReportReservation { .. }]),
+            "its report is there, and cannot be read"
+        );
+        view.unreadable.clear();
         view.ledgers.clear();
         assert!(
             matches!(&about(&view, "volume")[..], [Change::UnguardReservation { .. }]),
@@ -162,8 +189,13 @@ mod tests {
         view.images.values_mut().for_each(|image| image.deleting = true);
         let name = view.images.keys().next().expect("one").clone();
         let ask = |view: &View| crate::image::decide(view, &name, Timestamp(0));
-        assert!(matches!(&ask(&view)[..], [Change::WriteLedger { .. }]));
+        let held = view.images[&name].uid.clone();
+        let keeps = |changes: &[Change]| match changes {
+            [Change::WriteLedger { promises, .. }] => promises.contains_key(&held),
+            _ => panic!("{changes:?}"),
+        };
+        assert!(!keeps(&ask(&view)));
         view.nodes.values_mut().for_each(|node| node.live = true);
-        assert!(matches!(&ask(&view)[..], [Change::RetryAfter { .. }]));
+        assert!(keeps(&ask(&view)), "it is only revoked");
     }
 }

@@ -90,10 +90,16 @@ macro_rules! metrics {
 metrics! {
     /// Bytes that may be promised in a pool on a node.
     PoolTotalBytes = "berth_pool_total_bytes", Gauge, "bytes", Operator, ["pool", "node"];
-    /// Bytes that are promised in a pool on a node.
+    /// Bytes that promises in a pool on a node count for: all of them, but less for volumes that are overcommitted.
     PoolPromisedBytes = "berth_pool_promised_bytes", Gauge, "bytes", Operator, ["pool", "node"];
     /// Bytes that are written in a pool on a node.
     PoolUsedBytes = "berth_pool_used_bytes", Gauge, "bytes", Operator, ["pool", "node"];
+    /// Bytes that are promised to volumes in a pool made of kernel pools, in full: more than there are where they are overcommitted.
+    PoolVolumesPromisedBytes = "berth_pool_volumes_promised_bytes", Gauge, "bytes", Operator, ["pool", "node"];
+    /// Bytes that the kernel pool of volumes can attain beside what images are promised.
+    PoolVolumesAttainableBytes = "berth_pool_volumes_attainable_bytes", Gauge, "bytes", Operator, ["pool", "node"];
+    /// Bytes that volumes have written in a pool made of kernel pools.
+    PoolVolumesUsedBytes = "berth_pool_volumes_used_bytes", Gauge, "bytes", Operator, ["pool", "node"];
     /// Bytes of a kernel pool's metadata that may be promised, by class: `Images` or `Volumes`.
     PoolMetadataTotalBytes = "berth_pool_metadata_total_bytes", Gauge, "bytes", Operator, ["pool", "node", "class"];
     /// Bytes of a kernel pool's metadata that are promised, by class.
@@ -118,6 +124,8 @@ metrics! {
     PoolQueueLength = "berth_pool_queue_length", Gauge, "", Operator, ["pool"];
     /// Reservations that ended because nothing used them any more.
     ExpiriesTotal = "berth_expiries_total", Counter, "", Operator, ["pool"];
+    /// Volumes that were removed because nobody would ask for them again.
+    AbandonedTotal = "berth_abandoned_total", Counter, "", Operator, [];
     /// Reservations that were refused.
     RefusalsTotal = "berth_refusals_total", Counter, "", Operator, ["reason"];
     /// Images that were removed because nothing referred to them, by cause.
@@ -134,6 +142,8 @@ metrics! {
     EventsDroppedTotal = "berth_events_dropped_total", Counter, "", Operator, [];
     /// When the operator last saw something change, in seconds since 1970.
     LastEventTimestampSeconds = "berth_last_event_timestamp_seconds", Gauge, "seconds", Operator, [];
+    /// Objects that the operator cannot read, by kind.
+    UnreadableObjects = "berth_unreadable_objects", Gauge, "", Operator, ["kind"];
     /// 1 while a node renews its Lease and has reported, otherwise 0.
     NodeReady = "berth_node_ready", Gauge, "", Operator, ["node"];
     /// CSI calls answered, by method and answer.

@@ -1,22 +1,24 @@
 //! Pools: their ledgers, what they hold, and promises whose holders are gone.
 
+mod health;
+
 use std::collections::BTreeSet;
 
+use self::health::{health, overcommitted};
 use crate::budget::{Area, Sums};
 use crate::change::{Change, PoolReport};
 use crate::ids::{NodeName, PoolName, Uid};
 use crate::ledger::{Class, Holder, Promise};
+use crate::overcommit::{Overcommit, Percent};
 use crate::reason::Reason;
 use crate::reservation::is_waiting;
 use crate::thin::{self, StopReason, Stopped, ThinState};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, Service, View};
-use crate::{drain, rebuild, reclaim};
+use crate::view::{LedgerCapacity, LedgerView, NodePoolState, PoolView, View};
+use crate::{drain, lost, rebuild, reclaim, retire};
 
 /// What is said of a node whose report is about another kind of area than the pool's.
 pub(crate) const OTHER_AREA: &str = "its report is not about an area of this pool's backend";
-/// How many of the nodes that are drained a message names.
-const DRAINED_NAMED: usize = 8;
 /// How many promises of holders that are gone are taken away in one write.
 const SWEPT_AT_ONCE: usize = 32;
 
@@ -27,7 +29,7 @@ pub fn decide(view: &View, name: &PoolName, now: Timestamp) -> Vec<Change> {
     if pool.deleting {
         changes.extend(drain::end(view, pool));
     }
-    if pool.invalid.is_some() {
+    if pool.invalid.is_some() && !pool.deleting {
         return changes;
     }
     if !pool.deleting && !pool.has_finalizer {
@@ -37,8 +39,8 @@ pub fn decide(view: &View, name: &PoolName, now: Timestamp) -> Vec<Change> {
     changes.extend(missing_ledgers(view, pool));
     let one = |change| vec![change];
     let write = rebuild::first(view, pool).or_else(|| resized(view, pool)).map(one);
-    changes.extend(write.or_else(|| swept(view, pool)).unwrap_or_default());
-    changes.extend(reclaim::decide(view, pool, now));
+    let write = write.or_else(|| swept(view, pool));
+    changes.extend(write.unwrap_or_else(|| reclaim::decide(view, pool, now)));
     changes
 }
 
@@ -51,6 +53,9 @@ impl PoolView {
             (Some(block), Some(state)) => thin::capacity(report.total, block, state),
             (None, Some(_)) | (Some(_), None) => return None,
         };
+        let percent = self.block.map_or(Percent::WHOLE, |_| self.overcommit);
+        let policy = Overcommit { percent, attain: Bytes::ZERO };
+        let whole = LedgerCapacity { overcommit: policy, ..whole };
         Some(self.limit.map_or(whole, |limit| whole.at_most(limit)))
     }
 }
@@ -67,9 +72,12 @@ fn wanted(pool: &PoolView, ledger: &LedgerView, report: &NodePoolState) -> Optio
     let reported = pool.capacity(report)?;
     let present =
         report.lineage.as_ref() == Some(&ledger.lineage) && report.obeyed_revision >= ledger.revision;
-    let trusted =
+    let mut trusted =
         if report.thin.is_none() || present { reported } else { ledger.capacity.lowered_to(&reported) };
-    Some(trusted.covering(ledger.promises.values()))
+    if let Some(state) = report.thin.as_ref().filter(|_| trusted.overcommit.is_over()) {
+        trusted.overcommit.attain = thin::demanded(&state.volumes.data, trusted.volumes.data);
+    }
+    Some(trusted.covering(ledger.capacity.overcommit, ledger.promises.values()))
 }
 
 fn carriers<'v>(
@@ -80,7 +88,7 @@ fn carriers<'v>(
 }
 
 fn ledgers<'v>(view: &'v View, pool: &'v PoolView) -> impl Iterator<Item = &'v LedgerView> {
-    view.ledgers.values().filter(|ledger| ledger.pool == pool.name)
+    view.ledgers_in(&pool.name)
 }
 
 /// A ledger for each node that can use its area. Not while the pool is being deleted.
@@ -111,40 +119,65 @@ fn resized(view: &View, pool: &PoolView) -> Option<Change> {
 /// Promises whose holders the leader does not see. They come from an operator that wrote a promise for what was being
 /// deleted, or from a deletion that the API server carried out in spite of a finalizer, because it had begun before that
 /// was added. Each is asked for at the API server, and revoked; once its node can neither obey it any more nor has bytes
-/// under it, it goes.
+/// under it, it goes. On a node that is given up, or written off, it goes at once.
 fn swept(view: &View, pool: &PoolView) -> Option<Vec<Change>> {
-    if !view.leader {
-        return None;
-    }
-    ledgers(view, pool).find_map(|ledger| {
-        let (revoked, left): (Vec<_>, Vec<_>) =
-            orphans(view, ledger).into_iter().partition(|(_, promise)| promise.revoked.is_some());
-        let report = view.report_of(&ledger.pool, &ledger.node)?;
-        let over: Vec<&Uid> = revoked
-            .iter()
-            .filter(|(uid, promise)| is_over(report, uid, promise))
-            .map(|(uid, _)| *uid)
-            .collect();
-        if !over.is_empty() {
-            return Some(vec![view.without(ledger, &over)]);
-        }
-        if left.is_empty() {
-            return None;
-        }
-        let ask = left.iter().map(|(uid, promise)| Change::ConfirmGone {
-            holder: promise.holder.clone(),
-            uid: (*uid).clone(),
-        });
-        let uids: Vec<&Uid> = left.iter().map(|(uid, _)| *uid).collect();
-        Some(ask.chain([ledger.revoking(&uids)]).collect())
-    })
+    ledgers(view, pool).filter(|_| view.sweeps()).find_map(|ledger| swept_from(view, ledger))
 }
 
-/// True if the node has recorded the revocation, and nothing that it held is left.
-fn is_over(report: &NodePoolState, uid: &Uid, promise: &Promise) -> bool {
-    let fenced = promise.revoked.is_some_and(|revision| report.obeyed_revision >= revision);
-    let released = report.released.get(uid).is_some_and(|released| *released >= promise.generation);
-    fenced && (released || !report.obeyed.contains_key(uid))
+fn swept_from(view: &View, ledger: &LedgerView) -> Option<Vec<Change>> {
+    let without_node = given_up(view, ledger);
+    if !without_node.is_empty() {
+        return Some(confirmed(&without_node, view.without(ledger, &uids(&without_node))));
+    }
+    let report = view.report_of(&ledger.pool, &ledger.node)?;
+    let (revoked, left): (Vec<_>, Vec<_>) =
+        orphans(view, ledger).into_iter().partition(|(_, promise)| promise.revoked.is_some());
+    let over: Vec<_> =
+        revoked.into_iter().filter(|(uid, promise)| retire::is_over(report, uid, promise)).collect();
+    if !over.is_empty() {
+        // Of a reservation that was asked for before it was revoked; an image is retired while it is there.
+        let images: Vec<_> =
+            over.iter().copied().filter(|(_, promise)| matches!(promise.holder, Holder::Image(_))).collect();
+        return Some(confirmed(&images, view.without(ledger, &uids(&over))));
+    }
+    (!left.is_empty()).then(|| confirmed(&left, ledger.revoking(&uids(&left))))
+}
+
+fn uids<'p>(promises: &[(&'p Uid, &'p Promise)]) -> Vec<&'p Uid> {
+    promises.iter().map(|(uid, _)| *uid).collect()
+}
+
+/// The write, once the API server itself has said that these holders are gone.
+fn confirmed(holders: &[(&Uid, &Promise)], write: Change) -> Vec<Change> {
+    let ask = holders
+        .iter()
+        .map(|(uid, promise)| Change::ConfirmGone { holder: promise.holder.clone(), uid: (*uid).clone() });
+    ask.chain([write]).collect()
+}
+
+/// The next steps for a ledger whose pool is gone, which somebody took the finalizer from: what nobody holds is swept, and the
+/// ledger goes when nothing is promised in it any more.
+pub fn decide_ledger(view: &View, pool: &PoolName, node: &NodeName) -> Vec<Change> {
+    let ledger = view.ledgers.get(&(pool.clone(), node.clone()));
+    let Some(ledger) = ledger.filter(|_| view.sweeps() && !view.pools.contains_key(pool)) else {
+        return Vec::new();
+    };
+    swept_from(view, ledger).unwrap_or_else(|| drain::end_ledger(view, ledger).into_iter().collect())
+}
+
+/// Promises of holders that the view lacks, on a node from which nothing is to be waited for.
+fn given_up<'v>(view: &'v View, ledger: &'v LedgerView) -> Vec<(&'v Uid, &'v Promise)> {
+    let LedgerView { pool, node, .. } = ledger;
+    let written_off = lost::is_written_off(view, node);
+    let may_go = |uid: &Uid, promise: &Promise| {
+        let by_policy = promise.class == Class::Images && lost::is_given_up(view, pool, node);
+        written_off || by_policy && !rebuild::is_kept(view, ledger, uid, promise)
+    };
+    let gone = ledger
+        .promises
+        .iter()
+        .filter(|(uid, promise)| !is_there(view, uid, &promise.holder) && may_go(uid, promise));
+    gone.take(SWEPT_AT_ONCE).collect()
 }
 
 /// Promises of holders that the view lacks.
@@ -169,13 +202,16 @@ pub(crate) fn is_there(view: &View, uid: &Uid, holder: &Holder) -> bool {
 
 /// What the pool holds, over all nodes.
 pub fn report(view: &View, pool: &PoolView) -> PoolReport {
-    let (mut total, mut promised) = (Bytes::ZERO, Bytes::ZERO);
+    let (mut total, mut promised, mut volumes) = (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
     for ledger in ledgers(view, pool) {
         total = total.saturating_add(ledger.capacity.total.data);
-        promised = promised.saturating_add(Sums::of(ledger.promises.values()).data(Area::Total));
+        let sums = Sums::of(ledger.promises.values());
+        promised = promised.saturating_add(sums.data(Area::Total, ledger.capacity.overcommit.percent));
+        volumes = volumes.saturating_add(sums.data(Area::Volumes, Percent::WHOLE));
     }
-    let waiting =
-        view.reservations.values().filter(|request| request.pools.allows(pool) && is_waiting(view, request));
+    let waiting = view
+        .open_to(Some(&pool.name))
+        .filter(|request| request.pools.allows(pool) && is_waiting(view, request));
     let (ready, reason, message) = health(view, pool);
     PoolReport {
         ready,
@@ -184,6 +220,7 @@ pub fn report(view: &View, pool: &PoolView) -> PoolReport {
         nodes: count(carriers(view, pool).count()),
         total,
         promised,
+        volumes,
         used: carriers(view, pool).map(|(_, report)| report.used).sum(),
         unreferenced: ledgers(view, pool).map(|ledger| unreferenced(view, ledger)).sum(),
         queued: count(waiting.count()),
@@ -194,6 +231,7 @@ pub fn report(view: &View, pool: &PoolView) -> PoolReport {
 /// What is not as strong as usual on some node.
 fn constraints(view: &View, pool: &PoolView) -> BTreeSet<Reason> {
     let mut found = BTreeSet::new();
+    found.extend(overcommitted(view, pool).map(|_| Reason::VolumesOvercommitted));
     for (_, report) in carriers(view, pool) {
         found.extend(report.advisory.then_some(Reason::Advisory));
         let scanned = report.usable && report.reason == Reason::HostScansGuestDisks;
@@ -217,57 +255,6 @@ pub fn unreferenced(view: &View, ledger: &LedgerView) -> Bytes {
         Holder::Reservation(_) => false,
     });
     idle.map(|promise| promise.charge.data).sum()
-}
-
-fn health(view: &View, pool: &PoolView) -> (bool, Reason, String) {
-    if let Some(message) = &pool.invalid {
-        return (false, Reason::InvalidSpec, message.clone());
-    }
-    if pool.deleting || pool.service == Service::Draining {
-        let held = drain::held_by(view, pool, pool.deleting);
-        let held = held.as_deref().unwrap_or("holds nothing");
-        if pool.deleting {
-            return (false, Reason::Releasing, format!("it is being deleted and takes nothing new; {held}"));
-        }
-        return (false, Reason::Draining, format!("takes nothing new; {held}"));
-    }
-    let mut nodes = 0_u32;
-    for (name, report) in carriers(view, pool) {
-        nodes += 1;
-        if !report.usable {
-            return (false, report.reason, format!("node {name}: {}", report.message));
-        }
-        if pool.capacity(report).is_none() {
-            return (false, Reason::PoolAreaFailed, format!("node {name}: {OTHER_AREA}"));
-        }
-        if let Some(stopped) = report.thin.as_ref().and_then(|state| stopped(state).next()) {
-            return (false, stopped.reason(), format!("node {name} {stopped}"));
-        }
-        let key = (pool.name.clone(), name.clone());
-        if view.is_lost(name) {
-            return (false, Reason::NodeLost, format!("node {name} no longer renews its Lease"));
-        }
-        match view.ledgers.get(&key).map(|ledger| view.behind(ledger)) {
-            // A revision alone is most often a view that lags.
-            Some(Some(behind)) if !matches!(behind, crate::ledger::Behind::Revision { .. }) => {
-                return (false, Reason::LedgerBehind, format!("node {name}: {behind}"));
-            }
-            Some(_) => {}
-            None => return (false, Reason::Progressing, format!("the ledger of node {name} is being made")),
-        }
-    }
-    let carried = match nodes {
-        0 => return (false, Reason::NoMatchingNode, "no node carries the pool".to_owned()),
-        1 => "1 node carries the pool".to_owned(),
-        more => format!("{more} nodes carry the pool"),
-    };
-    if pool.drain_nodes.is_empty() {
-        return (true, Reason::Ready, carried);
-    }
-    let nodes: Vec<&str> = pool.drain_nodes.iter().take(DRAINED_NAMED).map(NodeName::as_str).collect();
-    let held = drain::held_by(view, pool, false);
-    let held = held.as_deref().unwrap_or("holds nothing");
-    (true, Reason::Ready, format!("{carried}; draining {}: {held}", nodes.join(", ")))
 }
 
 fn count(number: usize) -> u32 {
@@ -428,6 +415,47 @@ mod tests {
         let Change::WriteLedger { capacity, promises, .. } = change else { panic!("{change:?}") };
         assert_eq!((promises.len(), capacity.volumes.data), (0, Bytes::gib(6)));
         assert_eq!(capacity.images.data, Bytes::gib(10));
+    }
+
+    #[test]
+    fn d46_what_overcommitted_volumes_write_is_made_room_for_and_told() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        view.pools.values_mut().for_each(|pool| pool.overcommit = Percent::from(300));
+        let write = |view: &mut View| {
+            let Some(Change::WriteLedger { capacity, revision, .. }) = ask(view).pop() else { return None };
+            let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+            (ledger.capacity, ledger.revision) = (capacity, revision);
+            Some(capacity)
+        };
+        assert_eq!(
+            write(&mut view).expect("the policy").overcommit,
+            Overcommit { percent: Percent::from(300), attain: Bytes::ZERO }
+        );
+        assert_eq!(write(&mut view), None, "and that is all");
+        add(&mut view, reservation("v", 0, 0));
+        hold(&mut view, "a", "v", Class::Volumes, 9 << 30);
+        let volumes = |view: &mut View, used, total| {
+            let thin = node_pool(view, "a").thin.as_mut().expect("thin");
+            thin.volumes.data = thin::Usage { used: Bytes::gib(used), total: Bytes::gib(total) };
+        };
+        volumes(&mut view, 2, 3);
+        let grown = write(&mut view).expect("three GiB are there now");
+        assert_eq!((grown.overcommit.attain, grown.images.data), (Bytes::ZERO, Bytes::gib(7)));
+        volumes(&mut view, 3, 3);
+        let grown = write(&mut view).expect("they are written");
+        assert_eq!((grown.overcommit.attain, grown.images.data), (Bytes::gib(4), Bytes::gib(6)));
+        assert_eq!(grown.total.data, Bytes::gib(10));
+        let report = told(&view);
+        assert_eq!((report.promised, report.volumes), (Bytes::gib(3), Bytes::gib(9)));
+        assert_eq!((report.ready, report.constraints), (true, vec![Reason::VolumesOvercommitted]));
+        let said = "1 node carries the pool; promise 1 is not made for volumes: overcommitted to 300 %";
+        assert_eq!(report.message, said);
+        view.pools.values_mut().for_each(|pool| pool.overcommit = Percent::WHOLE);
+        hold(&mut view, "a", "i", Class::Images, 5 << 30);
+        write(&mut view);
+        let still = "promise 1 is not made for volumes: overcommitted to 180 % on node a, where nothing more is promised until \
+                     what is fits at 100 %";
+        assert!(told(&view).message.ends_with(still), "{}", told(&view).message);
     }
 
     #[test]

@@ -127,6 +127,8 @@ reasons! {
     ObjectStoreUnavailable => Transient,
     /// The object store refuses the credentials or the operation.
     ObjectStoreDenied => Terminal,
+    /// The object store has no room left, or the quota of the bucket or its owner is used up.
+    ObjectStoreFull => Terminal,
     /// The bucket does not exist.
     BucketNotFound => Terminal,
     /// The store was made with another chunk size or by a newer version.
@@ -187,6 +189,8 @@ reasons! {
     VolumeLost => Terminal,
     /// A kernel pool has used nearly all the data that it can attain.
     DataAlmostFull => Transient,
+    /// Volumes are promised more than is there, as the pool's policy allows: that all of it can be written is not promised.
+    VolumesOvercommitted => Transient,
     /// A kernel pool uses more than 70 % of its metadata, so nothing more is promised in it.
     MetadataAlmostFull => Transient,
     /// The metadata of a kernel pool must be checked offline before anything more is promised in it.
@@ -229,6 +233,8 @@ reasons! {
     Staged => Normal,
     /// The file that is to be sent is not in its directory, or is no regular file.
     FileMissing => Transient,
+    /// The directory of the file is gone from the pool, with all that was in it.
+    FileLost => Terminal,
     /// The reservations of its namespace hold as much of the pool as they may.
     TenantLimit => Transient,
     /// The pool takes nothing new on this node.
@@ -237,6 +243,12 @@ reasons! {
     DryRun => Normal,
     /// Nothing has used it for as long as it may stay unused.
     Expired => Normal,
+    /// Nobody will ask for this volume again: its claim is gone, or has selected another node.
+    Abandoned => Normal,
+    /// The two volumes did not start from the same thing, so where neither has blocks says nothing.
+    NotRelated => Terminal,
+    /// An object cannot be read: it is of a newer version, or a field of it was changed to what no version knows.
+    ObjectUnreadable => Transient,
 }
 
 impl fmt::Display for Reason {
@@ -269,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_unique_read_back_and_explained() {
+    fn a56_names_are_unique_read_back_and_explained() {
         for (index, reason) in Reason::ALL.iter().enumerate() {
             assert_eq!(Reason::from_name(reason.as_str()), Some(*reason));
             assert!(reason.meaning().ends_with('.'), "{reason}");

@@ -2,22 +2,25 @@
 //! a ledger was deleted, and after a node came back that had been given up.
 //!
 //! **Guarantees.** Whatever the node holds is promised afterwards, at the generation at which it holds it, and counts. What
-//! else the ledger promised stays only for a holder that still waits for it here. The new ledger has a lineage of its own and
+//! else the ledger promised stays only for a holder that still waits for it here, and only where it fits beside that: a holder
+//! that is left out waits, or is promised its space again when there is room. The new ledger has a lineage of its own and
 //! names the record that it was made from: the node obeys it only if its record is still that one. Nothing is given back:
 //! a promise whose holder is not found stays until a person decides ([`is_kept`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::budget::fits;
 use crate::change::Change;
 use crate::ids::{Lineage, Uid, staged_image_name};
-use crate::ledger::{Holder, LedgerRecord as _, Promise, Rebuilt};
+use crate::ledger::{Charge, Holder, LedgerRecord as _, Promise, Rebuilt};
 use crate::pool::is_there;
+use crate::reservation::was_given_back;
 use crate::view::{LedgerView, NodePoolState, PoolView, View};
 
 /// The rebuilding of the first of the pool's ledgers that can be.
 pub(crate) fn first(view: &View, pool: &PoolView) -> Option<Change> {
     let ledgers = view.ledgers.values().filter(|ledger| ledger.pool == pool.name);
-    ledgers.filter(|_| view.leader).find_map(|ledger| rebuilt(view, ledger))
+    ledgers.filter(|_| view.sweeps()).find_map(|ledger| rebuilt(view, ledger))
 }
 
 /// The write that makes a ledger that is behind hold what its node does. `None` if it is not behind, if the node has not
@@ -33,15 +36,29 @@ pub fn rebuilt(view: &View, ledger: &LedgerView) -> Option<Change> {
         .filter(|(uid, promise)| !is_there(view, uid, &promise.holder))
         .map(|(uid, _)| uid.clone())
         .collect();
-    let mut promises: BTreeMap<Uid, Promise> = awaited(view, ledger, report);
-    promises.extend(held);
+    let pool = view.pools.get(&ledger.pool);
+    let reported = pool.filter(|_| report.usable).and_then(|pool| pool.capacity(report));
+    let capacity = reported.unwrap_or(ledger.capacity).covering(ledger.capacity.overcommit, held.values());
+    let revision = ledger.revision.max(report.obeyed_revision).saturating_add(1);
+    let mut next = LedgerView { capacity, promises: held, ..ledger.clone() };
+    for new in awaited(view, ledger, report) {
+        if fits(&next, std::slice::from_ref(&new)).is_ok() {
+            next.promises.extend([new]);
+        }
+    }
+    for (uid, promise) in retired(view, ledger) {
+        // Its node does not hold it and never will: it takes no bytes.
+        let nothing = Promise { charge: Charge::default(), ..promise.clone() };
+        next.promises.entry(uid.clone()).or_insert(nothing).revoked = Some(revision);
+    }
+    let promises = next.promises;
     Some(Change::RebuildLedger {
         name: ledger.name.clone(),
         version: ledger.version.clone(),
         node: ledger.node.clone(),
         report: node.version.clone(),
-        revision: ledger.revision.max(report.obeyed_revision).saturating_add(1),
-        capacity: ledger.capacity.covering(promises.values()),
+        revision,
+        capacity,
         promises,
         rebuilt: Rebuilt { lineage, revision: report.obeyed_revision, recovered },
     })
@@ -57,7 +74,7 @@ fn held(report: &NodePoolState) -> Option<BTreeMap<Uid, Promise>> {
 }
 
 /// Promises of the ledger that the node has never obeyed, to holders that still wait for them here.
-fn awaited(view: &View, ledger: &LedgerView, report: &NodePoolState) -> BTreeMap<Uid, Promise> {
+fn awaited(view: &View, ledger: &LedgerView, report: &NodePoolState) -> Vec<(Uid, Promise)> {
     let waits = |uid: &Uid, promise: &Promise| match &promise.holder {
         Holder::Reservation(_) => view.reservations.get(uid).is_some_and(|reservation| {
             !reservation.deleting
@@ -65,6 +82,7 @@ fn awaited(view: &View, ledger: &LedgerView, report: &NodePoolState) -> BTreeMap
                     place.pool == ledger.pool
                         && place.node == ledger.node
                         && place.generation == promise.generation
+                        && !was_given_back(reservation, place)
                 })
         }),
         Holder::Image(name) => {
@@ -77,6 +95,13 @@ fn awaited(view: &View, ledger: &LedgerView, report: &NodePoolState) -> BTreeMap
         .iter()
         .filter(|(uid, promise)| promise.revoked.is_none() && !known(uid) && waits(uid, promise));
     kept.map(|(uid, promise)| (uid.clone(), promise.clone())).collect()
+}
+
+/// Images that the ledger has retired and whose objects are there: somebody may be about to delete these.
+fn retired<'v>(view: &'v View, ledger: &'v LedgerView) -> impl Iterator<Item = (&'v Uid, &'v Promise)> {
+    let image = |promise: &Promise| matches!(promise.holder, Holder::Image(_)) && promise.revoked.is_some();
+    let retired = ledger.promises.iter().filter(move |(_, promise)| image(promise));
+    retired.filter(|(uid, promise)| is_there(view, uid, &promise.holder))
 }
 
 /// True if a promise stays although its holder does not exist: it came from the node's record, and what lies under it may be

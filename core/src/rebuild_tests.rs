@@ -3,7 +3,7 @@ use crate::fixture::{add, at, digest, hold, image, placed, promise, reservation,
 use crate::ids::{NodeName, PoolName};
 use crate::ledger::{Behind, Class, is_behind};
 use crate::units::{Bytes, Generation, Timestamp};
-use crate::view::ObjectVersion;
+use crate::view::{Access, LedgerCapacity, ObjectVersion, ReservationState};
 
 /// A ledger at revision 3 of a node that has recorded revision 9 of it and holds `held`: name and bytes.
 fn restored(held: &[(&str, u64)]) -> View {
@@ -44,12 +44,14 @@ fn carry_out(view: &mut View) {
 
 #[test]
 fn a_rebuilt_ledger_holds_what_the_node_holds_and_who_still_waits_and_is_obeyed() {
-    let mut view = restored(&[("known", 10), ("lost", 95)]);
+    let mut view = restored(&[("known", 10), ("lost", 80)]);
     add(&mut view, reservation("known", 10, 0));
     let mut waits = reservation("waits", 5, 0);
     waits.assignment = Some(placed("p", "a", 1));
     add(&mut view, waits);
     hold(&mut view, "a", "waits", Class::Images, 5);
+    add(&mut view, reservation("waits-too", 60, 0));
+    hold(&mut view, "a", "waits-too", Class::Images, 60);
     hold(&mut view, "a", "nobody", Class::Images, 5);
     let mut leaving = reservation("leaving", 5, 0);
     leaving.deleting = true;
@@ -78,11 +80,43 @@ fn a_rebuilt_ledger_holds_what_the_node_holds_and_who_still_waits_and_is_obeyed(
     );
     let names: Vec<&str> = promises.keys().map(Uid::as_str).collect();
     assert_eq!(names, ["known", "lost", "waits"]);
-    assert_eq!((revision, capacity.total.data), (10, Bytes(110)), "covers what is there");
+    assert_eq!(
+        (revision, capacity.total.data),
+        (10, Bytes(100)),
+        "what waits and does not fit goes on waiting"
+    );
     assert_eq!((rebuilt.revision, rebuilt.recovered), (9, BTreeSet::from([Uid::from("lost")])));
     carry_out(&mut view);
     assert_eq!(is_behind(ledger(&view), report(&mut view.clone())), None);
     assert_eq!(ask(&view), None);
+}
+
+#[test]
+fn capacity_is_what_the_node_reports_now_and_covers_what_it_holds() {
+    let mut view = restored(&[("held", 95)]);
+    view.ledgers.values_mut().for_each(|ledger| ledger.capacity = LedgerCapacity::shared(Bytes(400)));
+    for (total, expected) in [(100, 100), (90, 95)] {
+        report(&mut view).total = Bytes(total);
+        let Some(Change::RebuildLedger { capacity, .. }) = ask(&view) else { panic!("it is behind") };
+        assert_eq!(capacity.total.data, Bytes(expected));
+    }
+}
+
+#[test]
+fn a_volume_that_was_there_and_is_not_held_is_not_promised_again() {
+    let mut view = restored(&[]);
+    let mut volume = reservation("volume", 10, 0);
+    volume.assignment = Some(placed("p", "a", 1));
+    (volume.access, volume.state) = (Access::Block, ReservationState::Ready);
+    let uid = add(&mut view, volume);
+    hold(&mut view, "a", "volume", Class::Volumes, 10);
+    let promised = |view: &View| {
+        let Some(Change::RebuildLedger { promises, .. }) = ask(view) else { panic!("it is behind") };
+        promises.contains_key(&uid)
+    };
+    assert!(!promised(&view), "it was given back: it would come back empty");
+    view.reservations.values_mut().for_each(|volume| volume.state = ReservationState::Promised);
+    assert!(promised(&view), "it may never have been made");
 }
 
 #[test]

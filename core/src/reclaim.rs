@@ -2,7 +2,7 @@
 //!
 //! **Guarantees.** An image goes only if no live reservation names it, none that waits would start from it, another copy of
 //! it is known or its template was deleted, and it has not been used for `reclaim.keepWarm`. How long it has not been used
-//! only ranks such images. Deleting one is asked for by the leader alone.
+//! only ranks such images. The leader alone retires one; how that is made safe, see [`crate::retire`].
 
 use std::collections::BTreeSet;
 
@@ -12,6 +12,7 @@ use crate::ids::{Digest, Uid};
 use crate::ledger::Promise;
 use crate::lost;
 use crate::reservation::{is_waiting, wants_image};
+use crate::retire::{is_leaving, leaving, retire};
 use crate::units::{Bytes, Timestamp};
 use crate::view::{ImageView, LedgerView, PoolView, ReservationView, Service, View};
 
@@ -114,7 +115,7 @@ fn idle<'v>(
     now: Timestamp,
 ) -> Vec<&'v ImageView> {
     let mut idle: Vec<&ImageView> = of_place(view, ledger)
-        .filter(|image| !image.deleting && !needs.need(image) && has_other_copy(view, image))
+        .filter(|image| !is_leaving(ledger, image) && !needs.need(image) && has_other_copy(view, image))
         .filter(|image| now.millis_since(unused_since(image)) >= warm_millis)
         .collect();
     idle.sort_by_key(|image| (unused_since(image), &image.name));
@@ -131,28 +132,32 @@ fn of_place<'v>(view: &'v View, ledger: &LedgerView) -> impl Iterator<Item = &'v
 /// What makes room for a request: images that go already, and those that have to go as well.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Room<'v> {
-    /// Their bytes are being given back.
-    pub leaving: Vec<&'v ImageView>,
-    /// To be deleted.
+    /// Their bytes are being given back: their promises, and their names.
+    pub leaving: Vec<(&'v Uid, &'v str)>,
+    /// To be retired.
     pub next: Vec<&'v ImageView>,
 }
 
 impl Room<'_> {
     /// What is promised in the ledger to all of them.
     pub fn bytes(&self, ledger: &LedgerView) -> Bytes {
-        promised(ledger, self.leaving.iter().chain(&self.next).copied())
+        let leaving = self.leaving.iter().map(|(uid, _)| *uid);
+        let all = leaving.chain(self.next.iter().map(|image| &image.uid));
+        all.filter_map(|uid| ledger.promises.get(uid)).map(|promise| promise.charge.data).sum()
     }
-}
 
-fn promised<'i>(ledger: &LedgerView, images: impl Iterator<Item = &'i ImageView>) -> Bytes {
-    images.filter_map(|image| ledger.promises.get(&image.uid)).map(|promise| promise.charge.data).sum()
+    /// The names of all of them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let leaving = self.leaving.iter().map(|(_, name)| *name);
+        leaving.chain(self.next.iter().map(|image| image.name.as_str()))
+    }
 }
 
 /// The images without which `new` fits into the ledger: as few as possible, and rather the longest unused. `None` if it
 /// would not fit without all that may go, if it does not need any to go, or if its node could not give anything back now.
 pub fn for_shortfall<'v>(
     view: &'v View,
-    ledger: &LedgerView,
+    ledger: &'v LedgerView,
     new: &[(Uid, Promise)],
     now: Timestamp,
 ) -> Option<Room<'v>> {
@@ -161,9 +166,10 @@ pub fn for_shortfall<'v>(
     if !node.live || !node.reported || view.behind(ledger).is_some() {
         return None;
     }
-    let leaving: Vec<&ImageView> = of_place(view, ledger).filter(|image| image.deleting).collect();
+    let leaving: Vec<(&Uid, &str)> = leaving(view, ledger).collect();
     let fits_without = |next: &[&ImageView]| {
-        let gone: Vec<&Uid> = leaving.iter().chain(next).map(|image| &image.uid).collect();
+        let going = leaving.iter().map(|(uid, _)| *uid);
+        let gone: Vec<&Uid> = going.chain(next.iter().map(|image| &image.uid)).collect();
         // As the ledger will be: what was grown for an image is not free for volumes.
         let Change::WriteLedger { capacity, promises, .. } = view.without(ledger, &gone) else {
             return false;
@@ -186,35 +192,21 @@ pub fn for_shortfall<'v>(
     (!next.is_empty() || !leaving.is_empty()).then_some(Room { leaving, next })
 }
 
-/// Deletes these images, and says why.
-pub fn delete(ledger: &LedgerView, images: &[&ImageView], cause: Cause) -> Vec<Change> {
-    if images.is_empty() {
-        return Vec::new();
-    }
-    let one = |image: &&ImageView| Change::DeleteImage { name: image.name.clone(), uid: image.uid.clone() };
-    let told = Change::ReportReclaim {
-        pool: ledger.pool.clone(),
-        cause,
-        images: u32::try_from(images.len()).unwrap_or(u32::MAX),
-        bytes: promised(ledger, images.iter().copied()),
-    };
-    images.iter().map(one).chain([told]).collect()
-}
-
-/// What the leader removes in a pool: everything unneeded where it drains or its node is given up, else what is above the
-/// high watermark.
+/// What the leader retires in the first of the pool's ledgers with anything to retire: everything unneeded where it drains or
+/// its node is given up, else what is above the high watermark.
 pub fn decide(view: &View, pool: &PoolView, now: Timestamp) -> Vec<Change> {
-    let ledgers: Vec<&LedgerView> = view.ledgers.values().filter(|ledger| ledger.pool == pool.name).collect();
+    let ledgers: Vec<&LedgerView> = view.ledgers_in(&pool.name).collect();
     let concerned = |ledger: &LedgerView| {
         lost::is_given_up(view, &pool.name, &ledger.node)
             || is_draining(pool, ledger)
             || is_above(&Sums::of(ledger.promises.values()), ledger, pool.reclaim.high_percent)
     };
-    if !view.leader || !ledgers.iter().any(|ledger| concerned(ledger)) {
+    if !view.sweeps() || !ledgers.iter().any(|ledger| concerned(ledger)) {
         return Vec::new();
     }
     let needs = Needs::of(view);
-    ledgers.into_iter().flat_map(|ledger| of_ledger(view, &needs, pool, ledger, now)).collect()
+    let each = ledgers.into_iter().map(|ledger| of_ledger(view, &needs, pool, ledger, now));
+    each.into_iter().find(|changes| !changes.is_empty()).unwrap_or_default()
 }
 
 fn of_ledger(
@@ -227,7 +219,7 @@ fn of_ledger(
     let all = |cause| {
         let mut idle = idle(view, needs, ledger, 0, now);
         idle.truncate(AT_ONCE);
-        delete(ledger, &idle, cause)
+        retire(view, ledger, &idle, cause)
     };
     if lost::is_given_up(view, &pool.name, &ledger.node) {
         return all(Cause::NodeLost);
@@ -235,7 +227,7 @@ fn of_ledger(
     if is_draining(pool, ledger) {
         return all(Cause::Draining);
     }
-    delete(ledger, &above_watermark(view, needs, pool, ledger, now), Cause::HighWatermark)
+    retire(view, ledger, &above_watermark(view, needs, pool, ledger, now), Cause::HighWatermark)
 }
 
 fn is_draining(pool: &PoolView, ledger: &LedgerView) -> bool {
@@ -244,7 +236,8 @@ fn is_draining(pool: &PoolView, ledger: &LedgerView) -> bool {
 
 /// True if more than this percentage of the ledger's capacity is promised.
 fn is_above(promised: &Sums, ledger: &LedgerView, percent: u32) -> bool {
-    let (data, total) = (promised.data(Area::Total).0, ledger.capacity.total.data.0);
+    let capacity = &ledger.capacity;
+    let (data, total) = (promised.data(Area::Total, capacity.overcommit.percent).0, capacity.total.data.0);
     u128::from(data) * 100 > u128::from(total) * u128::from(percent)
 }
 
@@ -257,8 +250,7 @@ fn above_watermark<'v>(
     ledger: &LedgerView,
     now: Timestamp,
 ) -> Vec<&'v ImageView> {
-    let mut gone: BTreeSet<&Uid> =
-        of_place(view, ledger).filter(|image| image.deleting).map(|image| &image.uid).collect();
+    let mut gone: BTreeSet<&Uid> = leaving(view, ledger).map(|(uid, _)| uid).collect();
     let above = |gone: &BTreeSet<&Uid>, percent| {
         let kept = ledger.promises.iter().filter(|(uid, _)| !gone.contains(uid)).map(|(_, promise)| promise);
         is_above(&Sums::of(kept), ledger, percent)

@@ -4,6 +4,7 @@ use crate::ids::{NodeName, ObjectName, PoolName};
 use crate::ledger::Class;
 use crate::reason::Reason;
 use crate::reservation::{self, fit};
+use crate::retire::retired;
 use crate::units::Generation;
 use crate::view::{Access, AssignedImage, ReservationState, WhenFull};
 
@@ -28,14 +29,6 @@ fn stage(view: &mut View, name: &str, bytes: u64, used: u64) {
     view.images.insert(image.name.clone(), image);
 }
 
-fn deleted(changes: &[Change]) -> Vec<&str> {
-    let names = changes.iter().filter_map(|change| match change {
-        Change::DeleteImage { name, .. } => Some(name.as_str()),
-        _ => None,
-    });
-    names.collect()
-}
-
 fn of_pool(view: &View, now: u64) -> Vec<Change> {
     crate::pool::decide(view, &PoolName::from("p"), Timestamp(now))
 }
@@ -54,36 +47,41 @@ fn reason(changes: &[Change]) -> Option<(ReservationState, Reason)> {
 #[test]
 fn above_the_high_watermark_the_longest_unused_go_down_to_the_low_one() {
     let mut view = staged(&[("new", 10, 30), ("old", 10, 10), ("older", 10, 5)]);
+    for name in ["x", "y"] {
+        let mut held = reservation(name, 1, 0);
+        held.assignment = Some(placed("p", "a", 1));
+        add(&mut view, held);
+    }
     hold(&mut view, "a", "x", Class::Images, 55);
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "85 % is not above it");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "85 % is not above it");
     hold(&mut view, "a", "y", Class::Images, 1);
     let changes = of_pool(&view, 100);
-    assert_eq!(deleted(&changes), ["older", "old"], "70 % is reached with 66");
+    assert_eq!(retired(&changes), ["old", "older"], "70 % is reached with 66");
     let told = changes.iter().find_map(|change| match change {
         Change::ReportReclaim { cause, images, bytes, .. } => Some((*cause, *images, *bytes)),
         _ => None,
     });
     assert_eq!(told, Some((Cause::HighWatermark, 2, Bytes(20))));
     view.images.get_mut("older").expect("there").deleting = true;
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "76 once it is gone: not above the high one any more");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "76 once it is gone: not above the high one any more");
     view.leader = false;
     view.images.get_mut("older").expect("there").deleting = false;
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "the leader does it");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "the leader does it");
 }
 
 #[test]
 fn nothing_that_is_needed_warm_or_the_only_copy_goes() {
     let mut view = staged(&[("one", 90, 10)]);
     let full = view.clone();
-    assert_eq!(deleted(&of_pool(&view, 100)), ["one"]);
+    assert_eq!(retired(&of_pool(&view, 100)), ["one"]);
     view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = 91);
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "warm");
-    assert_eq!(deleted(&of_pool(&view, 101)), ["one"]);
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "warm");
+    assert_eq!(retired(&of_pool(&view, 101)), ["one"]);
     view = full.clone();
     view.imports.clear();
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "the only copy that is known");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "the only copy that is known");
     view.pools.values_mut().for_each(|pool| pool.service = Service::Draining);
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "also where the pool drains");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "also where the pool drains");
     view = full.clone();
     let mut user = reservation("user", 1, 0);
     let digest = view.images["one"].digest;
@@ -91,16 +89,16 @@ fn nothing_that_is_needed_warm_or_the_only_copy_goes() {
     user.assigned_image =
         Some(AssignedImage { digest, staged_image: "one".to_owned(), virtual_size: Bytes(90) });
     add(&mut view, user);
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "named");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "named");
     view = full;
     let mut waits = reservation("waits", 1, 0);
     (waits.access, waits.template) = (Access::Block, Some(ObjectName::new("ns", "template")));
     add(&mut view, waits);
-    assert_eq!(deleted(&of_pool(&view, 100)), [""; 0], "wanted by one that waits");
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "wanted by one that waits");
     view.pools.values_mut().for_each(|pool| {
         pool.drain_nodes.insert(NodeName::from("a"));
     });
-    assert_eq!(deleted(&of_pool(&view, 100)), ["one"], "which is not placed where the pool drains");
+    assert_eq!(retired(&of_pool(&view, 100)), ["one"], "which is not placed where the pool drains");
 }
 
 #[test]
@@ -112,7 +110,7 @@ fn a51_what_nothing_needs_goes_before_a_request_waits_or_is_refused() {
         add(&mut view, request);
         let changes = of_request(&view, 100);
         assert_eq!(reason(&changes), Some((ReservationState::Queued, Reason::Reclaiming)));
-        assert_eq!(deleted(&changes), ["old"], "20 are missing; the older one has them");
+        assert_eq!(retired(&changes), ["old"], "20 are missing; the older one has them");
         let tried = fit(&view, &view.reservations[&Uid::from("r")], Timestamp(100));
         assert_eq!((tried.reason, tried.reclaims), (Reason::Reclaiming, vec!["old".to_owned()]));
         let Change::ReportReservation { report, .. } = &changes[0] else { panic!("{changes:?}") };
@@ -123,7 +121,7 @@ fn a51_what_nothing_needs_goes_before_a_request_waits_or_is_refused() {
         view.images.get_mut("old").expect("there").deleting = true;
         let changes = of_request(&view, 100);
         assert_eq!(
-            (reason(&changes), deleted(&changes)),
+            (reason(&changes), retired(&changes)),
             (Some((ReservationState::Queued, Reason::Reclaiming)), vec![])
         );
         view.images.remove("old");
@@ -140,11 +138,11 @@ fn a51_what_nothing_needs_goes_before_a_request_waits_or_is_refused() {
 fn the_fewest_go_and_only_if_they_are_enough() {
     let mut view = staged(&[("small", 5, 10), ("large", 40, 20), ("newest", 40, 30)]);
     add(&mut view, reservation("r", 50, 0));
-    assert_eq!(deleted(&of_request(&view, 100)), ["large"], "35 are missing: the small one would not help");
+    assert_eq!(retired(&of_request(&view, 100)), ["large"], "35 are missing: the small one would not help");
     hold(&mut view, "a", "kept", Class::Images, 10);
     view.reservations.get_mut(&Uid::from("r")).expect("there").max_size = Bytes(95);
     let changes = of_request(&view, 100);
-    assert_eq!(deleted(&changes), [""; 0], "all of them would not be enough");
+    assert_eq!(retired(&changes), [""; 0], "all of them would not be enough");
     assert_eq!(reason(&changes), Some((ReservationState::Queued, Reason::InsufficientCapacity)));
 }
 
@@ -154,12 +152,12 @@ fn a_request_behind_another_one_removes_nothing_and_others_leave_it_to_the_leade
     hold(&mut view, "a", "kept", Class::Images, 20);
     add(&mut view, reservation("first", 90, 0));
     add(&mut view, reservation("r", 30, 5));
-    assert_eq!(deleted(&of_request(&view, 100)), [""; 0], "the earlier one waits for the same place");
+    assert_eq!(retired(&of_request(&view, 100)), [""; 0], "the earlier one waits for the same place");
     view.reservations.remove(&Uid::from("first"));
-    assert_eq!(deleted(&of_request(&view, 100)), ["old"]);
+    assert_eq!(retired(&of_request(&view, 100)), ["old"]);
     view.leader = false;
     let changes = of_request(&view, 100);
-    assert_eq!((reason(&changes).map(|told| told.1), deleted(&changes)), (Some(Reason::Reclaiming), vec![]));
+    assert_eq!((reason(&changes).map(|told| told.1), retired(&changes)), (Some(Reason::Reclaiming), vec![]));
     view.leader = true;
     view.nodes.values_mut().for_each(|node| {
         node.pools.values_mut().for_each(|pool| {
@@ -167,7 +165,7 @@ fn a_request_behind_another_one_removes_nothing_and_others_leave_it_to_the_leade
         });
     });
     assert_eq!(
-        deleted(&of_request(&view, 100)),
+        retired(&of_request(&view, 100)),
         [""; 0],
         "nothing can be given back in a ledger that is behind"
     );
@@ -196,7 +194,7 @@ fn what_a_kernel_pool_has_grown_to_for_an_image_is_no_room_for_a_volume() {
     let mut request = reservation("r", 8 << 30, 0);
     request.access = Access::Block;
     add(&mut view, request);
-    assert_eq!(deleted(&of_request(&view, 100)), [""; 0]);
+    assert_eq!(retired(&of_request(&view, 100)), [""; 0]);
 }
 
 #[test]
@@ -212,10 +210,10 @@ fn a_pool_that_drains_or_is_deleted_gives_up_unneeded_images_at_once() {
     ] {
         let mut view = staged(&[("one", 10, 99)]);
         view.pools.values_mut().for_each(|pool| pool.reclaim.keep_warm_millis = HOUR);
-        assert_eq!(deleted(&of_pool(&view, 100)), [""; 0]);
+        assert_eq!(retired(&of_pool(&view, 100)), [""; 0]);
         drain(&mut view);
         let changes = of_pool(&view, 100);
-        assert_eq!(deleted(&changes), ["one"]);
+        assert_eq!(retired(&changes), ["one"]);
         assert!(changes.iter().any(|c| matches!(c, Change::ReportReclaim { cause: Cause::Draining, .. })));
     }
 }

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn doubles_up_to_the_longest_and_ends() {
+    fn a49_doubles_up_to_the_longest_and_ends() {
         assert_eq!(after(1, 10), Retry::After(1_000));
         assert_eq!(after(4, 10), Retry::After(8_000));
         assert_eq!(after(10, 10), Retry::After(300_000));
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_is_away_is_waited_for_however_long() {
+    fn a50_a_store_that_is_away_is_waited_for_however_long() {
         let mut failures = Failures::default();
         for limit in [0, 2] {
             let pauses: Vec<_> = (0..1000).map(|_| failures.note(Fault::StoreAway, false, limit)).collect();

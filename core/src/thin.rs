@@ -19,7 +19,9 @@ use thiserror::Error;
 
 pub use self::charge::{copy_metadata, directory_charge, directory_device, image_charge, volume_charge};
 pub use self::grant::Stopped;
-pub use self::growth::{Action, Part, PoolMode, PoolState, Room, StopReason, Usage, decide, low_water};
+pub use self::growth::{
+    Action, Part, PoolMode, PoolState, Room, StopReason, Usage, decide, demanded, low_water,
+};
 pub use self::layout::{Layout, RECORD, ThinState, capacity, kernel_pool_metadata, layout};
 use crate::units::Bytes;
 

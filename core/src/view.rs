@@ -1,17 +1,27 @@
 //! What the operator's decisions may look at: the objects as the API server last showed them, already parsed.
 
+mod claims;
+mod index;
 mod policy;
+mod scope;
+mod told;
+mod unreadable;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::change::Change;
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
-use crate::ledger::{Behind, Charge, LedgerRecord, Promise, Rebuilt, is_behind};
+use crate::ledger::{Behind, Charge, Promise, Rebuilt, is_behind};
+use crate::overcommit::{Overcommit, Percent};
 use crate::reason::Reason;
+use crate::reservation::Claim;
 use crate::thin::{BlockSize, ThinState};
 use crate::units::{Bytes, Generation, Timestamp};
 
+pub use claims::Claims;
+pub use index::Index;
 pub use policy::{NodeLossPolicy, ReclaimPolicy, Service, Strategy, TenantLimit, WhenFull};
+pub use unreadable::Unreadable;
 
 /// The version of an object that a write replaces: the API server's `resourceVersion`, which only it understands.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,6 +51,8 @@ pub struct PoolView {
     pub block: Option<BlockSize>,
     /// At most this much is promised on each node.
     pub limit: Option<Bytes>,
+    /// How far volumes may be promised beyond what is there; more than all only where `block` is set.
+    pub overcommit: Percent,
     /// What happens to requests that do not fit and do not say.
     pub when_full: WhenFull,
     /// How long a request may wait, in milliseconds.
@@ -149,6 +161,8 @@ pub struct LedgerCapacity {
     pub volumes: Charge,
     /// For both together.
     pub total: Charge,
+    /// How far volumes are promised beyond that.
+    pub overcommit: Overcommit,
 }
 
 /// Which pools a request may go to.
@@ -198,6 +212,8 @@ pub struct ReservationView {
     pub ttl_millis: Option<u64>,
     /// When a person last said that it is still needed.
     pub renewed: Option<Timestamp>,
+    /// When something last ceased to use it, by its node's clock.
+    pub last_used: Option<Timestamp>,
     /// When it ends if nothing uses it until then, as its status says.
     pub expires: Option<Timestamp>,
     /// True if nothing is to be promised, only said.
@@ -210,6 +226,8 @@ pub struct ReservationView {
     pub claim_namespace: String,
     /// The name of the claim behind a CSI volume.
     pub claim_name: Option<String>,
+    /// That claim, if its UID is known.
+    pub claim: Option<Claim>,
     /// How the space is used.
     pub access: Access,
     /// Overrides the pool's rule.
@@ -291,6 +309,8 @@ pub struct ImportView {
     pub durable: Option<DurableImage>,
     /// The error that ended it or interrupts it.
     pub error: Option<WorkError>,
+    /// Set if a person asks for it to be tried again: what that is recorded as, so that it is done once.
+    pub retry: Option<String>,
     /// The generation whose traces are gone.
     pub released: Option<Generation>,
     /// Set if a field's value cannot be used: the message.
@@ -400,37 +420,19 @@ pub struct View {
     pub stores: BTreeMap<ObjectName, StoreView>,
     /// Labels of namespaces, by name.
     pub namespaces: BTreeMap<String, BTreeMap<String, String>>,
+    /// The claims and `PersistentVolumes` that Kubernetes has; `None` while that is not known.
+    pub claims: Option<Claims>,
     /// The nodes that Kubernetes has; `None` while that is not known for long enough to tell that one is gone.
     pub kube_nodes: Option<BTreeSet<NodeName>>,
-    /// True if this operator holds the Lease, which gates sweeps and reclaim only.
+    /// True if this operator holds the Lease, which gates limits of namespaces, and with [`View::sweeps`] what is taken away.
     pub leader: bool,
-}
-
-impl PoolChoice {
-    /// True if the choice allows this pool.
-    pub fn allows(&self, pool: &PoolView) -> bool {
-        match self {
-            Self::Named(name) => *name == pool.name,
-            Self::Labelled(labels) => labels.iter().all(|(key, value)| pool.labels.get(key) == Some(value)),
-        }
-    }
-}
-
-impl LedgerRecord for NodePoolState {
-    fn lineage(&self) -> Option<&Lineage> {
-        self.lineage.as_ref()
-    }
-
-    fn revision(&self) -> u64 {
-        self.obeyed_revision
-    }
-
-    fn held(&self) -> impl Iterator<Item = (&Uid, Generation)> {
-        let given_back =
-            |uid: &Uid, generation| self.released.get(uid).is_some_and(|gone| *gone >= generation);
-        let obeyed = self.obeyed.iter().map(|(uid, generation)| (uid, *generation));
-        obeyed.filter(move |(uid, generation)| !given_back(uid, *generation))
-    }
+    /// True while a node has not been heard since this operator began to watch, or since the API server went back in time, and is not
+    /// known to be lost: it may hold what a reservation that has no place was promised before.
+    pub unheard: bool,
+    /// Other keys of reservations and ledgers; `None` in a view that is made by hand.
+    pub index: Option<Index>,
+    /// The objects that cannot be read. Of one that could be once, the last readable form is shown.
+    pub unreadable: Vec<Unreadable>,
 }
 
 impl NodeState {
@@ -445,11 +447,6 @@ impl View {
     /// True if nothing is to be expected of this node: it is lost, or its report is gone.
     pub fn is_lost(&self, node: &NodeName) -> bool {
         self.nodes.get(node).is_none_or(NodeState::is_lost)
-    }
-
-    /// The ledgers that hold a promise of this holder, in order of pool and node.
-    pub fn ledgers_of<'v>(&'v self, uid: &'v Uid) -> impl Iterator<Item = &'v LedgerView> {
-        self.ledgers.values().filter(move |ledger| ledger.promises.contains_key(uid))
     }
 
     /// The ledger of a placement.
@@ -478,18 +475,5 @@ impl View {
     /// Why a ledger may not be written to: its node has recorded more than it shows.
     pub fn behind(&self, ledger: &LedgerView) -> Option<Behind> {
         is_behind(ledger, self.report_of(&ledger.pool, &ledger.node)?)
-    }
-
-    /// The reservation with this name.
-    pub fn reservation_named(&self, name: &ObjectName) -> Option<&ReservationView> {
-        self.reservations.values().find(|reservation| reservation.name == *name)
-    }
-
-    /// True if a live reservation's assignment names this staged image.
-    pub fn is_referenced(&self, image: &str) -> bool {
-        self.reservations.values().any(|reservation| {
-            !reservation.deleting
-                && reservation.assigned_image.as_ref().is_some_and(|assigned| assigned.staged_image == image)
-        })
     }
 }

@@ -126,10 +126,10 @@ fn mend(pools: &Pools) {
 
 /// Plans, executes and reports until nothing can be done at once.
 async fn pass(node: &Arc<Node>, failed: &mut Failed) {
-    if !node.watches.synced() {
-        return; // what is not known yet must not look like what is not there
-    }
     for _ in 0..ROUNDS {
+        if !node.watches.synced() {
+            return; // what is not known yet must not look like what is not there
+        }
         match round(node, failed).await {
             Ok(true) => {}
             Ok(false) => return,
@@ -141,6 +141,7 @@ async fn pass(node: &Arc<Node>, failed: &mut Failed) {
 
 /// Plans and executes once; if nothing could be done, reports. True if there may be more to do at once.
 async fn round(node: &Arc<Node>, failed: &mut Failed) -> Result<bool, report::ReportError> {
+    let begun = node.watches.begun();
     let view = observe::observe(node).await?;
     let steps = failed.due(plan(&view, now()));
     if steps.is_empty() {
@@ -148,7 +149,7 @@ async fn round(node: &Arc<Node>, failed: &mut Failed) -> Result<bool, report::Re
     }
     let mut halted = Halted::default();
     for step in steps {
-        if node.stop.is_cancelled() {
+        if node.stop.is_cancelled() || node.watches.begun() != begun {
             return Ok(false);
         }
         if halted.bars(&step) {

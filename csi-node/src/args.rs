@@ -8,6 +8,7 @@ use berth_core::ids::NodeName;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::batch::BatchArgs;
+use crate::commands::file::FileArgs;
 use crate::commands::pages::{CompletionsArgs, ManArgs};
 use crate::commands::pool::PoolArgs;
 use crate::commands::template::TemplateArgs;
@@ -43,6 +44,8 @@ pub enum Command {
     Supervise(SuperviseArgs),
     /// Works with templates, without Kubernetes.
     Template(TemplateArgs),
+    /// Fetches objects of a store into files, and sends files to a store, without Kubernetes.
+    File(FileArgs),
     /// Carries out operations from a file or from standard input.
     ///
     /// Each line is one operation as JSON, and has one answer as a line of JSON, written at once; empty lines are ignored. The
@@ -205,6 +208,7 @@ mod tests {
                 TemplateCommand::Attach(args) => Ok(args.asking()),
                 TemplateCommand::Detach(args) => Ok(args.asking()),
                 TemplateCommand::Import(_) => Err("import".to_owned()),
+                TemplateCommand::Serve(args) => Err(format!("{args:?}")),
             },
             other => Err(format!("{other:?}")),
         }
@@ -322,6 +326,11 @@ mod tests {
             ("pool list --node-name A", "--node-name"),
             ("pool list -o yaml", "--output"),
             ("template attach fast /i --format vdi", "--format"),
+            ("template serve debian --bucket b --socket /s", "<IMAGE>"),
+            ("template serve sha256:0 --bucket b --socket /s", "<IMAGE>"),
+            ("template serve a/b --bucket b", "--socket"),
+            ("template serve a/b --bucket b --socket /s --memory much", "--memory"),
+            ("template serve a/b --bucket b --socket /s --patience 0", "--patience"),
             ("volume create fast", "--size"),
             ("volume create fast --size 1Gi --from-image md5:0", "--from-image"),
             ("volume create fast --size 1Gi --from-template t --from-image sha256:0", "--from-image"),

@@ -2,7 +2,9 @@
 
 pub mod asking;
 pub mod batch;
+pub mod file;
 pub mod host_config;
+pub mod object_store;
 pub mod pages;
 pub mod pool;
 pub mod preflight;

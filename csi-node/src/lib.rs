@@ -16,6 +16,7 @@ pub mod rpc;
 pub mod run;
 pub mod sabotage;
 pub mod socket;
+pub mod store_server;
 pub mod supervisor;
 pub mod telemetry;
 pub mod values;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use berth_node::args::{Cli, Command};
 use berth_node::commands::template::{TemplateArgs, TemplateCommand};
-use berth_node::commands::{asking, batch, host_config, pages, preflight, template};
+use berth_node::commands::{asking, batch, file, host_config, pages, preflight, template};
 use berth_node::{run, telemetry};
 use clap::Parser as _;
 
@@ -24,9 +24,17 @@ fn main() -> anyhow::Result<ExitCode> {
             TemplateCommand::Import(args) => on_runtime(run::until_interrupted(|stop| async move {
                 Ok(template::import::run(&args, &stop).await.map(done)?)
             })),
+            TemplateCommand::Serve(args) => on_runtime(run::until_interrupted(|stop| async move {
+                Ok(template::serve::run(&args, &stop).await.map(done)?)
+            })),
             TemplateCommand::Attach(args) => Ok(asking::run(&args.node.clone(), &args.asking())?),
             TemplateCommand::Detach(args) => Ok(asking::run(&args.node.clone(), &args.asking())?),
         },
+        Command::File(args) => {
+            on_runtime(run::until_interrupted(
+                |stop| async move { Ok(file::run(&args, &stop).await.map(done)?) },
+            ))
+        }
         Command::Batch(args) => Ok(batch::run(&args)?),
         Command::Preflight(args) => {
             let passed = preflight::run(&args)?;

@@ -27,8 +27,11 @@ use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use berth_core::extents::{MapFrom, MapLine};
+
 pub use self::carry_out::carry_out;
 pub use self::error::OperationError;
+pub use self::map::{MOST_PARTS, read_delta, read_map};
 use crate::area::Backend;
 
 /// One thing to do.
@@ -174,6 +177,21 @@ pub enum Operation {
         pool: PoolName,
         /// Which.
         volume: Uid,
+        /// From where on. An answer of [`MOST_PARTS`] may end before the volume does: ask again from its end.
+        #[serde(default)]
+        offset: Bytes,
+    },
+    /// Where a volume differs from an older one, and what it reads there.
+    VolumeDelta {
+        /// The pool.
+        pool: PoolName,
+        /// What it is compared with.
+        old: Uid,
+        /// Which.
+        volume: Uid,
+        /// From where on, as of a map.
+        #[serde(default)]
+        offset: Bytes,
     },
     /// The volumes, snapshots and templates of a pool.
     VolumeList {
@@ -206,7 +224,7 @@ pub enum Outcome {
     Findings(Vec<Finding>),
     /// Volumes, snapshots and templates.
     Volumes(Vec<VolumeLine>),
-    /// Ascending, disjoint, and together the whole volume.
+    /// Ascending, without gaps or overlaps, and together the whole volume, or as much of it as an answer may tell.
     Map(Vec<MapLine>),
 }
 
@@ -307,30 +325,6 @@ pub enum VolumeKind {
     Snapshot,
     /// An image that is only read.
     Template,
-}
-
-/// A part of a volume. Unit: bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct MapLine {
-    /// Where it begins.
-    pub offset: Bytes,
-    /// How long it is.
-    pub length: Bytes,
-    /// What it reads.
-    pub from: MapFrom,
-}
-
-/// Where the bytes of a part of a volume come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum MapFrom {
-    /// Blocks of its own.
-    Own,
-    /// What it started from: never written here, or discarded since.
-    Origin,
-    /// Nowhere: zeros.
-    Zero,
 }
 
 /// Why an operation was not done. Nothing is half done: repeated, it goes on.

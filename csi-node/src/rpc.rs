@@ -6,6 +6,7 @@
 pub mod attach;
 pub mod capacity;
 pub mod controller;
+mod expand;
 pub mod files;
 pub mod identity;
 pub mod in_flight;

@@ -59,16 +59,21 @@ pub async fn agent(args: AgentArgs) -> anyhow::Result<()> {
         let stop = stop.clone();
         parts.spawn(async move { rpc::register(directory, endpoint, stop).await.context("registration") });
     }
-    tokio::spawn(heartbeat::run(Arc::clone(&node)));
-    let working = tokio::spawn(agent::run(Arc::clone(&node)));
-    let failed = wait_for_the_end(&stop, &mut parts).await;
+    // A node whose agent has ended must not go on to renew its Lease.
+    let mut working = JoinSet::new();
+    working.spawn(heartbeat::run(Arc::clone(&node)));
+    working.spawn(agent::run(Arc::clone(&node)));
+    let ended = tokio::select! {
+        ended = wait_for_the_end(&stop, &mut parts) => ended,
+        Some(Err(panic)) = working.join_next() => Err(panic).context("agent"),
+    };
     stop.cancel();
     node.jobs.drain(DRAIN).await;
-    if tokio::time::timeout(DRAIN, working).await.is_err() {
+    if tokio::time::timeout(DRAIN, working.join_all()).await.is_err() {
         tracing::warn!("the last step is cut off");
     }
     tracing::info!("stopped");
-    failed
+    ended
 }
 
 /// `berth-node supervise`: until it is told to stop. What it serves goes on, and is taken over by the next one.

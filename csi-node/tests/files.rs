@@ -1,7 +1,7 @@
 //! Files for pods against an S3 server that fails: fetched and sent whatever happens, and never more than a window twice.
 #![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,17 +11,18 @@ use std::time::Duration;
 
 use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
 use berth_core::reason::{Reason, ReasonClass};
-use berth_core::units::{Bytes, Generation};
+use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_node::files::{FileError, FileWork, boot, fetch, push};
 use berth_objectstore::ObjectStore as _;
 use berth_objectstore::s3::{Addressing, Credentials, S3Config, S3Store, Secret};
 use berth_objectstore::source::ObjectSource;
-use berth_objectstore::{Body, PutCondition};
+use berth_objectstore::{Body, PutCondition, StoreError};
 use berth_record::{
     FileContent, FileEntry, FileFetch, FilePublication, FileTarget, Holder, LedgerPosition, PoolIdentity,
     PoolRecord, PromiseClass, PromiseEntry, SentFile, StagingEntry,
 };
 use berth_testkit::s3::fault::{FaultAction, FaultRule, write_rules};
+use berth_testkit::s3::log::RequestLog;
 use berth_testkit::s3::{S3Options, TestS3};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -91,6 +92,7 @@ impl Bed {
         let file = FileEntry {
             generation,
             name: NAME.into(),
+            made: false,
             fetch,
             content: FileContent::Unchanged,
             target: Some(target),
@@ -105,7 +107,7 @@ impl Bed {
         let publication = FilePublication { target: "/pod".into(), writer: true, boot: boot().to_owned() };
         self.record.publish_file(&uid(), "volume", &publication, false).unwrap();
         std::fs::write(self.file(), bytes).unwrap();
-        self.record.unpublish_file("volume").unwrap();
+        self.record.unpublish_file("volume", Timestamp(9)).unwrap();
     }
 
     /// Work that is stopped once this many bytes are done.
@@ -150,6 +152,10 @@ impl Bed {
         self.record.file(&uid()).unwrap().unwrap()
     }
 
+    fn open_uploads(&self) -> BTreeSet<String> {
+        RequestLog::read(&self.dir.path().join("s3/requests.jsonl")).unwrap().open_uploads()
+    }
+
     /// How many requests of this kind the server has performed.
     fn requests(&self, op: &str) -> usize {
         let log = std::fs::read_to_string(self.dir.path().join("s3/requests.jsonl")).unwrap();
@@ -177,7 +183,8 @@ fn record(path: &Path) -> PoolRecord {
         obeyed: true,
         released: false,
     };
-    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1 };
+    let position =
+        LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1, ..LedgerPosition::default() };
     record.obey(&position, &[(uid(), promise)]).unwrap();
     record
 }
@@ -196,7 +203,7 @@ fn noise(length: usize) -> Vec<u8> {
 #[tokio::test]
 async fn stopped_anywhere_a_fetch_goes_on_and_repeats_at_most_a_window() {
     let bed = Bed::new().await;
-    let content = noise(40 * MIB + 5);
+    let content = noise(56 * MIB + 5);
     bed.put(content.clone()).await;
     bed.begin(FileFetch::Waiting, Bytes::mib(64));
     let mut reached = 0;
@@ -338,7 +345,7 @@ async fn no_pod_writes_while_it_is_sent_and_nothing_is_sent_while_one_does() {
     publish().unwrap();
     let error = bed.push(u64::MAX).await.unwrap_err();
     assert!(matches!(error, FileError::Change(_)), "{error}");
-    bed.record.unpublish_file("again").unwrap();
+    bed.record.unpublish_file("again", Timestamp(9)).unwrap();
     assert_eq!(bed.push(u64::MAX).await.unwrap().size, Bytes(5));
 }
 
@@ -366,6 +373,40 @@ async fn an_upload_that_somebody_removed_begins_anew() {
     bed.push(u64::MAX).await.unwrap_err();
     bed.push(u64::MAX).await.unwrap();
     assert!(bed.object().await == content);
+}
+
+#[tokio::test]
+async fn an_upload_that_the_store_refuses_is_given_up_before_the_next_begins() {
+    let bed = Bed::new().await;
+    let content = noise(40 * MIB);
+    bed.begin(FileFetch::Complete, Bytes::mib(64));
+    bed.written(&content);
+    bed.push(17 << 20).await.unwrap_err();
+    let FileContent::Sending(mut sending) = bed.entry().content else { panic!("{:?}", bed.entry()) };
+    sending.parts[0].etag = "\"another\"".to_owned();
+    bed.record.file_sending(&uid(), boot(), Some(sending)).unwrap();
+    let error = bed.push(u64::MAX).await.unwrap_err();
+    assert!(matches!(error, FileError::Store(StoreError::InvalidRequest { .. })), "{error:?}");
+    assert_eq!(bed.open_uploads().len(), 1);
+    bed.faults(&[FaultRule::new(FaultAction::SlowDown).op("AbortMultipartUpload")]);
+    bed.push(u64::MAX).await.unwrap_err();
+    assert_eq!(bed.open_uploads().len(), 1, "it is not forgotten");
+    bed.faults(&[]);
+    bed.push(u64::MAX).await.unwrap();
+    assert!(bed.object().await == content);
+    assert!(bed.open_uploads().is_empty(), "{:?}", bed.open_uploads());
+}
+
+#[tokio::test]
+async fn a_store_that_lets_nobody_give_up_an_upload_gets_the_file_all_the_same() {
+    let bed = Bed::new().await;
+    bed.begin(FileFetch::Complete, Bytes::mib(64));
+    bed.written(&noise(40 * MIB));
+    bed.push(17 << 20).await.unwrap_err();
+    std::fs::write(bed.file(), vec![3; 33 * MIB]).unwrap();
+    bed.faults(&[FaultRule::new(FaultAction::Deny).op("AbortMultipartUpload")]);
+    bed.push(u64::MAX).await.unwrap();
+    assert!(bed.object().await == vec![3; 33 * MIB]);
 }
 
 #[tokio::test]

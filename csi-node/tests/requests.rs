@@ -202,7 +202,7 @@ fn paths_cannot_leave_where_they_are_meant_to_be() {
 }
 
 #[test]
-fn one_call_for_each_volume_and_the_second_is_told_what_runs() {
+fn a53_one_call_for_each_volume_and_the_second_is_told_what_runs() {
     let calls = InFlight::default();
     let first = calls.begin("v1-a", "NodeStageVolume").unwrap();
     let other = calls.begin("v1-b", "NodeStageVolume").unwrap();

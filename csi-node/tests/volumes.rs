@@ -6,12 +6,15 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use berth_core::ids::{Digest, PoolName, Sha256Sum, Uid};
 use berth_core::node::Origin;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_device::mounts::FsType;
+use berth_node::agent::files::{FileDir, FilesError, directory, make_directory};
 use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
 use berth_node::agent::volumes::{self, VolumeError};
 use berth_node::area::{AreaError, Backend};
@@ -19,7 +22,8 @@ use berth_node::rpc::attach;
 use berth_node::rpc::request::Use;
 use berth_node::rpc::status::RpcError;
 use berth_record::{
-    Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState, tables,
+    Attachment, AttachmentMode, ChangeError, FileContent, FileEntry, FileFetch, StagingEntry, VolumeEntry,
+    VolumeKind, VolumeOrigin, VolumeState, tables,
 };
 use tonic::{Code, Status};
 
@@ -84,7 +88,7 @@ fn a_blank_volume_is_sparse_made_once_and_removed_without_trace() {
     let refused = volumes::remove(&pool, &uid).unwrap_err();
     assert!(matches!(refused, VolumeError::Record(ChangeError::State { .. })), "{refused}");
     assert!(file.exists(), "one in use stays");
-    pool.record.detached(&uid).unwrap();
+    pool.record.detached(&uid, Timestamp(9)).unwrap();
     fs::write(pool.area.format_mark(&uid), b"").unwrap();
     volumes::remove(&pool, &uid).unwrap();
     volumes::remove(&pool, &uid).unwrap();
@@ -111,6 +115,62 @@ fn a_volume_whose_file_is_gone_is_never_made_again_nor_shown() {
     assert!(status.message().contains("VolumeLost"), "{status}");
     volumes::remove(&pool, &uid).unwrap();
     assert_eq!(volume(&pool, &uid), None);
+    close(pool, pools);
+}
+
+fn file_entry(generation: Generation) -> FileEntry {
+    FileEntry {
+        generation,
+        name: "data".to_owned(),
+        made: false,
+        fetch: FileFetch::Complete,
+        content: FileContent::Unchanged,
+        target: None,
+        published: BTreeMap::new(),
+        sent: None,
+    }
+}
+
+#[test]
+fn a_file_whose_directory_is_gone_is_never_made_blank() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("f1");
+    let (size, entry) = (Bytes::mib(64), |pool: &OpenPool| pool.record.file(&uid).unwrap().unwrap());
+    make_directory(&pool, &uid, size, &file_entry(FIRST)).unwrap();
+    assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Shown);
+    fs::write(pool.area.work_dir(&uid).join("data"), b"what a pod wrote").unwrap();
+    make_directory(&pool, &uid, size, &file_entry(Generation(2))).unwrap();
+    assert_eq!(fs::read(pool.area.work_dir(&uid).join("data")).unwrap(), b"what a pod wrote");
+
+    // Its place stays, as after a boot; what was shown there is removed behind our back.
+    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
+    if pool.area.advisory().is_none() {
+        fs::create_dir(pool.area.work_dir(&uid)).unwrap();
+    }
+    assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Lost);
+    for generation in [Generation(2), Generation(3)] {
+        let again = make_directory(&pool, &uid, size, &file_entry(generation));
+        assert!(matches!(again, Err(FilesError::Lost(_))), "{again:?}");
+        assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Lost);
+    }
+    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
+    close(pool, pools);
+}
+
+#[test]
+fn a_directory_whose_making_was_cut_off_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    let uid = Uid::from("f2");
+    let wanted = file_entry(FIRST);
+    let staging = StagingEntry { generation: FIRST, dir: "staging/f2".into(), bytes: Bytes::mib(64) };
+    pool.record.begin_file(&uid, &staging, &wanted).unwrap();
+    assert_eq!(directory(&pool, &uid, &wanted).unwrap(), FileDir::Hidden);
+    make_directory(&pool, &uid, Bytes::mib(64), &wanted).unwrap();
+    let entry = pool.record.file(&uid).unwrap().unwrap();
+    assert_eq!(directory(&pool, &uid, &entry).unwrap(), FileDir::Shown);
+    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
     close(pool, pools);
 }
 
@@ -338,5 +398,107 @@ fn a_formatting_that_was_cut_off_is_not_taken_up_again_over_what_a_workload_wrot
     let refused = stage(Use::Filesystem(FsType::Ext4)).unwrap_err();
     assert!(matches!(refused, RpcError::NotMountable { .. } | RpcError::Filesystem(_)), "{refused}");
     assert!(fs::read(pool.area.volume(&uid)).unwrap().iter().all(|byte| *byte == 7), "it was not formatted");
+    close(pool, pools);
+}
+
+/// True if this process has `CAP_SYS_RESOURCE`, number 24 in `include/uapi/linux/capability.h`.
+fn has_sys_resource() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(effective.trim(), 16).unwrap() >> 24 & 1 == 1
+}
+
+/// Bytes of the file system at a path.
+fn room(path: &Path) -> u64 {
+    let stat = nix::sys::statvfs::statvfs(path).unwrap();
+    stat.blocks() * stat.fragment_size()
+}
+
+#[test]
+fn a_volume_and_its_file_system_grow_in_use_and_what_was_cut_off_is_ended() {
+    for fs_type in [FsType::Ext4, FsType::Xfs] {
+        if fs_type == FsType::Ext4 && !has_sys_resource() {
+            println!(
+                "SKIPPED ext4: the kernel enlarges it for CAP_SYS_RESOURCE only, which this process lacks"
+            );
+            continue;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (pools, pool) = open(dir.path());
+        let uid = Uid::from("r1");
+        let (first, second, third) = (Bytes::mib(320), Bytes::mib(384), Bytes::mib(448));
+        volumes::make(&pool, &uid, FIRST, first, &Origin::Blank, &BTreeMap::new()).unwrap();
+        let staged = dir.path().join("staged");
+        fs::create_dir(&staged).unwrap();
+        let volume = || attach::find(&pools, [], "v1-r1", &uid).unwrap();
+        let content = attach::ImportedContent::default();
+        if let Err(error) = volume().stage(&staged, Use::Filesystem(fs_type), content) {
+            println!("SKIPPED {fs_type}: cannot be mounted here: {error}");
+            close(pool, pools);
+            continue;
+        }
+        fs::write(staged.join("kept"), "as it was").unwrap();
+        let open = fs::File::open(staged.join("kept")).unwrap();
+        let before = room(&staged);
+        assert_eq!(volume().fill().unwrap(), first);
+        assert_eq!(room(&staged), before, "nothing to do");
+
+        // Cut off after the record, and after the device.
+        pool.record.volume_resized(&uid, second).unwrap();
+        assert_eq!(room(&staged), before);
+        assert_eq!(volume().fill().unwrap(), second);
+        let between = room(&staged);
+        assert!(between > before + (48 << 20), "{fs_type}: {before}, then {between}");
+        volumes::grow(&pool, &uid, third).unwrap();
+        assert_eq!(room(&staged), between, "the device alone");
+        for _ in 0..2 {
+            assert_eq!(volume().fill().unwrap(), third);
+        }
+        assert!(room(&staged) > between + (48 << 20), "{fs_type}");
+        let smaller = pool.record.volume_resized(&uid, first).unwrap_err();
+        assert!(matches!(smaller, ChangeError::State { .. }), "{smaller}");
+
+        // Cut off between the file and its devices.
+        let fourth = Bytes::mib(460);
+        pool.record.volume_resized(&uid, fourth).unwrap();
+        fs::File::options().write(true).open(pool.area.volume(&uid)).unwrap().set_len(fourth.0).unwrap();
+        let grown = room(&staged);
+        volume().fill().unwrap();
+        assert!(room(&staged) > grown, "{fs_type}");
+        assert_eq!(fs::read_to_string(staged.join("kept")).unwrap(), "as it was");
+        drop(open);
+        attach::unstage(&pools, [], &uid, &staged).unwrap();
+        volumes::remove(&pool, &uid).unwrap();
+        close(pool, pools);
+    }
+}
+
+/// Bytes that nobody has in the file system of an area.
+fn free(pool: &OpenPool) -> u64 {
+    let stat = nix::sys::statvfs::statvfs(pool.area.root()).unwrap();
+    stat.blocks_free() * stat.fragment_size()
+}
+
+#[test]
+fn what_a_deleted_volume_occupied_is_free_when_its_deletion_returns() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pools, pool) = open(dir.path());
+    if pool.area.advisory().is_some() {
+        println!("SKIPPED: the free space of a directory is not this pool's alone");
+        return close(pool, pools);
+    }
+    let uid = Uid::from("r1");
+    make(&pool, &uid, &Origin::Blank).unwrap();
+    let empty = free(&pool);
+    fs::write(pool.area.volume(&uid), vec![7; 8 << 20]).unwrap();
+    nix::unistd::sync();
+    assert!(free(&pool) + (8 << 20) <= empty, "it took space");
+    volumes::remove(&pool, &uid).unwrap();
+    // The directory's own blocks stay. The kernel counts what an unlinked file had a moment later.
+    let begun = Instant::now();
+    while free(&pool) + (1 << 20) <= empty {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{} of {empty} are free", free(&pool));
+        sleep(Duration::from_millis(10));
+    }
     close(pool, pools);
 }

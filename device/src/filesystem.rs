@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::mounts::FsType;
+use crate::mounts::{FsType, MountInfo};
 use crate::program::{self, RunError};
 
 /// How much of each end of a device is looked at. Every signature below lies within it.
 const WINDOW: usize = 256 << 10;
 const MKFS_LIMIT: Duration = Duration::from_secs(600);
+/// Growing writes metadata for what is new, which takes a second for a TiB.
+const GROW_LIMIT: Duration = Duration::from_secs(300);
 
 /// What a device holds, as far as its first and last 256 KiB tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +111,22 @@ pub enum FilesystemError {
         /// Why.
         source: RunError,
     },
+    /// The growing program failed. The file system is as it was, and in use.
+    #[error("failed to make the file system at {mount} larger", mount = mount.display())]
+    NotGrown {
+        /// Where it is mounted.
+        mount: PathBuf,
+        /// Why.
+        source: RunError,
+    },
+    /// A file system that no program makes larger while it is mounted.
+    #[error("the file system at {mount} is {fs_type}, which is not made larger", mount = mount.display())]
+    NoGrowth {
+        /// Where it is mounted.
+        mount: PathBuf,
+        /// What it is.
+        fs_type: String,
+    },
 }
 
 /// What a device or file holds; `None` only if both its ends are all zeros. Reads 512 KiB and interprets nothing.
@@ -197,6 +215,26 @@ pub fn mkfs_directory(device: &Path) -> Result<(), FilesystemError> {
         fs_type: FsType::Ext4,
         source,
     })
+}
+
+/// Makes a file system that is mounted as large as its device: one that is so large already stays. Others may use it meanwhile.
+///
+/// # Errors
+/// [`FilesystemError::NotGrown`]; it can be used as before then.
+pub fn grow(mount: &MountInfo) -> Result<(), FilesystemError> {
+    let (program, target): (_, &Path) = match mount.fs_type.as_str() {
+        "xfs" => ("xfs_growfs", &mount.mount_point),
+        "ext4" => ("resize2fs", &mount.source),
+        other => {
+            return Err(FilesystemError::NoGrowth {
+                mount: mount.mount_point.clone(),
+                fs_type: other.to_owned(),
+            });
+        }
+    };
+    program::run(program, [target.as_os_str()], GROW_LIMIT)
+        .map(drop)
+        .map_err(|source| FilesystemError::NotGrown { mount: mount.mount_point.clone(), source })
 }
 
 #[cfg(test)]

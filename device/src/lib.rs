@@ -7,6 +7,7 @@
 
 pub mod cgroup;
 mod confine;
+pub mod file_map;
 pub mod files;
 pub mod filesystem;
 pub mod host_config;

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+pub use berth_core::extents::Extent;
 use berth_core::units::Bytes;
 use thiserror::Error;
 
@@ -15,15 +16,6 @@ use thiserror::Error;
 const MAX_ENTRY_BYTES: u64 = 1 << 20;
 /// Extended records are chained; a longer chain than this is refused, which also ends loops.
 const MAX_LOGICAL: u32 = 128;
-
-/// Where a partition lies in its image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Its first byte.
-    pub offset: Bytes,
-    /// Its length.
-    pub length: Bytes,
-}
 
 /// Why there is no such partition.
 #[derive(Debug, Error)]

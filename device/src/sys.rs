@@ -1,7 +1,7 @@
-//! The ioctls of loop devices, block devices and reflink, waiting for a socket, and the clock's state, each as a safe
+//! The ioctls of loop devices, block devices, reflink and the maps of files, waiting for a socket, and the clock's state, each as a safe
 //! function over a borrowed descriptor.
 //!
-//! Sources: `include/uapi/linux/loop.h` and `include/uapi/linux/fs.h` of the kernel.
+//! Sources: `include/uapi/linux/loop.h`, `include/uapi/linux/fs.h` and `include/uapi/linux/fiemap.h` of the kernel.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -64,8 +64,37 @@ pub(crate) struct LoopConfig {
     reserved: [u64; 8],
 }
 
+/// `FIEMAP_FLAG_SYNC`.
+const FIEMAP_SYNC: u32 = 1;
+/// How many extents of a file are asked for at once.
+pub(crate) const FIEMAP_COUNT: usize = 128;
+
+/// `struct fiemap_extent`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FiemapExtent {
+    pub logical: u64,
+    pub physical: u64,
+    pub length: u64,
+    reserved64: [u64; 2],
+    pub flags: u32,
+    reserved: [u32; 3],
+}
+
+/// `struct fiemap`, with room for [`FIEMAP_COUNT`] extents.
+#[repr(C)]
+pub(crate) struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped: u32,
+    count: u32,
+    reserved: u32,
+    extents: [FiemapExtent; FIEMAP_COUNT],
+}
+
 mod raw {
-    use super::{LoopConfig, LoopInfo64};
+    use super::{Fiemap, LoopConfig, LoopInfo64};
     nix::ioctl_none_bad!(loop_clr_fd, 0x4C01);
     nix::ioctl_read_bad!(loop_get_status64, 0x4C05, LoopInfo64);
     nix::ioctl_none_bad!(loop_set_capacity, 0x4C07);
@@ -74,6 +103,7 @@ mod raw {
     nix::ioctl_write_int_bad!(loop_ctl_remove, 0x4C81);
     nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
     nix::ioctl_write_int_bad!(ficlone, nix::libc::FICLONE);
+    nix::ioctl_readwrite_bad!(fiemap, 0xC020_660B, Fiemap);
     nix::ioctl_read!(blkgetsize64, 0x12, 114, usize);
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
     nix::ioctl_write_ptr_bad!(blkdiscard, 0x1277, [u64; 2]);
@@ -138,6 +168,25 @@ pub(crate) fn clone_file(target: &File, source: &File) -> Result<(), Errno> {
     unsafe { raw::ficlone(target.as_raw_fd(), source) }.map(drop)
 }
 
+/// The first extents of a file at or behind the byte `start`, after what was written to it has its place.
+pub(crate) fn file_extents(file: &File, start: u64) -> Result<Vec<FiemapExtent>, Errno> {
+    let none =
+        FiemapExtent { logical: 0, physical: 0, length: 0, reserved64: [0; 2], flags: 0, reserved: [0; 3] };
+    let count = u32::try_from(FIEMAP_COUNT).map_err(|_| Errno::EINVAL)?;
+    let mut map = Fiemap {
+        start,
+        length: u64::MAX - start,
+        flags: FIEMAP_SYNC,
+        mapped: 0,
+        count,
+        reserved: 0,
+        extents: [none; FIEMAP_COUNT],
+    };
+    // SAFETY: the kernel reads the head of `map` and writes as many extents behind it as `count` says, which is their number.
+    unsafe { raw::fiemap(file.as_raw_fd(), &raw mut map) }?;
+    Ok(map.extents.iter().take(map.mapped as usize).copied().collect())
+}
+
 /// The size of a block device in bytes.
 pub(crate) fn block_device_bytes(device: &File) -> Result<u64, Errno> {
     let mut bytes: usize = 0;
@@ -188,5 +237,6 @@ pub(crate) fn clock_is_synchronised() -> Result<bool, Errno> {
     Ok(clock != nix::libc::TIME_ERROR)
 }
 
+const _: () = assert!(size_of::<Fiemap>() == 32 + FIEMAP_COUNT * 56);
 const _: () =
     assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304 && size_of::<usize>() == 8);

@@ -2,7 +2,6 @@
 //! order, repeated as they repeat them. What those two do beside calling (binding, attaching, pods) does not happen.
 
 use std::collections::{BTreeSet, HashMap};
-use std::io;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +20,10 @@ use self::v1::volume_capability::access_mode::Mode;
 use self::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use self::v1::{CapacityRange, Topology, TopologyRequirement, VolumeCapability};
 
+mod error;
+
+pub use self::error::CsiError;
+
 /// The messages and stubs, generated.
 #[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic)]
 pub mod v1 {
@@ -32,65 +35,6 @@ const PAUSE: Duration = Duration::from_millis(500);
 
 /// How long one call may take, as the sidecars allow it.
 const CALL_LIMIT: Duration = Duration::from_secs(15);
-
-/// Why a call did not succeed.
-#[derive(Debug, thiserror::Error)]
-pub enum CsiError {
-    /// The plugin refused it.
-    #[error("{call} of {subject} was refused: {code:?}: {message}")]
-    Refused {
-        /// The call.
-        call: &'static str,
-        /// The volume, by name or handle.
-        subject: String,
-        /// The code.
-        code: Code,
-        /// What the plugin says.
-        message: String,
-    },
-    /// It was still undecided at the limit.
-    #[error("{call} of {subject} was undecided for {limit:?}, last: {code:?}: {message}")]
-    Undecided {
-        /// The call.
-        call: &'static str,
-        /// The volume, by name or handle.
-        subject: String,
-        /// How long it was repeated.
-        limit: Duration,
-        /// The last code.
-        code: Code,
-        /// What the plugin said last.
-        message: String,
-    },
-    /// The answer lacks something that every answer has.
-    #[error("{call} of {subject} was answered without {missing}")]
-    Answer {
-        /// The call.
-        call: &'static str,
-        /// The volume, by name or handle.
-        subject: String,
-        /// What is missing.
-        missing: &'static str,
-    },
-    /// A directory that kubelet would make could not be made or removed.
-    #[error("failed to prepare {path}")]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-impl CsiError {
-    /// The plugin's code, if it answered.
-    pub fn code(&self) -> Option<Code> {
-        match self {
-            Self::Refused { code, .. } | Self::Undecided { code, .. } => Some(*code),
-            Self::Answer { .. } | Self::Directory { .. } => None,
-        }
-    }
-}
 
 /// How a pod is to see a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -261,10 +205,7 @@ impl Csi {
         };
         let request = v1::CreateVolumeRequest {
             name: claim.volume.clone(),
-            capacity_range: Some(CapacityRange {
-                required_bytes: i64::try_from(claim.bytes).unwrap_or(i64::MAX),
-                limit_bytes: 0,
-            }),
+            capacity_range: Some(range(claim.bytes, 0)),
             volume_capabilities: vec![capability(claim.view, Mode::SingleNodeWriter)],
             parameters,
             accessibility_requirements: Some(TopologyRequirement {
@@ -402,6 +343,70 @@ impl Csi {
         Ok(())
     }
 
+    /// `ControllerExpandVolume`, as external-resizer does. Returns the size that the volume has then. Unit: bytes.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn expand(&self, volume: &Volume, bytes: u64, limit: u64) -> Result<u64, CsiError> {
+        let request = v1::ControllerExpandVolumeRequest {
+            volume_id: volume.id.clone(),
+            capacity_range: Some(range(bytes, limit)),
+            volume_capability: Some(capability(volume.view, Mode::SingleNodeWriter)),
+            ..v1::ControllerExpandVolumeRequest::default()
+        };
+        let mut client = ControllerClient::new(self.channel.clone());
+        let call = "ControllerExpandVolume";
+        let answer = self
+            .repeat(call, &volume.id, async || client.controller_expand_volume(timed(&request)).await)
+            .await?;
+        Ok(u64::try_from(answer.capacity_bytes).unwrap_or_default())
+    }
+
+    /// `NodeExpandVolume`, as kubelet does for a volume that a pod sees at `target`.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn node_expand(
+        &self,
+        volume: &Volume,
+        staged: &Path,
+        target: &Path,
+        bytes: u64,
+    ) -> Result<u64, CsiError> {
+        let request = v1::NodeExpandVolumeRequest {
+            volume_id: volume.id.clone(),
+            volume_path: text(target),
+            capacity_range: Some(range(bytes, 0)),
+            staging_target_path: text(staged),
+            volume_capability: Some(capability(volume.view, Mode::SingleNodeWriter)),
+            ..v1::NodeExpandVolumeRequest::default()
+        };
+        let mut client = NodeClient::new(self.channel.clone());
+        let call = "NodeExpandVolume";
+        let answer =
+            self.repeat(call, &volume.id, async || client.node_expand_volume(timed(&request)).await).await?;
+        Ok(u64::try_from(answer.capacity_bytes).unwrap_or_default())
+    }
+
+    /// `NodeGetVolumeStats`: how many bytes a volume has in all, or the file system of it that is shown at `target`.
+    ///
+    /// # Errors
+    /// [`CsiError`].
+    pub async fn total_bytes(&self, volume: &Volume, target: &Path) -> Result<u64, CsiError> {
+        let request = v1::NodeGetVolumeStatsRequest {
+            volume_id: volume.id.clone(),
+            volume_path: text(target),
+            ..v1::NodeGetVolumeStatsRequest::default()
+        };
+        let mut client = NodeClient::new(self.channel.clone());
+        let call = "NodeGetVolumeStats";
+        let answer = self
+            .repeat(call, &volume.id, async || client.node_get_volume_stats(timed(&request)).await)
+            .await?;
+        let bytes = answer.usage.iter().find(|usage| usage.unit() == v1::volume_usage::Unit::Bytes);
+        Ok(bytes.and_then(|usage| u64::try_from(usage.total).ok()).unwrap_or_default())
+    }
+
     /// `DeleteVolume`.
     ///
     /// # Errors
@@ -454,6 +459,11 @@ fn capability(view: View, mode: Mode) -> VolumeCapability {
         View::Block => AccessType::Block(BlockVolume::default()),
     };
     VolumeCapability { access_mode: Some(AccessMode { mode: mode.into() }), access_type: Some(access_type) }
+}
+
+fn range(bytes: u64, limit: u64) -> CapacityRange {
+    let number = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+    CapacityRange { required_bytes: number(bytes), limit_bytes: number(limit) }
 }
 
 fn make_directory(path: &Path) -> Result<(), CsiError> {

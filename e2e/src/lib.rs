@@ -19,6 +19,7 @@ pub mod ports;
 pub mod process;
 pub mod race;
 pub mod sanity;
+pub mod scale;
 pub mod seeded;
 pub mod site;
 pub mod tools;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::ports::free_port;
 use crate::process::{Process, Program, ReadyError, SpawnError};
+use crate::site::signed;
 use crate::tools::{Tool, ToolUnavailable};
 
 /// The access key id of every test server.
@@ -50,9 +51,6 @@ pub enum MinioError {
     /// It did not get ready; the message holds the end of its log.
     #[error(transparent)]
     Ready(#[from] ReadyError),
-    /// A client for the readiness probe could not be made.
-    #[error("failed to make the client that probes readiness")]
-    Probe(#[source] reqwest::Error),
 }
 
 /// A running `MinIO` server. Dropping it kills the process; the data stay in the folder it was given.
@@ -96,16 +94,10 @@ impl Minio {
             .env("HOME", dir)
             .spawn()?;
         let server = Self { process, port };
-        let probe = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5));
-        let probe = probe.build().map_err(MinioError::Probe)?;
-        let url = format!("{}/minio/health/ready", server.endpoint());
-        server
-            .process
-            .wait_ready(READY_LIMIT, || async {
-                let answer = probe.get(&url).send().await.map_err(|error| format!("{error:?}"))?;
-                if answer.status().is_success() { Ok(()) } else { Err(answer.status().to_string()) }
-            })
-            .await?;
+        // Its own readiness page answers 200 before it can take a request.
+        let buckets = format!("{}/", server.endpoint());
+        let answers = || async { signed("GET", &buckets, None).await.map(drop).map_err(|e| e.to_string()) };
+        server.process.wait_ready(READY_LIMIT, answers).await?;
         Ok(server)
     }
 

@@ -23,6 +23,9 @@ const RUN_LIMIT: Duration = Duration::from_secs(240);
 /// The size of its volumes. Unit: bytes.
 const VOLUME_BYTES: u64 = 64 << 20;
 
+/// The size that they grow to. What csi-sanity asks for by itself is more than the pool has. Unit: bytes.
+const GROWN_BYTES: u64 = 96 << 20;
+
 /// Why there is no report.
 #[derive(Debug, thiserror::Error)]
 pub enum SanityError {
@@ -181,6 +184,7 @@ pub async fn run(
         .args([format!("--csi.endpoint=unix://{}", node.csi_socket().display())])
         .args([flag("csi.mountdir", &dir.join("target")), flag("csi.stagingdir", &dir.join("staging"))])
         .args([flag("csi.testvolumeparameters", &class), format!("--csi.testvolumesize={VOLUME_BYTES}")])
+        .args([format!("--csi.testvolumeexpandsize={GROWN_BYTES}")])
         .args([format!("--csi.testvolumeaccesstype={access}"), flag("ginkgo.json-report", &report)])
         .args(["--ginkgo.no-color"]);
     let started = node.start_program(&sanity)?;

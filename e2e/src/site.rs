@@ -25,6 +25,7 @@ use serde_json::json;
 pub use self::error::SiteError;
 pub use self::node::{NodeKind, SiteNode, Started};
 pub use self::programs::{Programs, ProgramsError};
+pub(crate) use self::servers::signed;
 pub use self::servers::{BUCKET, S3Kind, S3Server, ServerError, http_get_signed};
 use crate::cluster::{Cluster, SYSTEM_NAMESPACE};
 use crate::kernel::{GATEWAY, KernelNetwork};

@@ -71,6 +71,8 @@ pub enum ClusterCommand {
     Fit(FitArgs),
     /// Keeps a reservation that nothing uses for another while.
     Renew(RenewArgs),
+    /// Lets an import that has failed be tried again.
+    Retry(RetryArgs),
     /// Empties a pool: it takes nothing new, and images that nothing refers to go. Shows what still holds it.
     Drain(DrainArgs),
     /// Lets a pool take nothing new; what is there stays.
@@ -180,6 +182,22 @@ pub type Labels = std::collections::BTreeMap<String, String>;
 pub struct RenewArgs {
     /// The reservation.
     #[arg(value_name = "RESERVATION")]
+    pub name: String,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth retry`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RetryArgs {
+    /// The `TemplateImport`.
+    #[arg(value_name = "IMPORT")]
     pub name: String,
 
     /// Its namespace. Default: the context's.

@@ -18,7 +18,7 @@ use crate::server;
 use crate::text::{count, fact, span, wrapped};
 
 pub use facts::claim;
-use facts::{Explanation, Image, explain};
+use facts::{Explanation, Image, Node, PromiseLine, Queue, explain};
 
 /// Prints what is known of the reservation.
 ///
@@ -57,46 +57,16 @@ fn as_text(told: &Explanation) -> String {
     say("why", if told.message.is_empty() { "nothing has been said of it yet" } else { &told.message });
     say("asks for", &asked(told));
     if let Some(queue) = &told.queue {
-        let place = if queue.position == 1 { "next".to_owned() } else { format!("no. {}", queue.position) };
-        let ahead = Bytes::from_i64(queue.bytes_ahead);
-        let limit = queue
-            .at_most_seconds
-            .map(|most| format!(" of at most {}", span(most * 1000)))
-            .unwrap_or_default();
-        say(
-            "queue",
-            &format!("{place}, {ahead} ahead; has waited {}{limit}", span(queue.waited_seconds * 1000)),
-        );
+        say("queue", &of_queue(queue));
     }
     for promise in &told.promises {
-        let metadata = if promise.metadata_bytes == Bytes::ZERO {
-            String::new()
-        } else {
-            format!(" and {} of metadata", promise.metadata_bytes)
-        };
-        let obeyed = if promise.obeyed { "obeyed by the node" } else { "not recorded by the node yet" };
-        say(
-            "promise",
-            &format!(
-                "{}{metadata} of {} in pool {} on node {}, generation {}, {obeyed}; ledger {}",
-                promise.data_bytes,
-                promise.class.to_lowercase(),
-                promise.pool,
-                promise.node,
-                promise.generation,
-                promise.ledger
-            ),
-        );
+        say("promise", &of_promise(promise));
     }
     if let Some(image) = &told.image {
         say("image", &of_image(image, told.asks.template.as_deref().unwrap_or_default()));
     }
     if let Some(node) = &told.node {
-        let renewed =
-            node.renewed_seconds_ago.map(|ago| format!(", renewed its Lease {} ago", span(ago * 1000)));
-        let state = if node.live { "live" } else { "silent" };
-        let problem = node.message.as_ref().map(|problem| format!("; {problem}")).unwrap_or_default();
-        say("node", &format!("{} is {state}{}{problem}", node.name, renewed.unwrap_or_default()));
+        say("node", &of_node(node));
     }
     if let Some(path) = &told.path {
         say("path", path);
@@ -115,6 +85,42 @@ fn as_text(told: &Explanation) -> String {
     );
     say("next", &told.next);
     text + &places(told)
+}
+
+fn of_queue(queue: &Queue) -> String {
+    let place = if queue.position == 1 { "next".to_owned() } else { format!("no. {}", queue.position) };
+    let ahead = Bytes::from_i64(queue.bytes_ahead);
+    let limit = queue.at_most_seconds.map(|most| format!(" of at most {}", span(most * 1000)));
+    let waited = span(queue.waited_seconds * 1000);
+    format!("{place}, {ahead} ahead; has waited {waited}{}", limit.unwrap_or_default())
+}
+
+fn of_promise(promise: &PromiseLine) -> String {
+    let metadata = if promise.metadata_bytes == Bytes::ZERO {
+        String::new()
+    } else {
+        format!(" and {} of metadata", promise.metadata_bytes)
+    };
+    let over = promise.overcommitted_percent.map_or_else(String::new, |percent| {
+        format!("; overcommitted to {percent} %: that all of it can be written is not promised")
+    });
+    let obeyed = if promise.obeyed { "obeyed by the node" } else { "not recorded by the node yet" };
+    format!(
+        "{}{metadata} of {} in pool {} on node {}, generation {}, {obeyed}; ledger {}{over}",
+        promise.data_bytes,
+        promise.class.to_lowercase(),
+        promise.pool,
+        promise.node,
+        promise.generation,
+        promise.ledger
+    )
+}
+
+fn of_node(node: &Node) -> String {
+    let renewed = node.renewed_seconds_ago.map(|ago| format!(", renewed its Lease {} ago", span(ago * 1000)));
+    let state = if node.live { "live" } else { "silent" };
+    let problem = node.message.as_ref().map(|problem| format!("; {problem}")).unwrap_or_default();
+    format!("{} is {state}{}{problem}", node.name, renewed.unwrap_or_default())
 }
 
 fn asked(told: &Explanation) -> String {

@@ -5,7 +5,7 @@ mod request;
 use std::process::ExitCode;
 
 use berth_api::parse::reservation_view;
-use berth_core::reservation::{Fit, Outcome, Told, fit, outcome};
+use berth_core::reservation::{Outcome, fit};
 use berth_core::table::Table;
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{ReservationView, View};
@@ -79,7 +79,7 @@ pub async fn run(client: &Client, scope: &Scope, args: &FitArgs) -> anyhow::Resu
     let mut view = look(client, scope).await?.view();
     view.namespaces = namespaces(client, scope).await;
     let now = server::ask(client, scope.timeout).await?.now;
-    let answer = answer(&view, reservation_view(&asked), now);
+    let answer = answer(&view, &reservation_view(&asked), now);
     match args.output {
         Output::Table => print!("{}", as_text(&answer)),
         Output::Json => println!("{}", serde_json::to_string_pretty(&answer)?),
@@ -91,20 +91,13 @@ pub async fn run(client: &Client, scope: &Scope, args: &FitArgs) -> anyhow::Resu
     })
 }
 
-fn answer(view: &View, request: ReservationView, now: Timestamp) -> Answer {
-    let request = ReservationView { created: now, ..request };
-    let outcome = outcome(view, &request, now);
-    let fit = fit(&View { leader: true, ..view.clone() }, &request, now);
-    let (result, told) = match outcome {
-        Outcome::Promised => (Verdict::Fits, None),
-        Outcome::Waits(told) => (Verdict::Waits, Some(told)),
-        Outcome::Refused(told) => (Verdict::Refused, Some(told)),
+fn answer(view: &View, request: &ReservationView, now: Timestamp) -> Answer {
+    let fit = fit(view, request, now);
+    let result = match fit.outcome {
+        Outcome::Promised => Verdict::Fits,
+        Outcome::Waits => Verdict::Waits,
+        Outcome::Refused => Verdict::Refused,
     };
-    of(result, told, fit)
-}
-
-fn of(result: Verdict, told: Option<Told>, fit: Fit) -> Answer {
-    let Told { reason, message } = told.unwrap_or(Told { reason: fit.reason, message: fit.message });
     let (pool, node) = fit.place.map(|(pool, node)| (pool.to_string(), node.to_string())).unzip();
     let places = fit.considered.into_iter().map(|place| Place {
         pool: place.pool.to_string(),
@@ -116,12 +109,12 @@ fn of(result: Verdict, told: Option<Told>, fit: Fit) -> Answer {
     });
     Answer {
         result,
-        reason: reason.as_str().to_owned(),
-        message,
+        reason: fit.reason.as_str().to_owned(),
+        message: fit.message,
         pool,
         node,
         peak_bytes: fit.peak,
-        position: fit.position.filter(|_| result == Verdict::Waits),
+        position: fit.position,
         bytes_ahead: fit.bytes_ahead,
         shortfall_bytes: fit.shortfall,
         reclaims: fit.reclaims,

@@ -13,6 +13,7 @@ mod observe;
 mod pages;
 mod pods;
 mod renew;
+mod retry;
 mod server;
 mod status;
 mod text;
@@ -63,6 +64,7 @@ async fn ask(args: &Args, command: &ClusterCommand) -> anyhow::Result<ExitCode> 
         ClusterCommand::Explain(explain) => explain::run(&client, &scope, explain).await,
         ClusterCommand::Fit(fit) => fit::run(&client, &scope, fit).await,
         ClusterCommand::Renew(renew) => renew::run(&client, &scope, renew).await,
+        ClusterCommand::Retry(retry) => retry::run(&client, &scope, retry).await,
         ClusterCommand::Drain(drain) => drain::drain(&client, &scope, drain).await,
         ClusterCommand::Cordon(cordon) => drain::cordon(&client, cordon).await,
         ClusterCommand::Uncordon(uncordon) => drain::uncordon(&client, uncordon).await,

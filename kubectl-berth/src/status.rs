@@ -164,7 +164,7 @@ fn reservation_row(reservation: &StagingReservation, view: &View) -> Row {
 }
 
 fn promised_in(ledger: &LedgerView) -> Bytes {
-    Sums::of(ledger.promises.values()).data(Area::Total)
+    Sums::of(ledger.promises.values()).data(Area::Total, ledger.capacity.overcommit.percent)
 }
 
 fn holds(condition: &Condition) -> bool {
@@ -291,5 +291,15 @@ mod tests {
         assert_eq!(json[0]["promised"], 3_u64 << 30);
         assert_eq!((&json[4]["name"], &json[4]["size"]), (&"team/waits".into(), &(8_u64 << 30).into()));
         assert!(json[4].get("promised").is_none() && json[0].get("node").is_none());
+    }
+    #[test]
+    fn d46_volumes_that_are_overcommitted_count_for_their_part_and_the_pool_says_so() {
+        let mut seen = crate::fixture::seen_with_volume();
+        let said = "1 node carries the pool; promise 1 is not made for volumes: overcommitted to 200 %";
+        let over = serde_json::from_str(r#"{"percent": 200, "attainBytes": 0}"#).expect("readable");
+        seen.ledgers[0].spec.capacity.volume_overcommit = Some(over);
+        seen.pools[0].status.as_mut().expect("it reports").conditions[0].message = said.to_owned();
+        let pool = rows(&seen, None).remove(0);
+        assert_eq!((pool.promised, pool.message.as_str()), (Some(Bytes::gib(5)), said));
     }
 }

@@ -1,11 +1,12 @@
 //! Chunked images: content-addressed, compressed chunks and indexes in the casync layout.
 //!
 //! Writing goes [`session::Session::begin`] → [`upload::ChunkUploader`] → [`verify::verify`] → [`publish`]; reading is
-//! [`read::ImageReader`].
+//! [`read::ImageReader`] from the begin to the end, and [`remote::RemoteImage`] anywhere, for many readers at once.
 
 pub mod caibx;
 pub mod publish;
 pub mod read;
+pub mod remote;
 pub mod session;
 pub mod store;
 pub mod upload;
@@ -16,6 +17,7 @@ pub mod zeros;
 mod frame;
 mod index_file;
 mod local_index;
+mod tombstones;
 
 pub use index_file::IndexFileError;
 

@@ -75,6 +75,14 @@ pub enum StoreError {
         /// The store's words.
         said: String,
     },
+    /// The store has no room, or a quota is used up.
+    #[error("the store has no room for {place}: {said}")]
+    Full {
+        /// What was to be stored.
+        place: Place,
+        /// The store's words.
+        said: String,
+    },
     /// The object is not in the state that the request was conditional on.
     #[error("{place} was changed or created by someone else")]
     PreconditionFailed {

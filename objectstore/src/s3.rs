@@ -1,5 +1,6 @@
 //! The S3 client: the only module that names an SDK.
 
+mod errors;
 mod multipart;
 
 use std::fmt;
@@ -13,7 +14,7 @@ use aws_sdk_s3::config::{
     BehaviorVersion, Credentials as SdkCredentials, Region, RequestChecksumCalculation,
     ResponseChecksumValidation, SharedHttpClient, StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::DisplayErrorContext;
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::primitives::{ByteStream, Length};
 use aws_smithy_http_client::tls;
@@ -23,6 +24,7 @@ use futures::StreamExt as _;
 use serde::Deserialize;
 use thiserror::Error;
 
+use self::errors::classify;
 pub use self::multipart::{MAX_PARTS, MIN_PART, Part, Stored};
 use crate::checksum::base64;
 use crate::{Body, ETag, ListPage, Listed, Object, ObjectInfo, ObjectStore, Place, PutCondition, StoreError};
@@ -388,58 +390,6 @@ fn object(place: Place, ranged: bool, output: GetObjectOutput) -> Result<Object,
 /// The size in `bytes 0-9/100`.
 fn whole_size(content_range: &str) -> Option<Size> {
     content_range.rsplit_once('/')?.1.trim().parse().ok().map(Size)
-}
-
-/// The one place where the SDK's errors become ours.
-fn classify<E>(place: Place, error: &SdkError<E>) -> StoreError
-where
-    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
-{
-    let status = error.raw_response().map(|response| response.status().as_u16());
-    let SdkError::ServiceError(service) = error else {
-        let said = DisplayErrorContext(error).to_string();
-        return match (error, status) {
-            (SdkError::ConstructionFailure(_), _) => StoreError::InvalidRequest { place, said },
-            (_, Some(401 | 403)) => StoreError::AccessDenied { place, said },
-            (_, Some(404)) => StoreError::NotFound { place },
-            (_, Some(412)) => StoreError::PreconditionFailed { place },
-            _ => StoreError::Unavailable { place, said },
-        };
-    };
-    let code = service.err().code().unwrap_or_default();
-    let said = words(status, code, service.err().message());
-    match (code, status.unwrap_or_default()) {
-        ("NoSuchBucket", _) => StoreError::NoSuchBucket { place, said },
-        ("NoSuchKey" | "NoSuchVersion" | "NoSuchUpload" | "NotFound", _) => StoreError::NotFound { place },
-        ("PreconditionFailed" | "ConditionalRequestConflict", _) | (_, 409 | 412) => {
-            StoreError::PreconditionFailed { place }
-        }
-        ("BadDigest" | "InvalidDigest" | "XAmzContentSHA256Mismatch" | "XAmzContentChecksumMismatch", _) => {
-            StoreError::BadDigest { place, said }
-        }
-        ("NotImplemented", _) | (_, 501) => StoreError::Unsupported { place, said },
-        (
-            "SlowDown" | "RequestTimeout" | "RequestTimeTooSkewed" | "InternalError" | "ServiceUnavailable",
-            _,
-        )
-        | (_, 408 | 429 | 500..) => StoreError::Unavailable { place, said },
-        (
-            "AccessDenied" | "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "InvalidToken",
-            _,
-        )
-        | (_, 401 | 403) => StoreError::AccessDenied { place, said },
-        (_, 404) => StoreError::NotFound { place },
-        _ => StoreError::InvalidRequest { place, said },
-    }
-}
-
-/// Status, code and message as one phrase; those that are missing left out.
-fn words(status: Option<u16>, code: &str, message: Option<&str>) -> String {
-    let mut parts = Vec::new();
-    parts.extend(status.map(|status| format!("status {status}")));
-    parts.extend((!code.is_empty()).then(|| code.to_owned()));
-    parts.extend(message.filter(|message| !message.is_empty()).map(str::to_owned));
-    parts.join(", ")
 }
 
 #[cfg(test)]

@@ -173,7 +173,7 @@ async fn failures_are_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_survives_a_bad_store() {
+async fn a57_an_image_survives_a_bad_store() {
     let (dir, server, store) = start().await;
     let size = ChunkSize::new(Size(C as u64)).unwrap();
     let layout = StoreLayout::new("images").unwrap();
@@ -263,6 +263,23 @@ fn web(url: String) -> RangedSource {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a63_a_source_that_is_silent_is_told_from_one_that_is_slow() {
+    let dir = tempfile::tempdir().unwrap();
+    let content = noise(3, 3 << 20);
+    std::fs::write(dir.path().join("f"), &content).unwrap();
+    let server = Web::start(dir.path(), &dir.path().join("log")).await.unwrap();
+    let mut stalling = web(server.url("stall", "f"));
+    stalling.open(10, None).await.unwrap();
+    let stalled = all(stalling.read(0..2 << 20).await.unwrap()).await.unwrap_err();
+    assert!(matches!(stalled, SourceError::Stalled { .. }) && stalled.is_transient(), "{stalled}");
+    let mut slow = web(server.url("slow/1000000", "f"));
+    slow.open(10, None).await.unwrap();
+    let begun = std::time::Instant::now();
+    assert_eq!(all(slow.read(0..3 << 20).await.unwrap()).await.unwrap(), content);
+    assert!(begun.elapsed() > Duration::from_secs(2), "longer than the source may be silent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn web_sources() {
     let dir = tempfile::tempdir().unwrap();
     let content = noise(3, 3 << 20);
@@ -298,10 +315,6 @@ async fn web_sources() {
     changing.open(1, None).await.unwrap();
     let changed = changing.read(0..10).await.err().unwrap();
     assert!(matches!(changed, SourceError::Changed { .. }) && !changed.is_transient(), "{changed}");
-    let mut stalling = web(server.url("stall", "f"));
-    stalling.open(10, None).await.unwrap();
-    let stalled = all(stalling.read(0..2 << 20).await.unwrap()).await.unwrap_err();
-    assert!(matches!(stalled, SourceError::Stalled { .. }) && stalled.is_transient(), "{stalled}");
     let mut cut = web(server.url("cut/5000", "f"));
     cut.open(10, None).await.unwrap();
     let error = all(cut.read(0..10_000).await.unwrap()).await.unwrap_err();

@@ -3,6 +3,7 @@
 //! Ledgers and placements are replaced under the version that the decision saw. Conditions and states go by server-side
 //! apply, and only where they differ from what was seen. A list of changes ends at the first that did not go through.
 
+mod abandoned;
 mod error;
 mod ledgers;
 mod lifecycle;
@@ -23,6 +24,7 @@ use kube::{Api, Client, Resource};
 
 pub use error::ApplyError;
 
+use self::reports::ImportReport;
 use crate::events::Events;
 use crate::metrics::Metrics;
 use crate::observe::Observer;
@@ -63,18 +65,22 @@ impl Applier {
     /// At the first that did not go through; those after it are not made.
     pub async fn apply(&self, changes: &[Change]) -> Result<Outcome, ApplyError> {
         let mut outcome = Outcome::default();
-        // False while the change to come depends on an answer that was no.
-        let mut confirmed = true;
         for change in changes {
             match change {
                 Change::RetryAfter { millis } => {
                     outcome.retry = Some(outcome.retry.map_or(*millis, |sooner| sooner.min(*millis)));
                 }
                 Change::ConfirmGone { holder, uid } => {
-                    confirmed = confirmed && self.is_gone(holder, uid).await?;
+                    if !self.is_gone(holder, uid).await? {
+                        return Ok(outcome);
+                    }
                 }
-                _ if std::mem::replace(&mut confirmed, true) => outcome.wrote |= self.one(change).await?,
-                _ => {}
+                Change::ConfirmAbandoned { reservation, claim, node } => {
+                    if !self.is_abandoned(reservation, claim, node).await? {
+                        return Ok(outcome);
+                    }
+                }
+                _ => outcome.wrote |= self.one(change).await?,
             }
         }
         Ok(outcome)
@@ -121,19 +127,24 @@ impl Applier {
             Change::UnguardImage { name, uid } => self.unguard_image(name, uid).await,
             Change::GuardImport { name, uid } => self.guard_import(name, uid).await,
             Change::UnguardImport { name, uid } => self.unguard_import(name, uid).await,
-            Change::AssignImport { name, version, placement } => {
-                self.assign_import(name, version, placement).await
+            Change::AssignImport { name, version, placement, retried } => {
+                self.assign_import(name, version, placement, retried.as_deref()).await
             }
             Change::ReportImport { name, uid, version, state, reason, message, reserved } => {
-                let report =
-                    reports::ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
+                let report = ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
                 self.report_import(name, uid, version, &report).await
             }
             Change::AssignStore { name, version, node, generation } => {
                 self.assign_store(name, version, node, *generation).await
             }
             Change::ReportPool { name, report } => self.report_pool(name, report).await,
-            Change::ConfirmGone { .. } | Change::RetryAfter { .. } => Ok(false),
+            Change::NotePersistent { name, uid, volume } => self.note_persistent(name, uid, volume).await,
+            Change::AbandonReservation { name, uid, message } => {
+                self.abandon_reservation(name, uid, message).await
+            }
+            Change::ConfirmGone { .. } | Change::ConfirmAbandoned { .. } | Change::RetryAfter { .. } => {
+                Ok(false)
+            }
         }
     }
 

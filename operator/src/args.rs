@@ -22,6 +22,10 @@ pub struct Args {
     #[arg(long, env = "BERTH_NAMESPACE", default_value = SYSTEM_NAMESPACE)]
     pub namespace: String,
 
+    /// How old a volume is at least, in seconds, before it may go because its claim is gone or on another node.
+    #[arg(long, env = "BERTH_CLAIM_GRACE_SECONDS", default_value_t = 600)]
+    pub claim_grace_seconds: u64,
+
     /// How log lines look.
     #[arg(long, env = "BERTH_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

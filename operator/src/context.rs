@@ -1,14 +1,16 @@
 //! What the controllers share, and how one pass goes: look, decide, apply.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use berth_api::StagingLedger;
 use berth_core::change::Change;
-use berth_core::ids::{ObjectName, ledger_name};
+use berth_core::ids::{ObjectName, PoolName};
 use berth_core::units::Timestamp;
 use berth_core::view::View;
 
+use crate::admission::Admission;
 use crate::apply::{Applier, ApplyError, Outcome};
 use crate::metrics::Metrics;
 use crate::observe::Observer;
@@ -16,6 +18,11 @@ use crate::sabotage;
 
 /// How often a decision is taken again because the ledger that it wants to write is another one by now.
 const LEDGER_ROUNDS: usize = 4;
+
+/// A pool is looked at this often at most: what it holds changes with every promise.
+const POOL_PACE: Duration = Duration::from_secs(1);
+/// Where there are many pools, so much longer for each.
+const POOLS_PACE: Duration = Duration::from_millis(50);
 
 /// How long the writes of one pass may take.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -28,36 +35,48 @@ pub struct Context {
     pub applier: Applier,
     /// Counters.
     pub metrics: Arc<Metrics>,
-    ledgers: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// Requests without a place.
+    pub admission: Admission,
+    pools: Mutex<BTreeMap<PoolName, Arc<tokio::sync::Mutex<()>>>>,
+    passes: Mutex<BTreeMap<String, Instant>>,
     failures: Mutex<BTreeMap<(&'static str, ObjectName), u32>>,
 }
 
 impl Context {
     /// Ready to be used.
     pub fn new(observer: Arc<Observer>, applier: Applier, metrics: Arc<Metrics>) -> Self {
-        Self { observer, applier, metrics, ledgers: Mutex::default(), failures: Mutex::default() }
+        Self {
+            observer,
+            applier,
+            metrics,
+            admission: Admission::default(),
+            pools: Mutex::default(),
+            passes: Mutex::default(),
+            failures: Mutex::default(),
+        }
     }
 
-    /// One pass. Writes of the same ledger by this process follow each other, each decided after the one before it,
-    /// so that only other operators are met in compare-and-swap; so do all of a pool that limits what namespaces hold in
-    /// all of its ledgers.
+    /// One pass. Writes of the ledgers of one pool by this process follow each other, each decided after the one before it, so
+    /// that only other operators are met in compare-and-swap.
     pub async fn decide_and_apply(
         &self,
         decide: impl Fn(&View, Timestamp) -> Vec<Change>,
     ) -> Result<Outcome, ApplyError> {
-        let decide = || self.observer.view(|view| decide(&released_early(view), now()));
+        let decide = || {
+            self.observer.judge_unheard();
+            self.observer.view(|view| decide(&released_early(view), now()))
+        };
         let mut changes = decide();
         for _ in 0..LEDGER_ROUNDS {
-            let Some(wanted) = self.turn_of(&changes) else { break };
-            let lock = self.ledger(&wanted);
-            let _held = lock.lock().await;
+            let Some(wanted) = self.pool_of(&changes) else { break };
+            let _held = self.hold(&BTreeSet::from([wanted.clone()])).await;
             changes = decide();
-            if self.turn_of(&changes).as_ref() == Some(&wanted) {
+            if self.pool_of(&changes).as_ref() == Some(&wanted) {
                 return self.apply(&changes).await;
             }
         }
         match ledger_of(&changes) {
-            // The decision does not settle on one ledger: let others go first.
+            // The decision does not settle on one pool: let others go first.
             Some(name) => {
                 Err(ApplyError::Conflict { operation: "choose", object: format!("StagingLedger {name}") })
             }
@@ -65,18 +84,45 @@ impl Context {
         }
     }
 
-    /// What these changes take turns on: the ledger that they write, or all ledgers of its pool.
-    fn turn_of(&self, changes: &[Change]) -> Option<String> {
-        let name = ledger_of(changes)?;
-        let limited = self.observer.view(|view| {
-            let limited = view.pools.values().filter(|pool| !pool.tenant_limits.is_empty());
-            let mut places = limited.flat_map(|pool| view.nodes.keys().map(move |node| (&pool.name, node)));
-            places.find(|(pool, node)| ledger_name(pool, node) == name).map(|(pool, _)| format!("{pool}/*"))
-        });
-        Some(limited.unwrap_or_else(|| name.to_owned()))
+    /// The pool of the ledger that these changes write.
+    fn pool_of(&self, changes: &[Change]) -> Option<PoolName> {
+        let ledger = self.observer.stored::<StagingLedger>(&ObjectName::new("", ledger_of(changes)?))?;
+        Some(PoolName(ledger.spec.pool_name.clone()))
     }
 
-    async fn apply(&self, changes: &[Change]) -> Result<Outcome, ApplyError> {
+    /// Waits until nothing else of this process writes ledgers of these pools, and keeps it so.
+    pub async fn hold(&self, pools: &BTreeSet<PoolName>) -> Vec<tokio::sync::OwnedMutexGuard<()>> {
+        let mut held = Vec::with_capacity(pools.len());
+        // In order of their names: two that want the same pools do not wait for each other.
+        for pool in pools {
+            let lock = self
+                .pools
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .entry(pool.clone())
+                .or_default()
+                .clone();
+            held.push(lock.lock_owned().await);
+        }
+        held
+    }
+
+    /// How long to wait with the next pass over this pool; nothing, and the pass counts, if the last was long enough ago.
+    pub fn wait_for_turn(&self, pool: &str) -> Option<Duration> {
+        let mut passes = self.passes.lock().unwrap_or_else(PoisonError::into_inner);
+        let pace = POOL_PACE.max(POOLS_PACE * u32::try_from(passes.len()).unwrap_or(u32::MAX));
+        let left = passes.get(pool).and_then(|last| pace.checked_sub(last.elapsed()));
+        if left.is_none() {
+            passes.insert(pool.to_owned(), Instant::now());
+        }
+        left
+    }
+
+    /// Makes changes, in time.
+    ///
+    /// # Errors
+    /// At the first that did not go through.
+    pub async fn apply(&self, changes: &[Change]) -> Result<Outcome, ApplyError> {
         let applied = tokio::time::timeout(PATIENCE, self.applier.apply(changes)).await;
         applied.unwrap_or(Err(ApplyError::Silent(PATIENCE)))
     }
@@ -93,11 +139,6 @@ impl Context {
     pub fn forget_failures(&self, kind: &'static str, name: &ObjectName) {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, name.clone()));
     }
-
-    fn ledger(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
-        let mut ledgers = self.ledgers.lock().unwrap_or_else(PoisonError::into_inner);
-        ledgers.entry(name.to_owned()).or_default().clone()
-    }
 }
 
 /// The ledger that these changes write, if any.
@@ -109,7 +150,7 @@ fn ledger_of(changes: &[Change]) -> Option<&str> {
 }
 
 /// The view itself; with the defect, one in which every node has reported the bytes of what is being deleted gone.
-fn released_early(view: &View) -> std::borrow::Cow<'_, View> {
+pub(crate) fn released_early(view: &View) -> std::borrow::Cow<'_, View> {
     use std::borrow::Cow;
     if !sabotage::active(sabotage::EARLY_RELEASE) {
         return Cow::Borrowed(view);

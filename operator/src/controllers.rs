@@ -5,13 +5,18 @@ mod image_transfer;
 mod pool;
 mod reservation;
 mod staged_image;
+mod staging_ledger;
 mod template_import;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_api::{ImageStore, ImageTransfer, StagedImage, StagingPool, StagingReservation, TemplateImport};
+use berth_api::{
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingPool, StagingReservation, TemplateImport,
+};
 use berth_core::change::Change;
+use berth_core::ids::{PoolName, Uid};
 use berth_core::metric::Metric;
 use berth_core::units::Timestamp;
 use berth_core::view::View;
@@ -21,7 +26,8 @@ use kube::runtime::reflector::ObjectRef;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::apply::ApplyError;
+use crate::admission;
+use crate::apply::{ApplyError, Outcome};
 use crate::context::{Context, now};
 use crate::observe::{Observed, Observer, Touched, name_of};
 use crate::telemetry::chain;
@@ -41,6 +47,16 @@ pub trait Controlled: Observed {
     const KIND: &'static str;
     /// False for a kind of which this version can only say that it does nothing with it.
     const CARRIED_OUT: bool = true;
+    /// How many objects are worked on at once.
+    const AT_ONCE: u16 = CONCURRENCY;
+    /// How long to wait with the next look at it, of which there may be so many only.
+    fn pause(&self, _: &Context) -> Option<Duration> {
+        None
+    }
+    /// Set if it waits for a place: its UID, and the pools that it may go to.
+    fn asks(&self, _: &View) -> Option<(Uid, BTreeSet<PoolName>)> {
+        None
+    }
     /// The writes that the view calls for.
     fn decide(&self, view: &View, now: Timestamp) -> Vec<Change>;
     /// Its objects that a change of something concerns.
@@ -55,6 +71,7 @@ pub fn queue_affected(observer: &Observer, view: &View, touched: &Touched) {
     queue::<StagedImage>(observer, view, touched);
     queue::<ImageStore>(observer, view, touched);
     queue::<ImageTransfer>(observer, view, touched);
+    queue::<StagingLedger>(observer, view, touched);
 }
 
 fn queue<K: Controlled>(observer: &Observer, view: &View, touched: &Touched) {
@@ -71,12 +88,17 @@ fn queue<K: Controlled>(observer: &Observer, view: &View, touched: &Touched) {
 
 /// Starts every controller. On `stop` they finish what they are at and take nothing new.
 pub fn start(context: &Arc<Context>, tasks: &TaskTracker, stop: &CancellationToken) {
+    for _ in 0..admission::LANES {
+        let (context, stop) = (context.clone(), stop.clone());
+        tasks.spawn(async move { admission::run(&context, &stop).await });
+    }
     spawn::<StagingPool>(context, tasks, stop);
     spawn::<StagingReservation>(context, tasks, stop);
     spawn::<TemplateImport>(context, tasks, stop);
     spawn::<StagedImage>(context, tasks, stop);
     spawn::<ImageStore>(context, tasks, stop);
     spawn::<ImageTransfer>(context, tasks, stop);
+    spawn::<StagingLedger>(context, tasks, stop);
 }
 
 fn spawn<K: Controlled>(context: &Arc<Context>, tasks: &TaskTracker, stop: &CancellationToken) {
@@ -88,7 +110,7 @@ fn spawn<K: Controlled>(context: &Arc<Context>, tasks: &TaskTracker, stop: &Canc
             return;
         }
         let store = K::objects(&context.observer).reader.clone();
-        let config = Config::default().concurrency(CONCURRENCY);
+        let config = Config::default().concurrency(K::AT_ONCE);
         applier(
             |object, context| reconcile(object, context).boxed(),
             after_error,
@@ -128,12 +150,18 @@ fn report<Q: std::error::Error + 'static>(
 
 /// Decides and applies until nothing more is to be written, or somebody else was faster.
 async fn reconcile<K: Controlled>(object: Arc<K>, context: Arc<Context>) -> Result<Action, ApplyError> {
+    if context.observer.view(|view| view.unreadable_object(&uid_of(&*object)).is_some()) {
+        return Ok(Action::await_change()); // what is known of it is not what it is
+    }
     if !K::CARRIED_OUT {
         context.applier.refuse(&name_of(object.meta())).await?;
     }
+    if let Some(pause) = object.pause(&context) {
+        return Ok(Action::requeue(pause));
+    }
     let mut after = SLOW;
     for _ in 0..ROUNDS {
-        let outcome = context.decide_and_apply(|view, now| object.decide(view, now)).await?;
+        let outcome = pass(&*object, &context).await?;
         after = outcome.retry.map_or(SLOW, |millis| Duration::from_millis(millis).min(SLOW));
         if !outcome.wrote {
             break;
@@ -141,6 +169,18 @@ async fn reconcile<K: Controlled>(object: Arc<K>, context: Arc<Context>) -> Resu
     }
     context.forget_failures(K::KIND, &name_of(object.meta()));
     Ok(Action::requeue(after))
+}
+
+fn uid_of<K: Controlled>(object: &K) -> Uid {
+    Uid(object.meta().uid.clone().unwrap_or_default())
+}
+
+/// One pass: what waits for a place is decided about together with others.
+async fn pass<K: Controlled>(object: &K, context: &Context) -> Result<Outcome, ApplyError> {
+    if let Some((uid, pools)) = context.observer.view(|view| object.asks(view)) {
+        return context.admission.ask(uid, pools).await.unwrap_or(Ok(Outcome::default()));
+    }
+    context.decide_and_apply(|view, now| object.decide(view, now)).await
 }
 
 /// A conflict is looked at again at once, with a little jitter; anything else after pauses that double.

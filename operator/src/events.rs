@@ -1,7 +1,7 @@
 //! Events: each change of state and each refusal, with numbers, in `events.k8s.io/v1`.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use berth_core::metric::Metric;
 use berth_core::reason::{Reason, ReasonClass};
@@ -22,10 +22,37 @@ const NOTE: usize = 1024;
 /// How long writing one event may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How many events of the normal course of things may be written in a row.
+const BURST: u32 = 200;
+/// How many more of them may be written per second. What they say is in the objects' conditions as well.
+const PER_SECOND: u32 = 5;
+
+/// What is left for events of the normal course of things.
+#[derive(Debug)]
+struct Budget {
+    left: u32,
+    since: Instant,
+}
+
+impl Budget {
+    /// Takes one, if there is one.
+    fn take(&mut self, now: Instant) -> bool {
+        let new = u32::try_from(now.duration_since(self.since).as_millis()).unwrap_or(u32::MAX);
+        let new = new.saturating_mul(PER_SECOND) / 1000;
+        if new > 0 {
+            (self.left, self.since) = (self.left.saturating_add(new).min(BURST), now);
+        }
+        let taken = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        taken
+    }
+}
+
 /// Takes events and never makes anybody wait.
 #[derive(Clone, Debug)]
 pub struct Events {
     queue: mpsc::Sender<(Event, ObjectReference)>,
+    budget: Arc<Mutex<Budget>>,
     metrics: Arc<Metrics>,
 }
 
@@ -46,7 +73,8 @@ impl Events {
         tasks.spawn(async move {
             stop.run_until_cancelled(write(recorder, waiting)).await;
         });
-        Self { queue, metrics }
+        let budget = Arc::new(Mutex::new(Budget { left: BURST, since: Instant::now() }));
+        Self { queue, budget, metrics }
     }
 
     /// Says of `object` that it came to be so because of `reason`.
@@ -61,6 +89,11 @@ impl Events {
             ReasonClass::Normal => EventType::Normal,
             ReasonClass::Transient | ReasonClass::Terminal => EventType::Warning,
         };
+        let mut budget = self.budget.lock().unwrap_or_else(PoisonError::into_inner);
+        if reason.class() == ReasonClass::Normal && !budget.take(Instant::now()) {
+            return;
+        }
+        drop(budget);
         let event = Event {
             type_,
             reason: reason.as_str().to_owned(),
@@ -104,7 +137,20 @@ fn cut(text: &str, most: usize) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::cut;
+    use super::*;
+
+    #[test]
+    fn normal_events_are_few_when_there_are_many() {
+        let start = Instant::now();
+        let mut budget = Budget { left: BURST, since: start };
+        let taken = |budget: &mut Budget, at| {
+            (0..1000).filter(|_| budget.take(start + Duration::from_millis(at))).count()
+        };
+        assert_eq!(taken(&mut budget, 0), 200);
+        assert_eq!(taken(&mut budget, 1000), 5);
+        assert_eq!(taken(&mut budget, 1150), 0);
+        assert_eq!(taken(&mut budget, 1200), 1);
+    }
 
     #[test]
     fn notes_are_cut_between_characters() {

@@ -2,6 +2,11 @@
 //!
 //! Another holder counts as gone when its Lease did not change for its duration on this process's own clock; clocks of
 //! two machines are never compared. Nothing that must be true rests on there being one leader only.
+//!
+//! It also tells every replica that the API server went back in time, as after an etcd restore: a Lease that is older than
+//! when this replica last saw or wrote it cannot be explained otherwise. The holder takes it anew then, and who sees it taken
+//! anew counts that the same, since the older Lease may have been written over before it could look. What is missed is a
+//! restore to a state of less than one renewal ago.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +19,7 @@ use kube::{Api, Client, Error};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::observe::version;
 use crate::telemetry::chain;
 
 /// For how long a Lease holds that is not renewed.
@@ -33,6 +39,8 @@ pub struct Candidate {
     /// The Lease as it was last seen, and since when it looks like that.
     seen: Option<(Lease, Instant)>,
     renewed: Option<Instant>,
+    /// The API server went back in time since the Lease was last written.
+    set_back: bool,
 }
 
 impl Candidate {
@@ -40,15 +48,16 @@ impl Candidate {
     pub fn new(client: Client, namespace: &str, identity: &str) -> (Self, watch::Receiver<bool>) {
         let (leader, is_leader) = watch::channel(false);
         let leases = Api::namespaced(client, namespace);
-        (Self { leases, identity: identity.to_owned(), leader, seen: None, renewed: None }, is_leader)
+        let identity = identity.to_owned();
+        (Self { leases, identity, leader, seen: None, renewed: None, set_back: false }, is_leader)
     }
 
-    /// Runs until `stop`, then gives the Lease back.
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Runs until `stop`, then gives the Lease back. Calls `went_back` whenever the API server went back in time.
+    pub async fn run(mut self, stop: CancellationToken, went_back: impl Fn()) {
         let mut ticks = tokio::time::interval(RENEW);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            match tokio::time::timeout(PATIENCE, self.round()).await {
+            match tokio::time::timeout(PATIENCE, self.round(&went_back)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::warn!(error = chain(&error), "the Lease could not be read or renewed");
@@ -69,9 +78,13 @@ impl Candidate {
     }
 
     /// Looks, and takes or renews the Lease if that is due.
-    async fn round(&mut self) -> Result<(), Error> {
+    async fn round(&mut self, went_back: impl Fn()) -> Result<(), Error> {
         let found = self.leases.get_opt(OPERATOR_LEASE).await?;
         let now = Instant::now();
+        if self.seen.as_ref().is_some_and(|(seen, _)| was_set_back(seen, found.as_ref(), &self.identity)) {
+            went_back();
+            (self.set_back, self.seen) = (true, None);
+        }
         let Some(found) = found else {
             let lease = Lease {
                 metadata: ObjectMeta { name: Some(OPERATOR_LEASE.to_owned()), ..ObjectMeta::default() },
@@ -106,6 +119,7 @@ impl Candidate {
             Ok(lease) => {
                 self.renewed = Some(Instant::now());
                 self.seen = Some((lease, Instant::now()));
+                self.set_back = false;
                 Ok(())
             }
             Err(Error::Api(status)) if status.code == 409 => Ok(()),
@@ -115,7 +129,8 @@ impl Candidate {
 
     fn held(&self, before: Option<&LeaseSpec>) -> LeaseSpec {
         let time = MicroTime(Timestamp::now());
-        let ours = before.filter(|spec| spec.holder_identity.as_deref() == Some(self.identity.as_str()));
+        let ours = before
+            .filter(|spec| !self.set_back && spec.holder_identity.as_deref() == Some(self.identity.as_str()));
         let turns = before.and_then(|spec| spec.lease_transitions).unwrap_or_default();
         LeaseSpec {
             holder_identity: Some(self.identity.clone()),
@@ -142,5 +157,56 @@ impl Candidate {
             Ok(Err(error)) => tracing::warn!(error = chain(&error), "the Lease could not be given back"),
             Err(_) => tracing::warn!("the Lease could not be given back in time"),
         }
+    }
+}
+
+/// True if the API server went back in time since the Lease was `seen`, or if its holder may have noticed that it did.
+fn was_set_back(seen: &Lease, found: Option<&Lease>, identity: &str) -> bool {
+    let Some(found) = found else { return true };
+    let acquired = |lease: &Lease| lease.spec.as_ref().and_then(|spec| spec.acquire_time.clone());
+    let held_by_us = found.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()) == Some(identity);
+    found.metadata.uid != seen.metadata.uid
+        || version(&found.metadata) < version(&seen.metadata)
+        || (!held_by_us && acquired(found) != acquired(seen))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(uid: &str, version: u32, holder: &str, acquired: i64) -> Lease {
+        let time = Timestamp::from_second(acquired).map(MicroTime).ok();
+        let spec = LeaseSpec {
+            holder_identity: Some(holder.to_owned()),
+            acquire_time: time,
+            ..LeaseSpec::default()
+        };
+        let metadata = ObjectMeta {
+            uid: Some(uid.to_owned()),
+            resource_version: Some(version.to_string()),
+            ..ObjectMeta::default()
+        };
+        Lease { metadata, spec: Some(spec) }
+    }
+
+    #[test]
+    fn a_lease_that_is_older_than_it_was_shows_a_restore() {
+        let seen = lease("a", 10, "us", 1);
+        let shows = |found: Option<Lease>| was_set_back(&seen, found.as_ref(), "us");
+        assert!(!shows(Some(lease("a", 10, "us", 1))));
+        assert!(!shows(Some(lease("a", 11, "us", 1))), "renewed");
+        assert!(shows(Some(lease("a", 9, "us", 1))), "older");
+        assert!(shows(Some(lease("a", 9, "other", 0))), "older, and of a holder before us");
+        assert!(shows(Some(lease("b", 11, "us", 1))), "another one");
+        assert!(shows(None), "from before it was made");
+    }
+
+    #[test]
+    fn who_does_not_hold_it_follows_the_holder() {
+        let seen = lease("a", 10, "other", 1);
+        let shows = |found: Lease| was_set_back(&seen, Some(&found), "us");
+        assert!(!shows(lease("a", 12, "other", 1)), "renewed");
+        assert!(shows(lease("a", 12, "other", 2)), "taken anew");
+        assert!(!shows(lease("a", 12, "us", 2)), "taken by us");
     }
 }

@@ -3,6 +3,7 @@
 //! [`observe`] feeds every decision and [`apply`] makes every write; `apply` asks the API server itself only to confirm what
 //! a view may lag behind. What is decided is decided in `berth-core`.
 
+pub mod admission;
 pub mod apply;
 pub mod args;
 pub mod context;
@@ -75,18 +76,21 @@ pub async fn run(args: Args) -> Result<(), RunError> {
     let stop_services = CancellationToken::new();
 
     let metrics = Arc::new(Metrics::default());
-    let (observer, confirmations) = Observer::new(client.clone(), args.namespace.clone());
+    let (observer, confirmations) =
+        Observer::new(client.clone(), args.namespace.clone(), Duration::from_secs(args.claim_grace_seconds));
     let observer = Arc::new(observer);
     metrics::serve(args.metrics_addr, metrics.clone(), observer.clone(), &services, &stop_services)
         .await
         .map_err(RunError::Serve)?;
     let events = Events::start(client.clone(), &args.identity, metrics.clone(), &services, &stop_services);
-    let applier = Applier::new(client.clone(), observer.clone(), events, metrics.clone(), &args.identity);
+    let applier =
+        Applier::new(client.clone(), observer.clone(), events.clone(), metrics.clone(), &args.identity);
     let context = Arc::new(Context::new(observer.clone(), applier, metrics));
     controllers::start(&context, &controllers, &stop);
-    observer.start(confirmations, &services, &stop_services);
+    observer.start(events, confirmations, &services, &stop_services);
     let (candidate, mut leads) = Candidate::new(client, &args.namespace, &args.identity);
-    controllers.spawn(candidate.run(stop.clone()));
+    let restored = observer.clone();
+    controllers.spawn(candidate.run(stop.clone(), move || restored.went_back()));
     services.spawn(async move {
         while leads.changed().await.is_ok() {
             observer.set_leader(*leads.borrow_and_update());

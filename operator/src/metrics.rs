@@ -9,8 +9,10 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use berth_core::budget::{Area, Sums};
 use berth_core::ledger::Class;
 use berth_core::metric::{Metric, MetricKind, Program};
+use berth_core::overcommit::Percent;
 use berth_core::thin::ThinState;
 use berth_core::units::Bytes;
 use berth_core::view::{ImportState, LedgerView, ReservationState, View};
@@ -101,6 +103,11 @@ impl Metrics {
             let count = view.imports.values().filter(|import| import.state == *state).count();
             self.set(Metric::Imports, &[("state", &format!("{state:?}"))], size(count));
         }
+        self.clear(Metric::UnreadableObjects);
+        for one in &view.unreadable {
+            let alike = view.unreadable.iter().filter(|other| other.kind == one.kind).count();
+            self.set(Metric::UnreadableObjects, &[("kind", &one.kind)], size(alike));
+        }
         self.clear(Metric::NodeReady);
         for node in view.nodes.values() {
             self.set(
@@ -113,8 +120,8 @@ impl Metrics {
         self.set(Metric::QueueLength, &[], size(queued));
         self.clear(Metric::PoolQueueLength);
         for pool in view.pools.values() {
-            let queued = view.reservations.values().filter(|r| r.state == ReservationState::Queued);
-            let here = queued.filter(|r| r.assignment.is_none() && r.pools.allows(pool)).count();
+            let open = view.open_to(Some(&pool.name)).filter(|r| r.pools.allows(pool));
+            let here = open.filter(|r| r.state == ReservationState::Queued).count();
             self.set(Metric::PoolQueueLength, &[("pool", pool.name.as_str())], size(here));
         }
     }
@@ -124,6 +131,9 @@ impl Metrics {
             Metric::PoolTotalBytes,
             Metric::PoolPromisedBytes,
             Metric::PoolUsedBytes,
+            Metric::PoolVolumesPromisedBytes,
+            Metric::PoolVolumesAttainableBytes,
+            Metric::PoolVolumesUsedBytes,
             Metric::PoolMetadataTotalBytes,
             Metric::PoolMetadataPromisedBytes,
             Metric::PoolMetadataUsedBytes,
@@ -135,7 +145,8 @@ impl Metrics {
         }
         for ledger in view.ledgers.values() {
             let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
-            let promised: Bytes = ledger.promises.values().map(|promise| promise.charge.data).sum();
+            let (sums, percent) = (Sums::of(ledger.promises.values()), ledger.capacity.overcommit.percent);
+            let promised = sums.data(Area::Total, percent);
             let report = view.report_of(&ledger.pool, &ledger.node);
             let used = report.map(|report| report.used);
             self.set(Metric::PoolTotalBytes, &labels, ledger.capacity.total.data.as_i64());
@@ -143,9 +154,20 @@ impl Metrics {
             self.set(Metric::PoolUsedBytes, &labels, used.unwrap_or_default().as_i64());
             self.set(Metric::PoolLedgerBehind, &labels, i64::from(view.behind(ledger).is_some()));
             if let Some(state) = report.and_then(|report| report.thin.as_ref()) {
+                self.look_at_volumes(ledger, &sums, state);
                 self.look_at_metadata(ledger, state);
             }
         }
+    }
+
+    /// What volumes are promised beside what there is for them: more where they are overcommitted.
+    fn look_at_volumes(&self, ledger: &LedgerView, sums: &Sums, state: &ThinState) {
+        let labels = [("pool", ledger.pool.as_str()), ("node", ledger.node.as_str())];
+        let attainable = ledger.attainable_by_volumes().max(state.volumes.data.total);
+        let promised = sums.data(Area::Volumes, Percent::WHOLE);
+        self.set(Metric::PoolVolumesPromisedBytes, &labels, promised.as_i64());
+        self.set(Metric::PoolVolumesAttainableBytes, &labels, attainable.as_i64());
+        self.set(Metric::PoolVolumesUsedBytes, &labels, state.volumes.data.used.as_i64());
     }
 
     fn look_at_metadata(&self, ledger: &LedgerView, state: &ThinState) {
@@ -278,12 +300,12 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
 
-    use berth_core::ids::{Lineage, NodeName, PoolName, Uid};
+    use berth_core::ids::{Lineage, NodeName, ObjectName, PoolName, Uid};
     use berth_core::ledger::{Charge, Holder, Promise};
     use berth_core::reason::Reason;
     use berth_core::thin::{PoolMode, PoolState, Usage};
     use berth_core::units::Generation;
-    use berth_core::view::{LedgerCapacity, NodePoolState, NodeState, ObjectVersion};
+    use berth_core::view::{LedgerCapacity, NodePoolState, NodeState, ObjectVersion, Unreadable};
 
     #[test]
     fn the_metadata_of_kernel_pools_is_told_by_class() {
@@ -333,7 +355,12 @@ mod tests {
             lineage: Lineage::from("lineage"),
             revision: 1,
             rebuilt: None,
-            capacity: LedgerCapacity { images: bound, volumes: bound, total: bound },
+            capacity: LedgerCapacity {
+                images: bound,
+                volumes: bound,
+                total: bound,
+                ..LedgerCapacity::default()
+            },
             promises: BTreeMap::from([(Uid::from("u"), promise)]),
         };
         let mut view = View::default();
@@ -362,6 +389,24 @@ mod tests {
         metrics.look(&View::default());
         let text = metrics.encode().expect("writes to a string");
         assert!(!text.contains("class=\"Volumes\""), "{text}");
+    }
+
+    #[test]
+    fn objects_that_cannot_be_read_are_counted_by_kind() {
+        let unreadable = |name: &str| Unreadable {
+            kind: "StagingPool".to_owned(),
+            name: ObjectName::new("", name),
+            uid: Uid::from(name),
+            claim_namespace: String::new(),
+            problem: "spec: missing".to_owned(),
+        };
+        let view = View { unreadable: vec![unreadable("a"), unreadable("b")], ..View::default() };
+        let (metrics, series) = (Metrics::default(), "berth_unreadable_objects{kind=\"StagingPool\"}");
+        metrics.look(&view);
+        let text = metrics.encode().expect("writes to a string");
+        assert!(text.contains(&format!("{series} 2")), "{text}");
+        metrics.look(&View::default());
+        assert!(!metrics.encode().expect("writes to a string").contains(series));
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! The only reader of the API: watches every kind, and keeps the view that decisions look at.
 //!
 //! **Guarantees.** An error of a watch never looks like an empty list. An object that cannot be read is that object's
-//! problem: the others go on, its last readable form stays, and sweeps pause while it is there. **Assumptions.** None
+//! problem: the others go on, its last readable form stays, nothing is decided about it, and sweeps pause while it is there. **Assumptions.** None
 //! about freshness: what is seen here may be old, and only compare-and-swap on the way out makes decisions safe.
 
+mod claims;
+mod guarded;
+mod history;
 mod kind;
 mod kinds;
 mod kube_nodes;
@@ -12,24 +15,26 @@ mod nodes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use berth_api::{
     ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
     TemplateImport,
 };
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
-use berth_core::view::View;
+use berth_core::view::{Unreadable, View};
 use kube::Client;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use kind::{Kind, Observed, name_of};
+pub use kind::{Kind, Observed, name_of, version};
 use nodes::Heard;
 
 use crate::controllers;
+use crate::events::Events;
 
 /// Something that changed, for the controllers to tell which of their objects it concerns.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,16 +68,22 @@ pub struct State {
     heard: BTreeMap<String, Heard>,
     /// Nodes whose report was read again after their Lease was seen to be renewed.
     confirmed: BTreeSet<NodeName>,
-    /// Objects that cannot be read: kind and name.
-    unreadable: BTreeSet<(String, ObjectName)>,
-    /// True while this process holds the Lease.
-    leader: bool,
+    /// Nodes whose report is being read again, or is to be.
+    confirming: BTreeSet<NodeName>,
+    /// Claims and `PersistentVolumes`.
+    known_claims: claims::Known,
 }
 
 impl State {
-    /// Sweeps need the whole truth: they rest while any object cannot be read.
-    fn settle_leader(&mut self) {
-        self.view.leader = self.leader && self.unreadable.is_empty();
+    /// Notes an object that cannot be read.
+    fn hide(&mut self, object: Unreadable) {
+        self.show(&object.kind, &object.name);
+        self.view.unreadable.push(object);
+    }
+
+    /// The object can be read, or is gone.
+    fn show(&mut self, kind: &str, name: &ObjectName) {
+        self.view.unreadable.retain(|one| one.kind != kind || one.name != *name);
     }
 }
 
@@ -98,8 +109,14 @@ pub struct Observer {
     /// The transfers.
     pub transfers: Kind<ImageTransfer>,
     unsynced: watch::Sender<usize>,
+    /// How often the API server went back in time.
+    restarts: watch::Sender<u64>,
     confirm: mpsc::Sender<NodeName>,
+    /// Since when it watches; anew after the API server went back in time.
+    since: Mutex<Instant>,
     last_event: AtomicU64,
+    events: OnceLock<Events>,
+    claim_grace: Duration,
 }
 
 /// Nodes to be confirmed, for [`Observer::start`].
@@ -107,17 +124,19 @@ pub type Confirmations = mpsc::Receiver<NodeName>;
 
 /// Eight kinds, the labels of namespaces, and the node Leases.
 const WATCHES: usize = 10;
+/// A node that lives has renewed its Lease by then, and its report was read; of one without any, nothing more is to be expected.
+const SETTLE: Duration = Duration::from_secs(60);
 /// How many nodes may wait to be confirmed; the others are asked for again a second later.
 const CONFIRMATIONS: usize = 1024;
 
 impl Observer {
-    /// Watches nothing yet.
-    pub fn new(client: Client, namespace: String) -> (Self, Confirmations) {
+    /// Watches nothing yet. Volumes that are younger than `claim_grace` are never taken for abandoned.
+    pub fn new(client: Client, namespace: String, claim_grace: Duration) -> (Self, Confirmations) {
         let (confirm, confirmations) = mpsc::channel(CONFIRMATIONS);
         let observer = Self {
             client,
             namespace,
-            state: RwLock::default(),
+            state: RwLock::new(State { view: View::indexed(), ..State::default() }),
             pools: Kind::default(),
             reservations: Kind::default(),
             imports: Kind::default(),
@@ -127,19 +146,25 @@ impl Observer {
             nodes: Kind::default(),
             transfers: Kind::default(),
             unsynced: watch::Sender::new(WATCHES),
+            restarts: watch::Sender::new(0),
             confirm,
+            since: Mutex::new(Instant::now()),
             last_event: AtomicU64::new(0),
+            events: OnceLock::new(),
+            claim_grace,
         };
         (observer, confirmations)
     }
 
-    /// Starts every watch; they end with `stop`.
+    /// Starts every watch; they end with `stop`. What cannot be read is said in events.
     pub fn start(
         self: &Arc<Self>,
+        events: Events,
         confirmations: Confirmations,
         tasks: &TaskTracker,
         stop: &CancellationToken,
     ) {
+        drop(self.events.set(events)); // it is started once
         self.clone().spawn::<StagingPool>(tasks, stop);
         self.clone().spawn::<StagingReservation>(tasks, stop);
         self.clone().spawn::<TemplateImport>(tasks, stop);
@@ -152,6 +177,7 @@ impl Observer {
         tasks.spawn(async move { token.run_until_cancelled(namespaces::watch(&one)).await });
         nodes::spawn(self, confirmations, tasks, stop);
         kube_nodes::spawn(self, tasks, stop);
+        claims::spawn(self, tasks, stop);
     }
 
     fn spawn<K: Observed>(self: Arc<Self>, tasks: &TaskTracker, stop: &CancellationToken) {
@@ -171,6 +197,22 @@ impl Observer {
         *self.unsynced.borrow() == 0
     }
 
+    /// Brings [`View::unheard`] up to date: every node has reported, is lost, or would have been heard by now.
+    pub fn judge_unheard(&self) {
+        let unheard = |state: &State| {
+            let waits = self.since.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < SETTLE;
+            waits && !state.view.nodes.values().all(|node| node.reported || node.is_lost())
+        };
+        let is_news = {
+            let state = self.read();
+            unheard(&state) != state.view.unheard
+        };
+        if is_news {
+            let mut state = self.write();
+            state.view.unheard = unheard(&state);
+        }
+    }
+
     /// Waits until every watch has shown its first list.
     pub async fn wait_until_synced(&self) {
         let mut unsynced = self.unsynced.subscribe();
@@ -185,11 +227,7 @@ impl Observer {
 
     /// Tells decisions whether this process holds the Lease.
     pub fn set_leader(&self, leader: bool) {
-        {
-            let mut state = self.write();
-            state.leader = leader;
-            state.settle_leader();
-        }
+        self.write().view.leader = leader;
         self.touch(&Touched::Everything);
     }
 

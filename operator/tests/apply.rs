@@ -9,6 +9,7 @@ use berth_api::defaults::RELEASE_FINALIZER;
 use berth_core::change::Change;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::reason::Reason;
+use berth_core::reservation::Claim;
 use berth_core::view::{ImportState, ObjectVersion};
 use berth_operator::apply::ApplyError;
 use serde_json::{Value, json};
@@ -169,4 +170,79 @@ async fn an_import_is_reported_on_only_at_the_version_that_the_decision_saw() {
     assert_eq!((method, written), (Method::PATCH, format!("{path}/status")));
     assert_eq!(body["metadata"]["resourceVersion"], json!("42"), "the API server compares it, too");
     assert_eq!(body["status"]["state"], json!("Queued"));
+}
+
+#[tokio::test]
+async fn a_volume_is_abandoned_only_if_the_api_server_itself_knows_nobody_who_asks_for_it() {
+    let claim = |node: &str| {
+        json!({"metadata": {
+            "name": "db", "namespace": "shop", "uid": "claim",
+            "annotations": {"volume.kubernetes.io/selected-node": node},
+        }})
+    };
+    let volume = |handle: &str| {
+        let csi = json!({"driver": "csi.berth.dev", "volumeHandle": handle});
+        json!({"metadata": {"name": "pvc-claim"}, "spec": {"csi": csi}})
+    };
+    let cases = [
+        ("the claim is there", Some(claim("n")), None, 0),
+        ("it has selected another node", Some(claim("m")), None, 1),
+        ("it is gone", None, None, 1),
+        ("a PersistentVolume names it", None, Some(volume("v1-uid-r")), 0),
+        ("a PersistentVolume names the one of another node", None, Some(volume("v1-other")), 1),
+    ];
+    for (case, claim, volume, deleted) in cases {
+        let mut server = ApiServer::default();
+        let mut made = reservation();
+        made["metadata"]["deletionTimestamp"] = Value::Null;
+        let path = format!("{KINDS}/namespaces/ns/stagingreservations/r");
+        server.listed.insert("stagingreservations", vec![made.clone()]);
+        server.stored.insert(path.clone(), made);
+        let stored = [
+            ("/api/v1/namespaces/shop/persistentvolumeclaims/db", claim),
+            ("/api/v1/persistentvolumes/pvc-claim", volume),
+        ];
+        let stored = stored.into_iter().filter_map(|(path, object)| Some((path.to_owned(), object?)));
+        server.stored.extend(stored);
+        let operator = server.operator().await;
+        let claim = Claim {
+            name: ObjectName::new("shop", "db"),
+            uid: Uid::from("claim"),
+            volume: "pvc-claim".to_owned(),
+            persistent: false,
+        };
+        let changes = [
+            Change::ConfirmAbandoned { reservation: Uid::from("uid-r"), claim, node: NodeName::from("n") },
+            Change::AbandonReservation {
+                name: ObjectName::new("ns", "r"),
+                uid: Uid::from("uid-r"),
+                message: "m".to_owned(),
+            },
+        ];
+        operator.applier.apply(&changes).await.unwrap();
+        let writes = server.writes();
+        assert_eq!(writes.len(), deleted, "{case}: {writes:?}");
+        assert!(
+            writes.iter().all(|(method, written, _)| *method == Method::DELETE && *written == path),
+            "{case}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_read_is_told_by_an_event_with_its_field() {
+    let mut bad = reservation();
+    bad["spec"]["access"] = json!("Sideways");
+    let mut server = ApiServer::default();
+    server.listed.insert("stagingreservations", vec![bad]);
+    let operator = server.operator().await;
+    operator.observer.set_leader(true);
+    operator.observer.view(|view| assert!(view.leader && !view.sweeps(), "sweeps rest"));
+    let begun = std::time::Instant::now();
+    while server.notes().is_empty() && begun.elapsed() < std::time::Duration::from_secs(10) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let note = server.notes().pop().unwrap_or_default();
+    let told = "StagingReservation ns/r cannot be read: spec.access: unknown variant `Sideways`";
+    assert!(note.starts_with(told), "{note}");
 }

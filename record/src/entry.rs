@@ -293,6 +293,9 @@ pub struct FileEntry {
     pub generation: Generation,
     /// Its name in the directory.
     pub name: String,
+    /// True once its directory was there: one that is gone after that is lost, and no blank one takes its place.
+    #[serde(default)]
+    pub made: bool,
     /// How much of its object is there.
     pub fetch: FileFetch,
     /// What is known of its bytes.

@@ -1,7 +1,7 @@
 //! Files for pods: the intent before a pod sees one, what is known of its bytes, and how far they have come.
 
 use berth_core::ids::Uid;
-use berth_core::units::Generation;
+use berth_core::units::{Generation, Timestamp};
 
 use crate::entry::{FileContent, FileEntry, FileFetch, FilePublication, Sending, SentFile, StagingEntry};
 use crate::error::{ChangeError, ReadError};
@@ -38,6 +38,14 @@ impl PoolRecord {
             change.put(tables::STAGING, uid, staging)?;
             change.put(tables::FILES, uid, &entry)?;
             Ok(entry)
+        })
+    }
+
+    /// Records that its directory is there, after it is.
+    pub fn file_made(&self, uid: &Uid) -> Result<(), ChangeError> {
+        self.change_file(uid, "made", |file| {
+            file.made = true;
+            Ok(())
         })
     }
 
@@ -92,12 +100,13 @@ impl PoolRecord {
         })
     }
 
-    /// Records that a pod sees a file no more, after it does not. False if it was recorded nowhere.
-    pub fn unpublish_file(&self, volume: &str) -> Result<bool, ChangeError> {
+    /// Records that a pod sees a file no more, after it does not, and when that was. False if it was recorded nowhere.
+    pub fn unpublish_file(&self, volume: &str, now: Timestamp) -> Result<bool, ChangeError> {
         self.record().commit(|change| {
             for (uid, mut file) in change.entries(tables::FILES)? {
                 if file.published.remove(volume).is_some() {
                     change.put(tables::FILES, &uid, &file)?;
+                    change.put(tables::LAST_USED, &uid, &now)?;
                     return Ok(true);
                 }
             }
@@ -120,16 +129,25 @@ impl PoolRecord {
         })
     }
 
-    /// Records that a file is in its object store, verified: it is no only copy any more. Refused while a pod may write to it
-    /// in this `boot`.
-    pub fn file_sent(&self, uid: &Uid, boot: &str, sent: &SentFile) -> Result<(), ChangeError> {
-        self.change_file(uid, "durable", |file| {
-            if file.shown(boot).any(|(_, publication)| publication.writer) {
-                return Err(state(uid, "written", "durable"));
-            }
-            file.sent = Some(sent.clone());
-            file.content = FileContent::Unchanged;
-            Ok(())
+    /// Records that a file is in its object store, verified: it is no only copy any more, and was used until now. Refused while
+    /// a pod may write to it in this `boot`.
+    pub fn file_sent(
+        &self,
+        uid: &Uid,
+        boot: &str,
+        sent: &SentFile,
+        now: Timestamp,
+    ) -> Result<(), ChangeError> {
+        self.record().commit(|change| {
+            edit_file(change, uid, "durable", |file| {
+                if file.shown(boot).any(|(_, publication)| publication.writer) {
+                    return Err(state(uid, "written", "durable"));
+                }
+                file.sent = Some(sent.clone());
+                file.content = FileContent::Unchanged;
+                Ok(())
+            })?;
+            change.put(tables::LAST_USED, uid, &now)
         })
     }
 
@@ -161,15 +179,22 @@ impl PoolRecord {
         wanted: &'static str,
         edit: impl FnOnce(&mut FileEntry) -> Result<(), ChangeError>,
     ) -> Result<(), ChangeError> {
-        self.record().commit(|change| {
-            let mut file = change.require(tables::FILES, uid)?;
-            if file.content == FileContent::Removing {
-                return Err(state(uid, "being removed", wanted));
-            }
-            edit(&mut file)?;
-            change.put(tables::FILES, uid, &file)
-        })
+        self.record().commit(|change| edit_file(change, uid, wanted, edit))
     }
+}
+
+fn edit_file(
+    change: &Change<'_>,
+    uid: &Uid,
+    wanted: &'static str,
+    edit: impl FnOnce(&mut FileEntry) -> Result<(), ChangeError>,
+) -> Result<(), ChangeError> {
+    let mut file = change.require(tables::FILES, uid)?;
+    if file.content == FileContent::Removing {
+        return Err(state(uid, "being removed", wanted));
+    }
+    edit(&mut file)?;
+    change.put(tables::FILES, uid, &file)
 }
 
 /// Why a pod cannot see a file now, if so.
@@ -197,6 +222,7 @@ pub(crate) fn forget(change: &Change<'_>, uid: &Uid) -> Result<(), ChangeError> 
         if file.content != FileContent::Removing {
             return Err(state(uid, "not being removed", "forgotten"));
         }
+        change.remove(tables::LAST_USED, uid)?;
         change.remove(tables::FILES, uid)?;
     }
     Ok(())

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use berth_core::ids::{Digest, Lineage, NodeName, PoolName, Uid};
+use berth_core::overcommit::Overcommit;
 use berth_core::units::{Bytes, Generation, Timestamp};
 
 use crate::entry::{
@@ -20,6 +21,8 @@ pub struct LedgerPosition {
     pub lineage: Option<Lineage>,
     /// The revision of the last ledger obeyed.
     pub obeyed_revision: u64,
+    /// How far that one overcommits volumes.
+    pub overcommit: Overcommit,
 }
 
 /// What one pool's area holds, and on whose promise.
@@ -114,7 +117,8 @@ impl PoolRecord {
     /// Where in its ledger's history the node is.
     pub fn ledger_position(&self) -> Result<LedgerPosition, ReadError> {
         let saved: SavedPosition = self.record.header(KEY_LEDGER)?.unwrap_or_default();
-        Ok(LedgerPosition { lineage: saved.lineage, obeyed_revision: saved.revision })
+        let SavedPosition { lineage, revision, overcommit } = saved;
+        Ok(LedgerPosition { lineage, obeyed_revision: revision, overcommit })
     }
 
     /// Records that the ledger with this lineage and revision is obeyed from now on, together with the promises taken
@@ -125,7 +129,8 @@ impl PoolRecord {
         position: &LedgerPosition,
         promises: &[(Uid, PromiseEntry)],
     ) -> Result<(), ChangeError> {
-        let saved = SavedPosition { lineage: position.lineage.clone(), revision: position.obeyed_revision };
+        let LedgerPosition { lineage, obeyed_revision: revision, overcommit } = position.clone();
+        let saved = SavedPosition { lineage, revision, overcommit };
         self.record.commit(|change| {
             change.put_header(KEY_LEDGER, &saved)?;
             for (uid, promise) in promises {
@@ -337,6 +342,7 @@ impl PoolRecord {
             if change.get(tables::PROMISES, uid)?.is_some_and(|promise| promise.holder.is_local()) {
                 change.remove(tables::PROMISES, uid)?;
             }
+            change.remove(tables::LAST_USED, uid)?;
             change.remove(tables::VOLUMES, uid).map(|_| ())
         })
     }
@@ -353,9 +359,20 @@ impl PoolRecord {
         })
     }
 
-    /// Forgets an attachment, after its device is gone. False if there was none.
-    pub fn detached(&self, uid: &Uid) -> Result<bool, ChangeError> {
-        self.record.commit(|change| change.remove(tables::ATTACHMENTS, uid))
+    /// Forgets an attachment, after its device is gone, and records when that was. False if there was none.
+    pub fn detached(&self, uid: &Uid, now: Timestamp) -> Result<bool, ChangeError> {
+        self.record.commit(|change| {
+            let was = change.remove(tables::ATTACHMENTS, uid)?;
+            if was {
+                change.put(tables::LAST_USED, uid, &now)?;
+            }
+            Ok(was)
+        })
+    }
+
+    /// When something last ceased to use what a reservation has; `None` if nothing has.
+    pub fn last_used(&self, uid: &Uid) -> Result<Option<Timestamp>, ReadError> {
+        self.record.get(tables::LAST_USED, uid)
     }
 
     /// Records the space of a transfer, before its directory is made. Refused once its promise is released.

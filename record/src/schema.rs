@@ -4,6 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use berth_core::ids::{Digest, Lineage, NodeName, PoolName, Uid};
+use berth_core::overcommit::Overcommit;
 use redb::TableDefinition;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,8 @@ impl PoolIdentity {
 pub(crate) struct SavedPosition {
     pub lineage: Option<Lineage>,
     pub revision: u64,
+    #[serde(default)]
+    pub overcommit: Overcommit,
 }
 
 /// What can be the key of a table: a text that reads back.
@@ -163,6 +166,8 @@ impl<K: RecordKey, V: Serialize + DeserializeOwned> StructTable<K, V> {
 
 /// The tables. All lie in a pool's record but [`JOBS`](tables::JOBS), which lies in the node's.
 pub mod tables {
+    use berth_core::units::Timestamp;
+
     use super::{Digest, StructTable, Uid};
     use crate::entry::{
         Attachment, FileEntry, ImageEntry, JobEntry, PromiseClass, PromiseEntry, StagingEntry, TemplateEntry,
@@ -187,6 +192,8 @@ pub mod tables {
     pub const TEMPLATES: StructTable<Uid, TemplateEntry> = StructTable::new("templates");
     /// What the two kernel pools were last asked for.
     pub const THIN_COUNTERS: StructTable<PromiseClass, ThinCounters> = StructTable::new("thin_counters");
+    /// When something last ceased to use what a reservation has, by the node's clock.
+    pub const LAST_USED: StructTable<Uid, Timestamp> = StructTable::new("last_used");
     /// Work under way, by the object that asks for it.
     pub const JOBS: StructTable<Uid, JobEntry> = StructTable::new("jobs");
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
-use berth_core::units::{Bytes, Generation};
+use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_record::{
     ChangeError, FileContent, FileEntry, FileFetch, FilePublication, FileTarget, Holder, LedgerPosition,
     PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, Sending, SentFile, StagingEntry,
@@ -33,7 +33,8 @@ fn record() -> (TempDir, PoolRecord) {
         obeyed: true,
         released: false,
     };
-    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1 };
+    let position =
+        LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1, ..LedgerPosition::default() };
     record.obey(&position, &[(uid(), promise)]).unwrap();
     (dir, record)
 }
@@ -58,6 +59,7 @@ fn begin(record: &PoolRecord, generation: u64, fetch: FileFetch) -> Result<FileE
     let file = FileEntry {
         generation,
         name: "data".into(),
+        made: false,
         fetch,
         content: FileContent::Unchanged,
         target: Some(target),
@@ -101,8 +103,11 @@ fn readers_are_many_and_a_writer_is_alone() {
     publish("a", false).unwrap();
     publish("b", false).unwrap();
     assert_eq!(refusal(publish("c", true)), "published to readers");
-    assert!(record.unpublish_file("a").unwrap() && record.unpublish_file("b").unwrap());
-    assert!(!record.unpublish_file("b").unwrap(), "there is none any more");
+    assert_eq!(record.last_used(&uid()).unwrap(), None, "it is in use");
+    assert!(record.unpublish_file("a", Timestamp(8)).unwrap());
+    assert!(record.unpublish_file("b", Timestamp(9)).unwrap());
+    assert_eq!(record.last_used(&uid()).unwrap(), Some(Timestamp(9)));
+    assert!(!record.unpublish_file("b", Timestamp(9)).unwrap(), "there is none any more");
     publish("c", true).unwrap();
     publish("c", true).expect("the same again");
     assert_eq!(refusal(publish("d", true)), "published to a writer");
@@ -116,9 +121,9 @@ fn the_only_copy_is_neither_removed_nor_released_until_it_is_sent() {
     begin(&record, 1, FileFetch::Complete).unwrap();
     record.publish_file(&uid(), "v", &seen("/v", true), false).unwrap();
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, true)), "published", "consent is not enough");
-    assert_eq!(refusal(record.file_sent(&uid(), BOOT, &sent())), "written");
+    assert_eq!(refusal(record.file_sent(&uid(), BOOT, &sent(), Timestamp(9))), "written");
     assert_eq!(refusal(record.file_sending(&uid(), BOOT, None)), "published to a writer");
-    record.unpublish_file("v").unwrap();
+    record.unpublish_file("v", Timestamp(9)).unwrap();
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, false)), "the only copy");
     let sending = Sending {
         upload: "u".into(),
@@ -131,10 +136,10 @@ fn the_only_copy_is_neither_removed_nor_released_until_it_is_sent() {
     record.file_sending(&uid(), BOOT, Some(sending)).unwrap();
     assert_eq!(refusal(record.publish_file(&uid(), "w", &seen("/w", true), false)), "being sent");
     record.publish_file(&uid(), "w", &seen("/w", false), false).expect("a reader changes nothing");
-    record.file_sent(&uid(), BOOT, &sent()).unwrap();
+    record.file_sent(&uid(), BOOT, &sent(), Timestamp(9)).unwrap();
     assert_eq!(refusal(record.file_sending(&uid(), BOOT, None)), "no only copy");
     assert_eq!(refusal(record.begin_remove_file(&uid(), BOOT, false)), "published");
-    record.unpublish_file("w").unwrap();
+    record.unpublish_file("w", Timestamp(9)).unwrap();
     assert_eq!(refusal(record.forget_staging(&uid())), "not being removed");
     assert_eq!(refusal(record.promise_released(&uid(), Generation(1))), "that of a file");
     assert_eq!(record.begin_remove_file(&uid(), BOOT, false).unwrap().unwrap().sent, Some(sent()));
@@ -159,9 +164,9 @@ fn changes_that_nobody_wants_never_replace_what_is_still_to_be_sent() {
     let (_dir, record) = record();
     begin(&record, 1, FileFetch::Complete).unwrap();
     record.publish_file(&uid(), "v", &seen("/v", true), false).unwrap();
-    record.unpublish_file("v").unwrap();
+    record.unpublish_file("v", Timestamp(9)).unwrap();
     assert_eq!(refusal(record.publish_file(&uid(), "w", &seen("/w", true), true)), "the only copy");
-    record.file_sent(&uid(), BOOT, &sent()).unwrap();
+    record.file_sent(&uid(), BOOT, &sent(), Timestamp(9)).unwrap();
     record.publish_file(&uid(), "w", &seen("/w", true), true).unwrap();
 }
 
@@ -176,7 +181,7 @@ fn what_an_earlier_boot_showed_is_seen_by_nobody_and_stays_the_only_copy() {
     let next = FilePublication { boot: "next".to_owned(), ..seen("/w", false) };
     record.publish_file(&uid(), "w", &next, false).unwrap();
     assert_eq!(record.file(&uid()).unwrap().unwrap().published.len(), 1);
-    record.file_sent(&uid(), "next", &sent()).unwrap();
+    record.file_sent(&uid(), "next", &sent(), Timestamp(9)).unwrap();
 }
 
 #[test]

@@ -48,7 +48,11 @@ fn filled(dir: &Path) -> PathBuf {
     let record = PoolRecord::create(&path, identity()).unwrap();
     let promises: Vec<_> = (0..300).map(|n| (Uid::from(format!("uid-{n:04}")), promise(n))).collect();
     for (revision, part) in promises.chunks(30).enumerate() {
-        let position = LedgerPosition { lineage: Some("l1".into()), obeyed_revision: revision as u64 };
+        let position = LedgerPosition {
+            lineage: Some("l1".into()),
+            obeyed_revision: revision as u64,
+            ..LedgerPosition::default()
+        };
         record.obey(&position, part).unwrap();
     }
     path

@@ -62,7 +62,8 @@ fn promises_are_obeyed_released_forgotten() {
         released: false,
     };
     assert_eq!(record.ledger_position().unwrap(), LedgerPosition::default());
-    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 7 };
+    let position =
+        LedgerPosition { lineage: Some("l".into()), obeyed_revision: 7, ..LedgerPosition::default() };
     record.obey(&position, &[(uid.clone(), promise.clone())]).unwrap();
     assert_eq!(record.ledger_position().unwrap(), position);
     assert!(record.record().get(tables::PROMISES, &uid).unwrap().unwrap().obeyed);
@@ -94,7 +95,8 @@ fn promised() -> (TempDir, PoolRecord, Uid) {
         obeyed: true,
         released: false,
     };
-    let position = LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1 };
+    let position =
+        LedgerPosition { lineage: Some("l".into()), obeyed_revision: 1, ..LedgerPosition::default() };
     record.obey(&position, &[(uid.clone(), promise)]).unwrap();
     (dir, record, uid)
 }
@@ -117,7 +119,7 @@ fn a_promise_is_not_released_while_anything_is_recorded_under_it_and_nothing_beg
     record.attach(&uid, &attachment()).unwrap();
     refused("of an attached volume");
     assert!(record.begin_delete_volume(&uid).is_err(), "one that is attached");
-    record.detached(&uid).unwrap();
+    record.detached(&uid, Timestamp(9)).unwrap();
     record.begin_delete_volume(&uid).unwrap();
     refused("of a volume");
     record.forget_volume(&uid).unwrap();
@@ -151,12 +153,14 @@ fn volumes_move_forward_only() {
 
     record.attach(&uid, &attachment()).unwrap();
     assert!(matches!(record.begin_delete_volume(&uid), Err(ChangeError::State { .. })));
-    assert!(record.detached(&uid).unwrap() && !record.detached(&uid).unwrap());
+    assert!(record.detached(&uid, Timestamp(7)).unwrap() && !record.detached(&uid, Timestamp(9)).unwrap());
+    assert_eq!(record.last_used(&uid).unwrap(), Some(Timestamp(7)), "the end of its use");
     assert!(matches!(record.forget_volume(&uid), Err(ChangeError::State { .. })));
     assert!(record.begin_delete_volume(&uid).unwrap());
     assert!(matches!(record.begin_volume(&uid, &volume(3)), Err(ChangeError::State { .. })));
     assert!(matches!(record.volume_ready(&uid, Generation(3)), Err(ChangeError::State { .. })));
     record.forget_volume(&uid).unwrap();
+    assert_eq!(record.last_used(&uid).unwrap(), None);
     assert!(!record.begin_delete_volume(&uid).unwrap());
 }
 

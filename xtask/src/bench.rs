@@ -9,6 +9,7 @@ mod inputs;
 mod measure;
 mod programs;
 mod report;
+mod scale;
 mod server;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +29,15 @@ pub struct BenchArgs {
     /// How much data the image holds, in MiB; its virtual size is twice that.
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     data: u64,
+    /// How many reservations B12 and B13 make.
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=100_000))]
+    reservations: u32,
+    /// Over how many nodes. Default: 500 for B12, 400 for B13.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=5_000))]
+    nodes: Option<u32>,
+    /// Over how many pools; each node carries one.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pools: u32,
     /// How Berth is built.
     #[arg(long, value_enum, default_value_t = Profile::Release)]
     profile: Profile,
@@ -43,6 +53,12 @@ pub struct BenchArgs {
 enum Subject {
     /// A qcow2 file into an image store.
     Import,
+    /// Thousands of reservations: how fast they are promised, with how many writes.
+    #[value(name = "B12")]
+    B12,
+    /// Thousands of reservations: what it costs when nothing happens.
+    #[value(name = "B13")]
+    B13,
 }
 
 /// A profile of cargo's.
@@ -72,6 +88,14 @@ impl Profile {
 
 /// Runs the benchmark and prints its table.
 pub fn run(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
+    match args.subject {
+        Subject::Import => import(root, args),
+        Subject::B12 => scale::run(root, args, "B12"),
+        Subject::B13 => scale::run(root, args, "B13"),
+    }
+}
+
+fn import(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
     programs::check()?;
     let ours = programs::build(root, args.profile)?;
     let dir = match &args.dir {
@@ -80,17 +104,18 @@ pub fn run(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
     };
     ensure!(!dir.starts_with(root), "{} lies in the tree", dir.display());
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let text = match args.subject {
-        Subject::Import => {
-            let inputs = inputs::prepare(&dir, args.data)?;
-            let results = import::run(&ours, &inputs, &dir, args.rounds)?;
-            report::import(args, &results)
-        }
-    };
+    let inputs = inputs::prepare(&dir, args.data)?;
+    let results = import::run(&ours, &inputs, &dir, args.rounds)?;
+    let text = report::import(args, &results);
     println!("{text}");
+    keep(root, args, "import", &text)
+}
+
+/// Puts a table into the documentation, if that was asked for.
+fn keep(root: &Path, args: &BenchArgs, subject: &str, text: &str) -> anyhow::Result<()> {
     if args.write {
         let path = root.join("docs/benchmarks.md");
-        report::write(&path, "import", &text)?;
+        report::write(&path, subject, text)?;
         eprintln!("wrote {}", path.display());
     }
     Ok(())

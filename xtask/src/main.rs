@@ -36,6 +36,8 @@ enum Task {
     KillImport(Arguments),
     /// Let two operators admit at the same time.
     AdmissionRace(Arguments),
+    /// Run random histories of operators and nodes, all in memory.
+    Model(Arguments),
     /// Run the tests; the last line is `N passed, N failed, N skipped`.
     Test {
         /// What to test, as arguments of `cargo test`; everything if none.
@@ -61,6 +63,7 @@ fn main() -> anyhow::Result<()> {
         Task::Crash(given) => safety::run(&root(), "crash", &given.arguments),
         Task::KillImport(given) => safety::run(&root(), "kill-import", &given.arguments),
         Task::AdmissionRace(given) => safety::run(&root(), "admission-race", &given.arguments),
+        Task::Model(given) => safety::run_model(&root(), &given.arguments),
         Task::Test { selection } => test_run::run(&root(), &selection),
     }
 }

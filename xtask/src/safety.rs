@@ -1,4 +1,4 @@
-//! The safety commands: programs of `e2e`, which run everything else of ours.
+//! The safety commands: programs of `e2e`, which run everything else of ours, and the model of `core`.
 
 use std::env;
 use std::path::Path;
@@ -11,8 +11,20 @@ use anyhow::Context;
 /// # Errors
 /// When cargo cannot be run.
 pub fn run(root: &Path, name: &str, arguments: &[String]) -> anyhow::Result<()> {
+    cargo_run(root, &["--package", "berth-e2e", "--bin", name], arguments)
+}
+
+/// Runs the model, optimized: it is as fast as its histories are many.
+///
+/// # Errors
+/// When cargo cannot be run.
+pub fn run_model(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
+    cargo_run(root, &["--release", "--package", "berth-core", "--example", "model"], arguments)
+}
+
+fn cargo_run(root: &Path, program: &[&str], arguments: &[String]) -> anyhow::Result<()> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(root).args(["run", "--quiet", "--package", "berth-e2e", "--bin", name, "--"]);
+    cargo.current_dir(root).args(["run", "--quiet"]).args(program).arg("--");
     let status = cargo.args(arguments).status().context("failed to run cargo")?;
     if !status.success() {
         // Not an error: nothing may be printed after the last line of the command.

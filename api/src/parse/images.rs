@@ -1,6 +1,7 @@
 //! `StagedImage` and `ImageStore` to their views.
 
 use berth_core::ids::{NodeName, ParseIdError, PoolName};
+use berth_core::image::StagedState;
 use berth_core::units::Bytes;
 use berth_core::view::{ImageView, StoreView};
 
@@ -32,10 +33,20 @@ pub fn image_view(image: &StagedImage) -> Result<ImageView, InvalidField> {
         node: NodeName(spec.node_name.clone()),
         data_bytes: Bytes::from_i64(spec.data_bytes),
         virtual_size: Bytes::from_i64(spec.virtual_size),
-        ready: status.is_some_and(|status| status.state == Some(StagedImageState::Ready)),
+        ready: staged_state(image) == StagedState::Ready,
         last_used: status.and_then(|status| status.last_used.as_ref()).map(timestamp),
         given_up: meta.annotations.as_ref().is_some_and(|all| all.contains_key(ANNOTATION_GIVEN_UP)),
     })
+}
+
+/// The recorded state of a staged image.
+pub fn staged_state(image: &StagedImage) -> StagedState {
+    match image.status.as_ref().and_then(|status| status.state) {
+        None => StagedState::New,
+        Some(StagedImageState::Filling) => StagedState::Filling,
+        Some(StagedImageState::Ready) => StagedState::Ready,
+        Some(StagedImageState::Failed) => StagedState::Failed,
+    }
 }
 
 /// What decisions look at.

@@ -12,7 +12,9 @@ use super::{
 };
 use crate::TemplateImport;
 use crate::conditions::{ConditionType, find};
-use crate::defaults::{IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS};
+use crate::defaults::{
+    ANNOTATION_RETRY, IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS,
+};
 use crate::template_import::{
     DurableImage as ApiDurable, ImportLimits, ImportState as ApiState, TemplateImportSpec,
     TemplateImportStatus,
@@ -23,6 +25,8 @@ pub fn import_view(import: &TemplateImport) -> ImportView {
     let (meta, spec) = (&import.metadata, &import.spec);
     let status = import.status.clone().unwrap_or_default();
     let name = name_of(meta);
+    let nothing = TemplateImportStatus::default();
+    let known = if is_past(&status) { &nothing } else { &status };
     ImportView {
         uid: uid_of(meta),
         version: version_of(meta),
@@ -34,13 +38,25 @@ pub fn import_view(import: &TemplateImport) -> ImportView {
         allowed_namespaces: spec.allowed_namespaces.clone(),
         state: status.state.map_or(ImportState::Pending, state),
         assignment: placement(status.assignment.as_ref()),
-        peak: status.plan.as_ref().map(|plan| Bytes::from_i64(plan.peak_bytes)),
+        peak: known.plan.as_ref().map(|plan| Bytes::from_i64(plan.peak_bytes)),
         durable: status.durable.as_ref().and_then(durable),
-        error: standing_error(&status),
+        error: standing_error(known),
+        retry: retry(meta.annotations.as_ref().and_then(|all| all.get(ANNOTATION_RETRY)), &status),
         released: status.released_generation.map(generation),
         invalid: check(spec).err().map(|error| error.to_string()),
         name,
     }
+}
+
+/// True if what its node says is of an assignment that has failed, and another one was made since: it is to be tried again.
+pub fn is_past(status: &TemplateImportStatus) -> bool {
+    let assigned = status.assignment.as_ref().map(|assignment| assignment.generation);
+    status.failed_generation.is_some_and(|failed| assigned.is_some_and(|assigned| assigned > failed))
+}
+
+/// A value of the annotation that nobody has acted on.
+fn retry(asked: Option<&String>, status: &TemplateImportStatus) -> Option<String> {
+    asked.filter(|value| !value.is_empty() && status.retried.as_ref() != Some(*value)).cloned()
 }
 
 /// The error that ended the work or interrupts it. One that was retried stays in status, and is over once the node says
@@ -184,6 +200,31 @@ mod tests {
         }
         assert_eq!(read(true, "Progressing").error, None);
         assert!(read(false, "Progressing").error.is_some(), "what ended it is not over");
+    }
+
+    #[test]
+    fn a54_what_ended_an_earlier_assignment_is_over_and_a_value_counts_once() {
+        let read = |assigned: u64, more: &str| {
+            read(&format!(
+                "spec: {{{SOURCE}}}\nstatus:\n  state: Failed\n  assignment: {{pool: p, node: n, generation: {assigned}}}\n  plan: \
+                 {{format: Raw, sourceBytes: 1, virtualSize: 2, peakBytes: 3, steps: [], why: ''}}\n  failedGeneration: 2\n  \
+                 lastError: {{reason: SourceNotFound, message: m, time: '2026-01-01T00:00:00Z', retryable: false}}\n{more}"
+            ))
+        };
+        let failed = read(2, "");
+        assert_eq!((failed.error.map(|error| error.retryable), failed.peak), (Some(false), Some(Bytes(3))));
+        let again = read(3, "");
+        assert_eq!((again.error, again.peak), (None, None), "what was known of the source is looked at anew");
+        let asked = |value: &str, retried: Option<&str>| {
+            let status = TemplateImportStatus {
+                retried: retried.map(str::to_owned),
+                ..TemplateImportStatus::default()
+            };
+            retry(Some(&value.to_owned()), &status)
+        };
+        assert_eq!(asked("1", None).as_deref(), Some("1"));
+        assert_eq!(asked("2", Some("1")).as_deref(), Some("2"));
+        assert_eq!((asked("1", Some("1")), asked("", None)), (None, None));
     }
 
     #[test]

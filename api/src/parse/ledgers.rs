@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use berth_core::ids::{Lineage, NodeName, ObjectName, PoolName, Uid};
 use berth_core::ledger::{Charge, Class, Holder, Promise, Rebuilt};
+use berth_core::overcommit::{Overcommit, Percent};
 use berth_core::units::Bytes;
 use berth_core::view::{LedgerCapacity, LedgerView};
 
@@ -11,7 +12,7 @@ use super::{generation, name_of, version_of};
 use crate::StagingLedger;
 use crate::staging_ledger::{
     Holder as ApiHolder, HolderKind, LedgerBytes, LedgerCapacity as ApiCapacity, LedgerPromise, LedgerScope,
-    PromiseClass, RebuiltFrom, StagingLedgerSpec,
+    PromiseClass, RebuiltFrom, StagingLedgerSpec, VolumeOvercommit,
 };
 
 /// What decisions look at.
@@ -34,6 +35,7 @@ pub fn ledger_view(ledger: &StagingLedger) -> LedgerView {
             images: charge(&capacity.images),
             volumes: charge(&capacity.volumes),
             total: charge(&capacity.total),
+            overcommit: capacity.volume_overcommit.as_ref().map(overcommit).unwrap_or_default(),
         },
         promises: promises.iter().map(|(uid, entry)| (Uid(uid.clone()), promise(entry))).collect(),
     }
@@ -67,7 +69,21 @@ pub fn to_ledger_capacity(capacity: &LedgerCapacity) -> ApiCapacity {
         images: to_bytes(capacity.images),
         volumes: to_bytes(capacity.volumes),
         total: to_bytes(capacity.total),
+        volume_overcommit: to_overcommit(capacity.overcommit),
     }
+}
+
+fn overcommit(overcommit: &VolumeOvercommit) -> Overcommit {
+    let percent = Percent::from(u32::try_from(overcommit.percent).unwrap_or_default());
+    Overcommit { percent, attain: Bytes::from_i64(overcommit.attain_bytes) }
+}
+
+fn to_overcommit(overcommit: Overcommit) -> Option<VolumeOvercommit> {
+    let Overcommit { percent, attain } = overcommit;
+    (overcommit != Overcommit::NONE).then(|| VolumeOvercommit {
+        percent: i32::try_from(percent.get()).unwrap_or(i32::MAX),
+        attain_bytes: attain.as_i64(),
+    })
 }
 
 /// All promises as they stand in a ledger.
@@ -157,7 +173,10 @@ mod tests {
                     revision: 4,
                     recovered: [Uid::from("one")].into(),
                 }),
-                capacity: LedgerCapacity::shared(Bytes::gib(10)),
+                capacity: LedgerCapacity {
+                    overcommit: Overcommit { percent: Percent::from(300), attain: Bytes::gib(2) },
+                    ..LedgerCapacity::shared(Bytes::gib(10))
+                },
                 promises: BTreeMap::from([
                     (
                         Uid::from("one"),
@@ -172,6 +191,10 @@ mod tests {
         assert_eq!(to_ledger_spec(&view), ledger.spec);
         assert_eq!((view.version.0.as_str(), view.name.as_str(), view.revision), ("41", "fast-a", 9));
         assert_eq!(view.promises[&Uid::from("two")].holder, Holder::Image("img".to_owned()));
+        assert_eq!(
+            (view.capacity.overcommit.percent.get(), view.capacity.overcommit.attain),
+            (300, Bytes::gib(2))
+        );
         assert_eq!(view.promises[&Uid::from("one")].charge.metadata, Bytes(7));
     }
 
@@ -179,6 +202,7 @@ mod tests {
     fn what_is_larger_than_the_api_can_say_is_clamped_and_never_negative() {
         let mut capacity = LedgerCapacity::shared(Bytes(u64::MAX));
         assert_eq!(to_ledger_capacity(&capacity).total.data_bytes, i64::MAX);
+        assert_eq!(to_ledger_capacity(&capacity).volume_overcommit, None);
         capacity.total.data = Bytes::from_i64(-5);
         assert_eq!(capacity.total.data, Bytes::ZERO);
     }

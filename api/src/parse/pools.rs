@@ -1,6 +1,7 @@
 //! `StagingPool` to its view.
 
 use berth_core::ids::{NodeName, PoolName};
+use berth_core::overcommit::Percent;
 use berth_core::thin::BlockSize;
 use berth_core::units::Bytes;
 use berth_core::view::{NodeLossPolicy, PoolView, ReclaimPolicy, Service, Strategy, TenantLimit, WhenFull};
@@ -25,6 +26,9 @@ const SMALLEST_THIN_AREA: Bytes = Bytes::gib(1);
 /// The largest blocks of a kernel pool that may be asked for.
 const LARGEST_BLOCK: Bytes = Bytes::mib(1);
 
+/// How far volumes may be promised beyond what is there.
+const OVERCOMMIT: &str = "spec.capacity.volumeOvercommitPercent";
+
 /// What decisions look at.
 pub fn pool_view(pool: &StagingPool) -> PoolView {
     let mut view = PoolView {
@@ -33,6 +37,7 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         labels: pool.metadata.labels.clone().unwrap_or_default(),
         block: None,
         limit: None,
+        overcommit: Percent::WHOLE,
         when_full: WhenFull::Queue,
         max_queue_millis: MAX_QUEUE_SECONDS * 1000,
         max_queued: MAX_QUEUED,
@@ -52,16 +57,32 @@ pub fn pool_view(pool: &StagingPool) -> PoolView {
         invalid: None,
     };
     match read_policy(&pool.spec, &mut view).and_then(|()| pool_area(&pool.spec)) {
-        Ok(PoolArea::Filesystem(_)) => {}
+        Ok(PoolArea::Filesystem(_)) => view.invalid = overcommitted(view.overcommit),
         Ok(PoolArea::Thin(area)) => view.block = Some(area.block),
         Err(error) => view.invalid = Some(error.to_string()),
     }
     view
 }
 
+/// What is wrong with a pool that overcommits volumes and has no kernel pool of their own.
+fn overcommitted(percent: Percent) -> Option<String> {
+    let wrong = InvalidField::Range {
+        field: OVERCOMMIT,
+        value: percent.get().to_string(),
+        allowed:
+            "100 without `dmThin`: in a `filesystem` pool volumes and staged images share one file system"
+                .to_owned(),
+    };
+    (percent > Percent::WHOLE).then(|| wrong.to_string())
+}
+
 fn read_policy(spec: &StagingPoolSpec, view: &mut PoolView) -> Result<(), InvalidField> {
     if let Some(limit) = &spec.capacity.limit {
         view.limit = Some(bytes("spec.capacity.limit", limit)?);
+    }
+    if let Some(percent) = spec.capacity.volume_overcommit_percent {
+        let least = Percent::WHOLE.get();
+        view.overcommit = in_range(OVERCOMMIT, percent, least..=Percent::MOST).map(Percent::from)?;
     }
     if let Some(when_full) = spec.admission.when_full {
         view.when_full = self::when_full(when_full);
@@ -336,11 +357,27 @@ mod tests {
     }
 
     #[test]
+    fn a46_every_pool_is_bounded_by_size_and_time_whether_it_says_so_or_not() {
+        let head = "apiVersion: staging.berth.dev/v1alpha1\nkind: StagingPool\nmetadata: {name: fast}\n";
+        for backend in ["{filesystem: {path: /p}}", "{dmThin: {ownership: Shared, volumeGroup: vg}}"] {
+            let yaml = format!("{head}spec: {{backend: {backend}}}\n");
+            let bounded = serde_saphyr::from_str::<StagingPool>(&yaml);
+            assert!(bounded.map_or(true, |pool| pool_view(&pool).invalid.is_some()), "no size: {backend}");
+        }
+        let plain = pool_view(&pool("  backend: {filesystem: {path: /p, size: 1Gi}}\n"));
+        let hour = 3_600_000;
+        assert_eq!((plain.reclaim.ttl_millis, plain.max_queue_millis, plain.max_queued), (hour, hour, 1000));
+    }
+
+    #[test]
     fn a_pool_of_kernel_pools() {
         let own = pool("  backend: {dmThin: {devices: [/dev/sdc, /dev/disk/by-id/x.1:2], wipe: true}}\n");
         let devices = vec!["/dev/disk/by-id/x.1:2".to_owned(), "/dev/sdc".to_owned()];
         let group = ThinGroup::Exclusive { devices, wipe: true };
         let area = PoolArea::Thin(ThinArea { group, block: BlockSize::DEFAULT });
+        let over =
+            pool("  backend: {dmThin: {devices: [/dev/sdb]}}\n  capacity: {volumeOvercommitPercent: 300}\n");
+        assert_eq!((pool_view(&over).overcommit.get(), pool_view(&over).invalid), (300, None));
         assert_eq!(pool_area(&own.spec), Ok(area));
         assert_eq!((pool_view(&own).block, pool_view(&own).invalid), (Some(BlockSize::DEFAULT), None));
         let shared =
@@ -391,6 +428,14 @@ mod tests {
             (
                 "  backend: {filesystem: {path: /p, size: 1Gi}}\n  admission: {maxQueueTime: 1d}\n",
                 "spec.admission.maxQueueTime: `1d` is not a span of time such as `1h30m`",
+            ),
+            (
+                "  backend: {filesystem: {path: /p, size: 1Gi}}\n  capacity: {volumeOvercommitPercent: 101}\n",
+                "spec.capacity.volumeOvercommitPercent: `101` must be 100 without `dmThin`: in a `filesystem` pool volumes and staged images share one file system",
+            ),
+            (
+                "  backend: {dmThin: {devices: [/dev/sdb]}}\n  capacity: {volumeOvercommitPercent: 1001}\n",
+                "spec.capacity.volumeOvercommitPercent: `1001` must be from 100 to 1000",
             ),
             (
                 "  backend: {filesystem: {path: /p, size: 1Gi}}\n  admission: {maxQueued: -1}\n",

@@ -41,19 +41,13 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
         created: created_of(meta),
         deleting: meta.deletion_timestamp.is_some(),
         has_finalizer: has_finalizer(meta, RELEASE_FINALIZER),
-        pools: match &spec.pool_name {
-            Some(pool) => PoolChoice::Named(PoolName(pool.clone())),
-            None => labelled(spec.pool_selector.as_ref()),
-        },
+        pools: pools(spec),
         node: spec.node_name.clone().map(NodeName),
         zone: spec.topology.as_ref().map(|topology| topology.zone.clone()),
         priority: spec.priority.unwrap_or_default(),
         ttl_millis: ttl(meta, spec),
-        renewed: meta
-            .annotations
-            .as_ref()
-            .and_then(|all| all.get(ANNOTATION_RENEWED))
-            .and_then(|time| renewed(time)),
+        renewed: renewed(meta),
+        last_used: status.last_used.as_ref().map(timestamp),
         expires: status.expires_at.as_ref().map(timestamp),
         dry_run: spec.dry_run,
         max_size,
@@ -61,8 +55,9 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
             .image
             .as_ref()
             .map(|image| ObjectName::new(&image.template.namespace, &image.template.name)),
-        claim_namespace: claim_namespace(reservation, &name),
+        claim_namespace: claim_namespace(meta),
         claim_name: claim_name(reservation, &name),
+        claim: super::claims::claim(meta, &claim_namespace(meta)),
         access: access(spec.access),
         when_full: spec.when_full.map(when_full),
         state,
@@ -77,12 +72,8 @@ pub fn reservation_view(reservation: &StagingReservation) -> ReservationView {
         prepared: status.prepared_generation.map(generation),
         queued_since: (state == ReservationState::Queued)
             .then(|| since(&status.conditions).unwrap_or_else(|| created_of(meta))),
-        ready_since: find(&status.conditions, ConditionType::Ready)
-            .filter(|ready| ready.status == "True")
-            .map(|ready| timestamp(&ready.last_transition_time)),
-        only_copy: find(&status.conditions, ConditionType::Durable)
-            .filter(|durable| durable.reason == Reason::OnlyCopy.as_str())
-            .map(|durable| durable.message.clone()),
+        ready_since: ready_since(&status.conditions),
+        only_copy: only_copy(&status.conditions),
         invalid,
         name,
     }
@@ -99,30 +90,47 @@ fn ttl(meta: &ObjectMeta, spec: &StagingReservationSpec) -> Option<u64> {
     Some(asked.unwrap_or(RESERVATION_TTL_SECONDS).saturating_mul(1000))
 }
 
+fn pools(spec: &StagingReservationSpec) -> PoolChoice {
+    match &spec.pool_name {
+        Some(pool) => PoolChoice::Named(PoolName(pool.clone())),
+        None => labelled(spec.pool_selector.as_ref()),
+    }
+}
+
 /// A time that cannot be read renews nothing.
-fn renewed(time: &str) -> Option<Timestamp> {
-    let time: jiff::Timestamp = time.parse().ok()?;
+fn renewed(meta: &ObjectMeta) -> Option<Timestamp> {
+    let time: jiff::Timestamp = meta.annotations.as_ref()?.get(ANNOTATION_RENEWED)?.parse().ok()?;
     u64::try_from(time.as_millisecond()).ok().map(Timestamp)
 }
 
-/// Only an object of Berth's own namespace speaks for another: whoever may write there is trusted.
 /// The claim behind a CSI volume; only for messages.
 fn claim_name(reservation: &StagingReservation, name: &ObjectName) -> Option<String> {
     let labels = reservation.metadata.labels.as_ref().filter(|_| name.namespace == SYSTEM_NAMESPACE)?;
     labels.get(LABEL_CLAIM_NAME).cloned()
 }
 
-fn claim_namespace(reservation: &StagingReservation, name: &ObjectName) -> String {
-    let claimed = reservation.metadata.labels.as_ref().and_then(|labels| labels.get(LABEL_CLAIM_NAMESPACE));
-    match claimed {
-        Some(claimed) if name.namespace == SYSTEM_NAMESPACE => claimed.clone(),
-        _ => name.namespace.clone(),
-    }
+/// Only an object of Berth's own namespace speaks for another: whoever may write there is trusted.
+pub(super) fn claim_namespace(meta: &ObjectMeta) -> String {
+    let namespace = meta.namespace.clone().unwrap_or_default();
+    let claimed = meta.labels.as_ref().and_then(|labels| labels.get(LABEL_CLAIM_NAMESPACE));
+    claimed.filter(|_| namespace == SYSTEM_NAMESPACE).cloned().unwrap_or(namespace)
 }
 
 /// `Promised` is false from the first report on, and keeps the time of that.
 fn since(conditions: &[Condition]) -> Option<Timestamp> {
     find(conditions, ConditionType::Promised).map(|promised| timestamp(&promised.last_transition_time))
+}
+
+fn ready_since(conditions: &[Condition]) -> Option<Timestamp> {
+    let ready = find(conditions, ConditionType::Ready).filter(|ready| ready.status == "True")?;
+    Some(timestamp(&ready.last_transition_time))
+}
+
+/// What its node says of a file that is in no object store yet, or that was lost before it was.
+fn only_copy(conditions: &[Condition]) -> Option<String> {
+    let durable = find(conditions, ConditionType::Durable)?;
+    let only = [Reason::OnlyCopy, Reason::FileLost].map(Reason::as_str).contains(&&*durable.reason);
+    only.then(|| durable.message.clone())
 }
 
 fn check(spec: &StagingReservationSpec) -> Result<Bytes, InvalidField> {
@@ -227,6 +235,15 @@ mod tests {
     }
 
     #[test]
+    fn a46_every_reservation_is_bounded_by_size_and_time_whether_it_says_so_or_not() {
+        let head = "apiVersion: staging.berth.dev/v1alpha1\nkind: StagingReservation\n";
+        let endless = format!("{head}metadata: {{name: r, namespace: team}}\nspec: {{poolName: p}}\n");
+        assert!(serde_saphyr::from_str::<StagingReservation>(&endless).is_err(), "no size");
+        let plain = read("{name: r, namespace: team}", "spec: {maxSize: 1Gi}\n");
+        assert_eq!((plain.max_size, plain.ttl_millis), (Bytes::gib(1), Some(3_600_000)));
+    }
+
+    #[test]
     fn everything_that_status_and_spec_say() {
         let digest = format!("sha256:{}", "0".repeat(64));
         let rest = format!(
@@ -263,6 +280,7 @@ mod tests {
             read("{name: r, namespace: t}", &rest)
         };
         assert_eq!(view("OnlyCopy").only_copy.as_deref(), Some("m"));
+        assert_eq!(view("FileLost").only_copy.as_deref(), Some("m"));
         assert_eq!((view("Durable").only_copy, view("OnlyCopy").invalid), (None, None));
     }
 

@@ -6,8 +6,11 @@ use crate::ids::{NodeName, ObjectName, PoolName, import_reservation_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
 use crate::reclaim::has_other_copy;
+use crate::states::Machine as _;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, ImportState, ImportView, Placement, ReservationState, ReservationView, View};
+
+use super::state::Event;
 
 /// The next steps for the import with this name. Time plays no part in them yet.
 pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
@@ -18,18 +21,24 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
     }
     if import.durable.is_some() {
         let told =
-            report(import, ImportState::Ready, Reason::Ready, "durable in its image store".to_owned(), false);
+            report(import, Event::Finish, Reason::Ready, "durable in its image store".to_owned(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
     if import.state == ImportState::Ready {
         return drop_reservation(reservation).into_iter().collect(); // whatever else is shown of it now: that was true
     }
     if let Some(message) = &import.invalid {
-        let told = report(import, ImportState::Failed, Reason::InvalidSpec, message.clone(), false);
+        let told = report(import, Event::Fail, Reason::InvalidSpec, message.clone(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
-    if let Some(error) = import.error.as_ref().filter(|error| !error.retryable) {
-        let told = report(import, ImportState::Failed, error.reason, error.message.clone(), false);
+    let ended = import.error.as_ref().filter(|error| !error.retryable);
+    if let Some(value) =
+        import.retry.as_ref().filter(|_| ended.is_some() || import.state == ImportState::Failed)
+    {
+        return retry(view, import, reservation, value);
+    }
+    if let Some(error) = ended {
+        let told = report(import, Event::Fail, error.reason, error.message.clone(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
     if import.state == ImportState::Failed {
@@ -39,7 +48,7 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
     }
     if view.stores.get(&import.store).is_none_or(|store| store.deleting) {
         let message = format!("there is no ImageStore {}", import.store);
-        return vec![report(import, ImportState::Pending, Reason::ImageStoreNotFound, message, false)];
+        return vec![report(import, Event::Wait, Reason::ImageStoreNotFound, message, false)];
     }
     if !import.has_finalizer {
         return vec![Change::GuardImport { name: import.name.clone(), uid: import.uid.clone() }];
@@ -49,6 +58,27 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         (place, None) => probe(view, import, place.as_ref()),
         (None, Some(_)) => probe(view, import, None),
     }
+}
+
+/// It begins again with an assignment of its own, to which nothing counts that an earlier one has come to, once what that
+/// held is given back.
+fn retry(view: &View, import: &ImportView, held: Option<&ReservationView>, value: &str) -> Vec<Change> {
+    if held.is_some() {
+        return drop_reservation(held).into_iter().collect();
+    }
+    let before = import.assignment.as_ref();
+    let same = before
+        .filter(|place| !view.is_lost(&place.node))
+        .map(|place| (place.pool.clone(), place.node.clone()));
+    let Some((pool, node)) = same.or_else(|| most_free(view, import)) else { return Vec::new() };
+    let generation = before.map_or(Generation::FIRST, |place| place.generation.next());
+    let placement = Placement { pool, node, generation };
+    vec![Change::AssignImport {
+        name: import.name.clone(),
+        version: import.version.clone(),
+        placement,
+        retried: Some(value.to_owned()),
+    }]
 }
 
 fn reservation_name(import: &ImportView) -> ObjectName {
@@ -61,11 +91,11 @@ fn probe(view: &View, import: &ImportView, place: Option<&Placement>) -> Vec<Cha
     match (place, best) {
         (Some(place), None) => {
             let message = format!("node {} reads the head of the source", place.node);
-            vec![report(import, ImportState::Probing, Reason::Probing, message, false)]
+            vec![report(import, Event::Probe, Reason::Probing, message, false)]
         }
         (Some(place), Some(_)) if !view.is_lost(&place.node) => {
             let message = format!("node {} reads the head of the source", place.node);
-            vec![report(import, ImportState::Probing, Reason::Probing, message, false)]
+            vec![report(import, Event::Probe, Reason::Probing, message, false)]
         }
         (_, Some((pool, node))) => {
             let generation = place.map_or(Generation::FIRST, |place| place.generation.next());
@@ -73,11 +103,11 @@ fn probe(view: &View, import: &ImportView, place: Option<&Placement>) -> Vec<Cha
         }
         (None, None) if !view.pools.values().any(|pool| import.pools.allows(pool)) => {
             let message = "no pool has these labels".to_owned();
-            vec![report(import, ImportState::Pending, Reason::NoMatchingPool, message, false)]
+            vec![report(import, Event::Wait, Reason::NoMatchingPool, message, false)]
         }
         (None, None) => {
             let message = "no live node carries a pool that may be used".to_owned();
-            vec![report(import, ImportState::Pending, Reason::NoMatchingNode, message, false)]
+            vec![report(import, Event::Wait, Reason::NoMatchingNode, message, false)]
         }
     }
 }
@@ -121,18 +151,15 @@ fn stage(
             access: Access::File,
         };
         let message = format!("needs {peak} in a pool");
-        return vec![
-            create,
-            report(import, ImportState::Queued, Reason::WaitingForReservation, message, false),
-        ];
+        return vec![create, report(import, Event::Reserve, Reason::WaitingForReservation, message, false)];
     };
     if reservation.state == ReservationState::Refused && !reservation.deleting {
         let message = format!("StagingReservation {} of {peak} was refused; it says why", reservation.name);
-        return vec![report(import, ImportState::Failed, Reason::CapacityRefused, message, false)];
+        return vec![report(import, Event::Fail, Reason::CapacityRefused, message, false)];
     }
     let Some(reserved) = reservation.assignment.as_ref().filter(|_| !reservation.deleting) else {
         let message = format!("StagingReservation {} of {peak} is {:?}", reservation.name, reservation.state);
-        return vec![report(import, ImportState::Queued, Reason::WaitingForReservation, message, false)];
+        return vec![report(import, Event::Reserve, Reason::WaitingForReservation, message, false)];
     };
     if (&reserved.pool, &reserved.node) != (&place.pool, &place.node) {
         let generation = place.generation.next();
@@ -141,7 +168,7 @@ fn stage(
     }
     if reservation.prepared != Some(reserved.generation) {
         let message = format!("node {} makes room in pool {}", reserved.node, reserved.pool);
-        return vec![report(import, ImportState::Queued, Reason::WaitingForReservation, message, true)];
+        return vec![report(import, Event::Reserve, Reason::WaitingForReservation, message, true)];
     }
     let (reason, message) = match &import.error {
         Some(error) if error.reason == Reason::ObjectStoreUnavailable => {
@@ -150,7 +177,7 @@ fn stage(
         Some(error) => (Reason::Retrying, format!("{}: {}", error.reason, error.message)),
         None => (Reason::Progressing, format!("node {} imports in pool {}", reserved.node, reserved.pool)),
     };
-    vec![report(import, ImportState::Importing, reason, message, true)]
+    vec![report(import, Event::Work, reason, message, true)]
 }
 
 /// The node ends the work and removes its traces; then the reservation goes, then the finalizer.
@@ -188,21 +215,21 @@ fn drop_reservation(reservation: Option<&ReservationView>) -> Option<Change> {
 }
 
 fn assign(import: &ImportView, placement: Placement) -> Change {
-    Change::AssignImport { name: import.name.clone(), version: import.version.clone(), placement }
+    Change::AssignImport {
+        name: import.name.clone(),
+        version: import.version.clone(),
+        placement,
+        retried: None,
+    }
 }
 
-fn report(
-    import: &ImportView,
-    state: ImportState,
-    reason: Reason,
-    message: String,
-    reserved: bool,
-) -> Change {
+/// What it takes no more changes nothing of its state.
+fn report(import: &ImportView, event: Event, reason: Reason, message: String, reserved: bool) -> Change {
     Change::ReportImport {
         name: import.name.clone(),
         uid: import.uid.clone(),
         version: import.version.clone(),
-        state,
+        state: import.state.after(event).unwrap_or(import.state),
         reason,
         message,
         reserved,
@@ -401,5 +428,56 @@ mod tests {
         import(&mut view).released = None;
         view.nodes.clear();
         assert_eq!(ask(&view).len(), 2, "the node is gone for good");
+    }
+
+    #[test]
+    fn a54_one_that_failed_is_tried_again_once_for_each_value() {
+        let mut view = fresh();
+        import(&mut view).assignment = Some(placed("p", "a", 3));
+        import(&mut view).has_finalizer = true;
+        import(&mut view).peak = Some(Bytes(30));
+        import(&mut view).retry = Some("1".to_owned());
+        assert!(
+            !ask(&view).iter().any(|change| matches!(change, Change::AssignImport { .. })),
+            "it works still"
+        );
+        import(&mut view).state = ImportState::Failed;
+        let refused = own_reservation(&mut view);
+        view.reservations.get_mut(&refused).expect("there").state = ReservationState::Refused;
+        assert!(matches!(&ask(&view)[..], [Change::DeleteReservation { uid, .. }] if *uid == refused));
+        view.reservations.get_mut(&refused).expect("there").deleting = true;
+        assert_eq!(ask(&view), [], "what it held is being given back");
+        view.reservations.clear();
+        let error = WorkError { reason: Reason::SourceChanged, message: "m".to_owned(), retryable: false };
+        for error in [None, Some(error)] {
+            import(&mut view).error = error;
+            let [Change::AssignImport { placement, retried: Some(value), .. }] = &ask(&view)[..] else {
+                panic!("{:?}", ask(&view))
+            };
+            assert_eq!((placement, &**value), (&placed("p", "a", 4), "1"));
+        }
+        // As the write leaves it: it goes on as any other does.
+        import(&mut view).assignment = Some(placed("p", "a", 4));
+        (import(&mut view).retry, import(&mut view).error) = (None, None);
+        import(&mut view).state = ImportState::Pending;
+        assert_eq!(told(&view), (ImportState::Queued, Reason::WaitingForReservation));
+        import(&mut view).state = ImportState::Failed;
+        assert_eq!(ask(&view), [], "the same value does nothing more");
+        import(&mut view).retry = Some("2".to_owned());
+        import(&mut view).durable = template(50, 20).durable;
+        assert_eq!(told(&view).0, ImportState::Ready, "nothing is done again that is done");
+    }
+
+    #[test]
+    fn a54_one_whose_node_is_lost_is_tried_again_on_another() {
+        let mut view = fresh();
+        import(&mut view).assignment = Some(placed("p", "a", 1));
+        import(&mut view).state = ImportState::Failed;
+        import(&mut view).retry = Some("1".to_owned());
+        let lost = view.nodes.get_mut(&"a".into()).expect("there");
+        (lost.live, lost.silent) = (false, true);
+        assert!(view.is_lost(&"a".into()), "{:?}", view.nodes);
+        let [Change::AssignImport { placement, .. }] = &ask(&view)[..] else { panic!("{:?}", ask(&view)) };
+        assert_eq!(*placement, placed("p", "b", 2));
     }
 }

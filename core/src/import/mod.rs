@@ -1,8 +1,10 @@
 //! Imports: placed to be probed, given a reservation, placed where that is, and ended.
 
 mod decide;
+mod state;
 
 pub use decide::decide;
+pub use state::Event;
 
 use crate::units::Bytes;
 

@@ -2,6 +2,7 @@
 //!
 //! **Guarantees.** Bytes that are in no object store go only if somebody consents; until then they are sent, again and
 //! again, also while their reservation is being deleted and after it is gone. What pods see is neither changed nor removed.
+//! A file whose directory is gone is never begun again: a blank one would pass for it.
 
 use crate::ids::{PoolName, Uid};
 use crate::units::Generation;
@@ -22,6 +23,9 @@ pub(super) fn serve(
     let (pool, reservation) = (pool.clone(), uid.clone());
     let directory = area.work_dirs.get(uid).filter(|dir| dir.made && dir.generation == generation);
     let held = area.files.get(uid).filter(|held| held.generation == generation);
+    if area.files.get(uid).is_some_and(|held| held.lost) {
+        return Vec::new();
+    }
     let step = match (directory, held) {
         (Some(_), Some(held)) if held.only_copy => push(view, &pool, uid, held, generation),
         (Some(_), Some(held)) if held.fetched || file.failed || !file.fetches => None,
@@ -71,7 +75,7 @@ fn push(
     held: &HeldFile,
     generation: Generation,
 ) -> Option<Step> {
-    let still = held.shown != Shown::ToWriter && !runs(view, JobKind::Push, uid);
+    let still = held.shown != Shown::ToWriter && !held.lost && !runs(view, JobKind::Push, uid);
     still.then(|| Step::PushFile { pool: pool.clone(), reservation: uid.clone(), generation })
 }
 

@@ -6,6 +6,8 @@
 //! whose file is gone is never made again.
 //! Steps are safe to repeat: planning again after a crash at any point leads to the same end.
 
+use std::cmp::Ordering;
+
 use crate::ids::{Digest, PoolName, Uid};
 use crate::ledger::{Holder, Promise, is_behind};
 use crate::units::{Generation, Timestamp};
@@ -53,11 +55,16 @@ fn plan_pool(view: &NodeView, name: &PoolName, pool: &PoolOnNode, steps: &mut Ve
     }
     let obeyable = pool.ledger.as_ref().filter(|ledger| is_behind(ledger, area).is_none());
     if let Some(ledger) = obeyable {
-        steps.extend(obey(view, name, ledger, area));
+        // What is recorded decides how large, and what is recorded next may say less.
+        let next = obey(view, name, ledger, area).map_or_else(|| grow(name, area), Some);
+        steps.extend(next);
+        // Not while its object is shown: an operator that lags may promise the same once more, and only what is remembered
+        // is not obeyed again.
+        let shown = |uid: &Uid| view.reservations.contains_key(uid) || view.images.contains_key(uid);
         let gone: Vec<Uid> = area
             .promises
             .iter()
-            .filter(|(uid, p)| p.released && !names(ledger, uid, p.generation))
+            .filter(|(uid, p)| p.released && !names(ledger, uid, p.generation) && !shown(uid))
             .map(|(uid, _)| uid.clone())
             .collect();
         if !gone.is_empty() {
@@ -98,12 +105,18 @@ fn obey(view: &NodeView, name: &PoolName, ledger: &LedgerView, area: &AreaView) 
             view.reservations.get(uid).is_some_and(|r| r.pool == *name && r.generation == promise.generation);
         reservation || view.images.get(uid).is_some_and(|image| image.pool == *name)
     };
-    let known = |uid: &Uid, generation| area.promises.get(uid).is_some_and(|p| p.generation >= generation);
+    // A volume may be promised more at the same generation; never less, and not what was given back.
+    let known = |uid: &Uid, promise: &Promise| {
+        area.promises.get(uid).is_some_and(|held| match held.generation.cmp(&promise.generation) {
+            Ordering::Equal => held.released || held.data >= promise.charge.data,
+            order => order == Ordering::Greater,
+        })
+    };
     let new: Vec<(Uid, Promise)> = ledger
         .promises
         .iter()
         .filter(|(_, promise)| promise.revoked.is_none())
-        .filter(|(uid, promise)| assigned(uid, promise) && !known(uid, promise.generation))
+        .filter(|(uid, promise)| assigned(uid, promise) && !known(uid, promise))
         .map(|(uid, promise)| (uid.clone(), promise.clone()))
         .collect();
     if new.is_empty() && ledger.revision == area.revision && area.lineage.is_some() {
@@ -113,8 +126,13 @@ fn obey(view: &NodeView, name: &PoolName, ledger: &LedgerView, area: &AreaView) 
         pool: name.clone(),
         lineage: ledger.lineage.clone(),
         revision: ledger.revision,
+        overcommit: ledger.capacity.overcommit,
         promises: new,
     })
+}
+
+fn grow(name: &PoolName, area: &AreaView) -> Option<Step> {
+    area.volumes_lack.map(|size| Step::GrowVolumes { pool: name.clone(), size })
 }
 
 /// What a reservation with an obeyed promise still needs.
@@ -134,8 +152,11 @@ fn serve(
         let may_make = may_make && reservation.generation == generation;
         return files::serve(view, pool, area, uid, file, generation, may_make);
     }
-    if !may_make || reservation.generation != generation || reservation.is_prepared(uid, area) {
+    if !may_make || reservation.generation != generation {
         return Vec::new();
+    }
+    if reservation.is_prepared(uid, area) {
+        return grow_volume(pool, area, uid).into_iter().collect();
     }
     if area.volumes.get(uid).is_some_and(|volume| volume.lost) {
         return Vec::new();
@@ -155,6 +176,16 @@ fn serve(
     };
     let labels = reservation.labels.clone();
     vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin, labels }]
+}
+
+/// Makes a volume as large as it is promised.
+fn grow_volume(pool: &PoolName, area: &AreaView, uid: &Uid) -> Option<Step> {
+    let (held, promise) = (area.volumes.get(uid)?, area.promises.get(uid)?);
+    (held.ready && held.size < promise.data).then(|| Step::GrowVolume {
+        pool: pool.clone(),
+        reservation: uid.clone(),
+        size: promise.data,
+    })
 }
 
 /// Removes what a deleted reservation has, then says so. One that is in use stays until it is not.

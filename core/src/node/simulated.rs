@@ -2,6 +2,8 @@
 
 mod closing;
 mod files;
+mod given_back;
+mod growth;
 mod images;
 mod imports;
 
@@ -54,19 +56,11 @@ impl Node {
                 Ok(())
             }
             Step::Obey { lineage, revision, promises, .. } => self.effect(|area, _| {
-                area.lineage = Some(lineage.clone());
-                area.revision = *revision;
-                for (uid, p) in promises {
-                    let obeyed = ObeyedPromise {
-                        generation: p.generation,
-                        data: p.charge.data,
-                        class: p.class,
-                        released: false,
-                        reported: false,
-                    };
-                    area.promises.insert(uid.clone(), obeyed);
-                }
+                (area.lineage, area.revision) = (Some(lineage.clone()), *revision);
+                let obeyed = promises.iter().map(|(uid, promise)| (uid.clone(), ObeyedPromise::new(promise)));
+                area.promises.extend(obeyed);
             }),
+            Step::GrowVolumes { .. } => self.effect(|area, _| area.volumes_lack = None),
             Step::MakeWorkDir { reservation, generation, .. } => {
                 self.must_be_obeyed(reservation);
                 let held = |made| HeldWorkDir { generation: *generation, made };
@@ -78,9 +72,10 @@ impl Node {
                     area.work_dirs.insert(reservation.clone(), held(true));
                 })
             }
-            Step::MakeVolume { reservation, generation, origin, .. } => {
-                self.make_volume(reservation, *generation, origin)
+            Step::MakeVolume { reservation, generation, size, origin, .. } => {
+                self.make_volume(reservation, *generation, *size, origin)
             }
+            Step::GrowVolume { reservation, size, .. } => self.grow_volume(reservation, *size),
             Step::FillImage { image, .. } => self.fill(image),
             Step::BeginFile { .. }
             | Step::FetchFile { .. }
@@ -146,12 +141,25 @@ impl Node {
         }
     }
 
-    fn make_volume(&mut self, uid: &Uid, generation: Generation, origin: &Origin) -> Result<(), PowerCut> {
+    fn grow_volume(&mut self, uid: &Uid, size: Bytes) -> Result<(), PowerCut> {
+        let area = self.view.pools[&PoolName::from("p")].area.as_ref().expect("area");
+        let promise = area.promises.get(uid).expect("planned");
+        assert!(promise.reported && promise.data >= size, "larger than is promised, and known to be");
+        self.effect(|area, _| area.volumes.get_mut(uid).expect("planned").size = size)
+    }
+
+    fn make_volume(
+        &mut self,
+        uid: &Uid,
+        generation: Generation,
+        size: Bytes,
+        origin: &Origin,
+    ) -> Result<(), PowerCut> {
         self.must_be_obeyed(uid);
         if let Origin::Image(digest) = origin {
             assert!(self.disk.contains(&format!("image {digest}")), "cloned from nothing");
         }
-        let held = |ready| HeldVolume { generation, ready, lost: false, attached: false };
+        let held = |ready| HeldVolume { generation, size, ready, lost: false, attached: false };
         self.effect(|area, _| {
             area.volumes.insert(uid.clone(), held(false));
         })?;
@@ -359,6 +367,8 @@ fn deleted_while_it_is_made_leaves_nothing_after_any_cut() {
         let ledger = ledger(&mut node);
         ledger.promises.clear();
         ledger.revision += 1;
+        node.view.reservations.clear();
+        node.view.images.clear();
         node.settle().unwrap();
         assert!(area(&node).promises.is_empty(), "and forgotten once the ledger has dropped it");
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{Digest, Lineage, ObjectName, PoolName, Uid};
 use crate::ledger::Promise;
+use crate::overcommit::Overcommit;
 use crate::units::{Bytes, Generation};
 
 /// What a volume starts as.
@@ -36,8 +37,18 @@ pub enum Step {
         lineage: Lineage,
         /// Its revision.
         revision: u64,
+        /// How far it overcommits volumes.
+        overcommit: Overcommit,
         /// What is obeyed from now on.
         promises: Vec<(Uid, Promise)>,
+    },
+    /// Make the kernel pool of volumes so large: its promises have come to count for more, or volumes have written nearly all
+    /// that it had. What is obeyed allows it.
+    GrowVolumes {
+        /// The pool.
+        pool: PoolName,
+        /// How large.
+        size: Bytes,
     },
     /// Make the directory that a transfer may work in.
     MakeWorkDir {
@@ -103,6 +114,15 @@ pub enum Step {
         /// What people know it by.
         labels: BTreeMap<String, String>,
     },
+    /// Make a volume larger, in use or not: more has been promised to it.
+    GrowVolume {
+        /// The pool.
+        pool: PoolName,
+        /// The reservation.
+        reservation: Uid,
+        /// Its new size.
+        size: Bytes,
+    },
     /// Start to fetch a staged image, or go on.
     FillImage {
         /// The pool.
@@ -144,7 +164,7 @@ pub enum Step {
         /// The promise's generation.
         generation: Generation,
     },
-    /// Forget promises that were released and have left the ledger.
+    /// Forget promises that were released and have left the ledger, and whose holders are gone.
     Forget {
         /// The pool.
         pool: PoolName,
@@ -202,6 +222,7 @@ impl Step {
             | Self::PushFile { reservation, .. }
             | Self::RemoveFile { reservation, .. }
             | Self::MakeVolume { reservation, .. }
+            | Self::GrowVolume { reservation, .. }
             | Self::RemoveWorkDir { reservation, .. }
             | Self::RemoveVolume { reservation, .. } => Some(reservation),
             Self::FillImage { image, .. } | Self::RemoveImage { image, .. } => Some(image),
@@ -213,6 +234,7 @@ impl Step {
             Self::PreparePool { .. }
             | Self::ClosePool { .. }
             | Self::Obey { .. }
+            | Self::GrowVolumes { .. }
             | Self::Forget { .. }
             | Self::ProbeStore { .. } => None,
         }

@@ -72,6 +72,8 @@ pub struct AreaView {
     pub lineage: Option<Lineage>,
     /// The highest revision of it that is recorded.
     pub revision: u64,
+    /// How large the kernel pool of volumes has to be made by that, where it is smaller.
+    pub volumes_lack: Option<Bytes>,
     /// Promises that were obeyed, by holder.
     pub promises: BTreeMap<Uid, ObeyedPromise>,
     /// Staged images.
@@ -99,6 +101,14 @@ pub struct ObeyedPromise {
     pub reported: bool,
 }
 
+impl ObeyedPromise {
+    /// A promise of a ledger, just obeyed.
+    pub const fn new(promise: &Promise) -> Self {
+        let (generation, data, class) = (promise.generation, promise.charge.data, promise.class);
+        Self { generation, data, class, released: false, reported: false }
+    }
+}
+
 /// A recorded image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldImage {
@@ -115,6 +125,8 @@ pub struct HeldImage {
 pub struct HeldVolume {
     /// The generation that it was made for.
     pub generation: Generation,
+    /// How large it is, as recorded.
+    pub size: Bytes,
     /// True if it can be used.
     pub ready: bool,
     /// True if it could be used and its file is gone: what it held is lost, and nothing takes its place.
@@ -139,6 +151,8 @@ pub struct HeldFile {
     pub generation: Generation,
     /// True if all of its object is there, or it has none.
     pub fetched: bool,
+    /// True if its directory was there and is gone: what it held is lost, and nothing takes its place.
+    pub lost: bool,
     /// Who sees it.
     pub shown: Shown,
     /// True if a pod may have changed it since it was last known to be in an object store: these are the only bytes.
@@ -258,7 +272,7 @@ impl AreaView {
 impl HeldFile {
     /// True while pods see it, while it is fetched, and while it is the only copy.
     pub fn is_in_use(&self) -> bool {
-        self.shown != Shown::ToNone || self.only_copy || !self.fetched
+        self.shown != Shown::ToNone || self.only_copy || !(self.fetched || self.lost)
     }
 }
 

@@ -3,13 +3,14 @@
 
 use crate::change::{Change, Considered, ReservationReport};
 use crate::ids::Uid;
-use crate::ledger::Behind;
 use crate::reason::Reason;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View, WhenFull};
 
-use super::expiry::{self, Expiry};
+use super::abandoned;
+use super::assigned;
 use super::fit;
+use super::held;
 use super::need::{Need, Unmet};
 use super::place::{
     Candidate, Verdict, candidates, choose, consider, explain, least_shortfall, promises_at, staged,
@@ -20,9 +21,11 @@ use super::state::{Event, next};
 use super::tenant;
 
 /// How often a request that waits is looked at without any other cause, in milliseconds.
-const LOOK_MILLIS: u64 = 10_000;
+pub(super) const LOOK_MILLIS: u64 = 10_000;
+/// How soon a request is looked at again that waits until every node has been heard, in milliseconds.
+const HEARD_MILLIS: u64 = 1000;
 /// How soon it is looked at again after an earlier request that is about to be decided, in milliseconds.
-const SOON_MILLIS: u64 = 200;
+pub(super) const SOON_MILLIS: u64 = 200;
 
 /// The next steps for the reservation with this UID.
 pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
@@ -33,14 +36,23 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
 /// where it is needed, which costs a pass over all that wait.
 pub fn decide_among(view: &View, backlog: Option<&Backlog>, uid: &Uid, now: Timestamp) -> Vec<Change> {
     let Some(reservation) = view.reservations.get(uid) else { return Vec::new() };
+    if view.unreadable_object(uid).is_some() {
+        return Vec::new(); // what is shown of it is not what it is
+    }
     if reservation.deleting {
         return release::decide(view, reservation);
     }
     if let Some(lost) = crate::lost::give_up(view, reservation) {
         return vec![lost];
     }
+    if let Some(changes) = abandoned::sweep(view, reservation, now) {
+        return changes;
+    }
     if let Some(place) = &reservation.assignment {
-        return assigned(view, reservation, place, now);
+        return assigned::decide(view, reservation, place, now);
+    }
+    if let Some(changes) = held::adopt(view, reservation, now) {
+        return changes;
     }
     if reservation.state == ReservationState::Refused {
         return release::withdraw(view, reservation, None).into_iter().collect();
@@ -82,6 +94,9 @@ fn resume(view: &View, reservation: &ReservationView, need: &Need) -> Vec<Change
         )];
     }
     match sound {
+        Some(_) if !reservation.has_finalizer => {
+            vec![Change::GuardReservation { name: reservation.name.clone(), uid: reservation.uid.clone() }]
+        }
         Some(ledger) => {
             let considered = Considered {
                 pool: ledger.pool.clone(),
@@ -123,6 +138,9 @@ fn admit(
     backlog: &Backlog,
     now: Timestamp,
 ) -> Vec<Change> {
+    if view.unheard {
+        return vec![Change::RetryAfter { millis: HEARD_MILLIS }];
+    }
     let all = candidates(view, reservation, need);
     let ahead = backlog.ahead(view, reservation, &all);
     let is_open = |at: usize| !ahead.iter().any(|earlier| earlier.places.contains(&at));
@@ -162,7 +180,7 @@ fn promise(
     vec![ledger.with(&new), assign(reservation, ledger, need, reused, considered)]
 }
 
-fn create_image(view: &View, need: &Need, ledger: &LedgerView) -> Option<Change> {
+pub(super) fn create_image(view: &View, need: &Need, ledger: &LedgerView) -> Option<Change> {
     let image = need.image.as_ref().filter(|_| staged(view, ledger, need).is_none())?;
     Some(Change::CreateImage {
         name: image.name_at(&ledger.pool, &ledger.node),
@@ -171,74 +189,6 @@ fn create_image(view: &View, need: &Need, ledger: &LedgerView) -> Option<Change>
         node: ledger.node.clone(),
         store: image.store.clone(),
     })
-}
-
-/// A reservation that has its place: entries elsewhere go, a lost image comes back, and its state is told.
-fn assigned(view: &View, reservation: &ReservationView, place: &Placement, now: Timestamp) -> Vec<Change> {
-    if let Some(stray) = release::withdraw(view, reservation, Some(place)) {
-        return vec![stray];
-    }
-    let prepared = reservation.prepared == Some(place.generation);
-    if !prepared && let Some(changes) = restore_image(view, reservation, place, now) {
-        return changes;
-    }
-    let Ok(mut state) = next(reservation.state, Event::Assign) else { return Vec::new() };
-    if prepared && let Ok(ready) = next(state, Event::Prepare) {
-        state = ready;
-    }
-    let mut expires = None;
-    if state == ReservationState::Ready {
-        match expiry::judge(view, reservation, place, now) {
-            Expiry::Never => {}
-            Expiry::At(time) => expires = Some(time),
-            Expiry::Due { idle_millis } => return vec![expiry::expire(reservation, place, idle_millis)],
-        }
-    }
-    let (reason, message) = match view.ledger_at(place).and_then(|ledger| view.behind(ledger)) {
-        // A revision alone is most often a view that lags.
-        Some(behind @ (Behind::Lineage { .. } | Behind::Missing { .. })) if !prepared => {
-            (Reason::LedgerBehind, format!("the node refuses new work: {behind}"))
-        }
-        _ if prepared => (Reason::Ready, format!("ready in pool {} on node {}", place.pool, place.node)),
-        _ if view.is_lost(&place.node) => (
-            Reason::NodeLost,
-            format!("promised in pool {}, but node {} does not report", place.pool, place.node),
-        ),
-        _ => (Reason::Promised, format!("promised in pool {} on node {}", place.pool, place.node)),
-    };
-    let told = ReservationReport { expires, ..ReservationReport::new(state, reason, message) };
-    let look = expires.map(|time| Change::RetryAfter { millis: time.millis_since(now).max(SOON_MILLIS) });
-    std::iter::once(report(reservation, told)).chain(look).collect()
-}
-
-/// The image of a reservation that is not ready yet may have been swept by an operator that did not see the reservation:
-/// it is made and promised again. `None` if there is nothing to do, or nothing that can be done.
-fn restore_image(
-    view: &View,
-    reservation: &ReservationView,
-    place: &Placement,
-    now: Timestamp,
-) -> Option<Vec<Change>> {
-    let assigned = reservation.assigned_image.as_ref()?;
-    let ledger = view.ledger_at(place).filter(|ledger| view.behind(ledger).is_none())?;
-    let need = Need::of(view, reservation, now).ok()?;
-    if need.image.as_ref()?.image.digest != assigned.digest || !ledger.promises.contains_key(&reservation.uid)
-    {
-        return None;
-    }
-    if let Some(create) = create_image(view, &need, ledger) {
-        return Some(vec![create]);
-    }
-    let image = staged(view, ledger, &need)?;
-    if image.deleting {
-        return Some(vec![Change::RetryAfter { millis: SOON_MILLIS }]);
-    }
-    if ledger.promises.contains_key(&image.uid) {
-        return None;
-    }
-    let new = [(image.uid.clone(), image.promise(view.block_of(&ledger.pool)))];
-    crate::budget::fits(ledger, &new).ok()?;
-    Some(vec![ledger.with(&new)])
 }
 
 /// It cannot be told yet what is needed: it waits, but not for space.
@@ -344,12 +294,7 @@ fn behind_others(need: &Need, all: &[Candidate], ahead: &[Ahead]) -> Bytes {
 }
 
 /// The reason that is nearest to being solved, and what speaks against each place.
-pub(super) fn why(
-    view: &View,
-    reservation: &ReservationView,
-    need: &Need,
-    all: &[Candidate],
-) -> (Reason, String) {
+fn why(view: &View, reservation: &ReservationView, need: &Need, all: &[Candidate]) -> (Reason, String) {
     if !view.pools.values().any(|pool| reservation.pools.allows(pool)) {
         return (Reason::NoMatchingPool, "no pool has this name, or these labels".to_owned());
     }
@@ -360,6 +305,7 @@ pub(super) fn why(
         Reason::Queued,
         Reason::InsufficientCapacity,
         Reason::TenantLimit,
+        Reason::ObjectUnreadable,
         Reason::Releasing,
         Reason::LedgerFull,
         Reason::DataAlmostFull,
@@ -387,11 +333,9 @@ fn too_late(
     shortfall: Option<Bytes>,
     now: Timestamp,
 ) -> Option<Change> {
-    let policy = Policy::of(view, reservation)?;
-    let since = reservation.queued_since.filter(|_| reservation.state == ReservationState::Queued)?;
-    let waited = now.millis_since(since);
-    let message = || format!("waited {} s of {} s: {why}", waited / 1000, policy.millis / 1000);
-    (waited >= policy.millis).then(|| refuse(reservation, Reason::QueueTimeout, message(), shortfall))
+    let (waited, most) = Policy::exceeded(view, reservation, now)?;
+    let message = format!("waited {} s of {} s: {why}", waited / 1000, most / 1000);
+    Some(refuse(reservation, Reason::QueueTimeout, message, shortfall))
 }
 
 fn refuse(

@@ -28,6 +28,17 @@ fn clone_of_template(name: &str, size: u64) -> ReservationView {
 }
 
 #[test]
+fn a_promise_without_an_assignment_is_guarded_before_it_is_assigned() {
+    let mut view = view(&[("a", 100)]);
+    let mut request = reservation("r", 10, 0);
+    request.has_finalizer = false;
+    let uid = add(&mut view, request);
+    hold(&mut view, "a", "r", Class::Images, 10);
+    let changes = decide(&view, &uid, Timestamp(0));
+    assert!(matches!(&changes[..], [Change::GuardReservation { .. }]), "{changes:?}");
+}
+
+#[test]
 fn guarded_then_promised_and_assigned_then_told() {
     let mut view = view(&[("a", 100)]);
     let mut request = reservation("r", 40, 0);
@@ -48,6 +59,13 @@ fn guarded_then_promised_and_assigned_then_told() {
     view.ledgers.get_mut(&at("p", "a")).expect("there").promises.clone_from(promises);
     assert_eq!(told(&view, "r").state, ReservationState::Promised);
     view.reservations.get_mut(&uid).expect("there").prepared = Some(Generation::FIRST);
+    let promised = told(&view, "r");
+    assert_eq!(
+        (promised.state, promised.reason),
+        (ReservationState::Promised, Reason::Promised),
+        "one at a time, however fast its node was"
+    );
+    view.reservations.get_mut(&uid).expect("there").state = ReservationState::Promised;
     assert_eq!(told(&view, "r").state, ReservationState::Ready);
 }
 

@@ -2,13 +2,15 @@
 //! deletion, and the node itself gives nothing back that is in use.
 //!
 //! When it ends stands in the reservation's status, so that no operator has to remember since when it is idle: it is set
-//! when the reservation is first seen idle, taken back when it is seen in use, and put off by a renewal.
+//! when the reservation is first seen idle, taken back when it is seen in use, and put off by a renewal and by every use that
+//! its node has seen end, also by one that no operator has seen.
 
 use crate::change::Change;
 use crate::units::Timestamp;
 use crate::view::{Placement, ReservationView, View};
 
-/// How far in the future a renewal may lie, by a clock that is not ours, in milliseconds.
+/// How far in the future a renewal or a use may lie, by a clock that is not ours, in milliseconds. A clock that is further
+/// ahead puts nothing off; one that is behind puts the end off by so much less.
 const SKEW_MILLIS: u64 = 300_000;
 
 /// Whether, and when, a reservation that is ready ends.
@@ -28,16 +30,16 @@ pub(super) enum Expiry {
 /// What is to be said of a ready reservation's end. Only the leader moves it; the others repeat what is there.
 pub(super) fn judge(view: &View, reservation: &ReservationView, place: &Placement, now: Timestamp) -> Expiry {
     let Some(ttl) = reservation.ttl_millis else { return Expiry::Never };
-    if !view.leader {
+    if !view.sweeps() {
         return reservation.expires.map_or(Expiry::Never, Expiry::At);
     }
-    let known = view.nodes.get(&place.node).filter(|node| node.live && node.reported);
-    let Some(report) = known.and_then(|node| node.pools.get(&place.pool)) else { return Expiry::Never };
+    let Some(report) = view.told_of(place) else { return Expiry::Never };
     if report.in_use.contains(&reservation.uid) {
         return Expiry::Never;
     }
-    let renewed = reservation.renewed.filter(|time| time.0 <= now.0.saturating_add(SKEW_MILLIS));
-    let put_off = renewed.map(|time| Timestamp(time.0.saturating_add(ttl)));
+    let told = [reservation.renewed, reservation.last_used].into_iter().flatten();
+    let needed = told.filter(|time| time.0 <= now.0.saturating_add(SKEW_MILLIS)).max();
+    let put_off = needed.map(|time| Timestamp(time.0.saturating_add(ttl)));
     let fresh = Timestamp(now.0.saturating_add(ttl));
     let at = reservation.expires.unwrap_or(fresh).max(put_off.unwrap_or_default());
     if now >= at {
@@ -123,6 +125,20 @@ mod tests {
         assert_eq!(ask(&view, &request, TTL), Expiry::At(Timestamp(2 * TTL - 1)));
         request.renewed = Some(Timestamp(TTL + SKEW_MILLIS + 1));
         assert!(matches!(ask(&view, &request, TTL), Expiry::Due { .. }), "a renewal of the far future");
+    }
+
+    #[test]
+    fn a9_a_use_that_no_operator_has_seen_puts_the_end_off() {
+        let (view, mut request) = idle();
+        request.expires = Some(Timestamp(TTL));
+        request.last_used = Some(Timestamp(10 * TTL - 1));
+        assert_eq!(ask(&view, &request, 10 * TTL), Expiry::At(Timestamp(11 * TTL - 1)));
+        request.renewed = Some(Timestamp(10 * TTL));
+        assert_eq!(ask(&view, &request, 10 * TTL), Expiry::At(Timestamp(11 * TTL)), "the later one counts");
+        request.renewed = Some(Timestamp(1000 * TTL));
+        assert_eq!(ask(&view, &request, 10 * TTL), Expiry::At(Timestamp(11 * TTL - 1)), "each by itself");
+        request.last_used = Some(Timestamp(10 * TTL + SKEW_MILLIS + 1));
+        assert!(matches!(ask(&view, &request, 10 * TTL), Expiry::Due { .. }), "a clock of the far future");
     }
 
     #[test]

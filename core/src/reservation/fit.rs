@@ -6,8 +6,9 @@ use crate::reason::Reason;
 use crate::units::{Bytes, Timestamp};
 use crate::view::{ReservationState, ReservationView, View};
 
-use super::decide::{report, why};
-use super::need::{Need, Unmet};
+use super::decide::report;
+use super::need::Need;
+use super::outcome::{Outcome, as_new, outcome};
 use super::place::{Candidate, candidates, choose, consider, everything, least_shortfall, promises_at};
 use super::queue::Backlog;
 use super::room;
@@ -18,6 +19,8 @@ const AGAIN_MILLIS: u64 = 5_000;
 /// What would become of a request at this moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fit {
+    /// Whether it would be promised, wait, or be refused.
+    pub outcome: Outcome,
     /// Where it would be promised now; `None` if it would have to wait or be refused.
     pub place: Option<(PoolName, NodeName)>,
     /// Why, or why not.
@@ -26,7 +29,7 @@ pub struct Fit {
     pub message: String,
     /// The most that would be promised for it, the image that it starts from included where it is not there yet.
     pub peak: Bytes,
-    /// Its position among those that wait, from 1, if it would have to wait.
+    /// Its position among those that wait, from 1, if it would wait.
     pub position: Option<u32>,
     /// Bytes that those before it ask for.
     pub bytes_ahead: Bytes,
@@ -38,42 +41,44 @@ pub struct Fit {
     pub considered: Vec<Considered>,
 }
 
-/// What would become of `request` now. The view need not hold it.
+/// What the leading operator would do with `request` as a new one, made at `now`. The view need not hold it.
 pub fn fit(view: &View, request: &ReservationView, now: Timestamp) -> Fit {
-    let need = match Need::of(view, request, now) {
-        Ok(need) => need,
-        Err(unmet) => return Fit::unmet(request, unmet),
-    };
-    let all = candidates(view, request, &need);
-    let ahead = Backlog::around(view, request, now).ahead(view, request, &all);
+    let mut view = View { leader: true, ..view.clone() };
+    view.remove_reservation(&request.uid);
+    let request = as_new(request, now);
+    let (outcome, told) = outcome(&mut view, &request, now);
+    let Ok(need) = Need::of(&view, &request, now) else { return Fit::without_need(&request, outcome, told) };
+    let all = candidates(&view, &request, &need);
+    let ahead = Backlog::around(&view, &request, now).ahead(&view, &request, &all);
     let best = choose(&all, |at| !ahead.iter().any(|earlier| earlier.places.contains(&at)));
-    let room = if best.is_none() { room::best(view, request, &need, &all, &ahead, now) } else { None };
-    let (reason, message) = match (best, &room) {
-        (Some(at), _) => (Reason::Promised, format!("{} fit: {}", need.bytes(), all[at].chosen_because())),
-        (None, Some((ledger, room))) => (Reason::Reclaiming, room::message(ledger, room, need.bytes())),
-        (None, None) => why(view, request, &need, &all),
-    };
-    let reclaims = room.iter().flat_map(|(_, room)| room.leaving.iter().chain(&room.next));
-    let waits = best.is_none();
+    let room = if best.is_none() { room::best(&view, &request, &need, &all, &ahead, now) } else { None };
+    let fits = || best.map(|at| format!("{} fit: {}", need.bytes(), all[at].chosen_because()));
+    let (reason, message) = told.unwrap_or_else(|| (Reason::Promised, fits().unwrap_or_default()));
+    let reclaims = room.iter().flat_map(|(_, room)| room.names());
+    let position = u32::try_from(ahead.len()).unwrap_or(u32::MAX).saturating_add(1);
     Fit {
+        outcome,
         place: best.map(|at| (all[at].pool.clone(), all[at].node.clone())),
         reason,
         message,
-        peak: peak(view, request, &need, &all, best),
-        position: waits.then(|| u32::try_from(ahead.len()).unwrap_or(u32::MAX).saturating_add(1)),
+        peak: peak(&view, &request, &need, &all, best),
+        position: (outcome == Outcome::Waits).then_some(position),
         bytes_ahead: ahead.iter().map(|earlier| earlier.bytes).sum(),
-        shortfall: if waits { least_shortfall(&all) } else { None },
-        reclaims: reclaims.map(|image| image.name.clone()).collect(),
+        shortfall: if best.is_none() { least_shortfall(&all) } else { None },
+        reclaims: reclaims.map(str::to_owned).collect(),
         considered: consider(&all, best),
     }
 }
 
 impl Fit {
-    fn unmet(request: &ReservationView, unmet: Unmet) -> Self {
+    /// It cannot be told yet what it needs.
+    fn without_need(request: &ReservationView, outcome: Outcome, told: Option<(Reason, String)>) -> Self {
+        let (reason, message) = told.unwrap_or((Reason::Pending, String::new()));
         Self {
+            outcome,
             place: None,
-            reason: unmet.reason,
-            message: unmet.message,
+            reason,
+            message,
             peak: request.max_size,
             position: None,
             bytes_ahead: Bytes::ZERO,
@@ -123,4 +128,56 @@ pub(super) fn dry_run(view: &View, reservation: &ReservationView, now: Timestamp
         ..ReservationReport::new(ReservationState::Pending, Reason::DryRun, message)
     };
     vec![report(reservation, told), Change::RetryAfter { millis: AGAIN_MILLIS }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{add, hold, reservation, view};
+    use crate::ids::ObjectName;
+    use crate::ledger::Class;
+    use crate::view::{Access, WhenFull};
+
+    const NOW: Timestamp = Timestamp(1_000);
+
+    fn told(view: &View, request: &ReservationView) -> (Outcome, Reason) {
+        let fit = fit(view, request, NOW);
+        assert_eq!(fit.outcome == Outcome::Promised, fit.place.is_some(), "{fit:?}");
+        assert_eq!(fit.outcome == Outcome::Waits, fit.position.is_some(), "{fit:?}");
+        (fit.outcome, fit.reason)
+    }
+
+    #[test]
+    fn it_is_what_the_operator_decides_of_the_same_request() {
+        let mut view = view(&[("a", 100)]);
+        let request = reservation("r", 40, 0);
+        assert_eq!(told(&view, &request), (Outcome::Promised, Reason::Promised));
+        hold(&mut view, "a", "x", Class::Images, 70);
+        assert_eq!(told(&view, &request), (Outcome::Waits, Reason::InsufficientCapacity));
+        let mut strict = request.clone();
+        strict.when_full = Some(WhenFull::Reject);
+        assert_eq!(told(&view, &strict), (Outcome::Refused, Reason::CapacityRefused));
+        assert_eq!(told(&view, &reservation("r", 400, 0)), (Outcome::Refused, Reason::LargerThanPool));
+    }
+
+    #[test]
+    fn earlier_ones_are_ahead_and_the_view_stays_as_it_is() {
+        let mut view = view(&[("a", 100)]);
+        let mut earlier = reservation("earlier", 90, 1);
+        earlier.state = ReservationState::Queued;
+        add(&mut view, earlier);
+        view.leader = false;
+        let before = view.clone();
+        assert_eq!(told(&view, &reservation("r", 40, 0)), (Outcome::Waits, Reason::Queued));
+        assert_eq!(view, before);
+    }
+
+    #[test]
+    fn a_template_that_is_not_there_is_a_refusal_though_a_new_request_has_a_time_of_grace() {
+        let mut request = reservation("r", 40, 0);
+        request.access = Access::Block;
+        request.template = Some(ObjectName::new("ns", "none"));
+        let refused = told(&view(&[("a", 100)]), &request);
+        assert_eq!(refused, (Outcome::Refused, Reason::TemplateNotFound));
+    }
 }

@@ -5,9 +5,10 @@ use std::fmt::{self, Write as _};
 use crate::budget::{Shortfall, fits, fits_empty, free};
 use crate::change::Considered;
 use crate::ids::{NodeName, PoolName, Uid};
-use crate::ledger::{Behind, Promise};
+use crate::ledger::{Behind, Class, Promise};
 use crate::pool::OTHER_AREA;
 use crate::reason::Reason;
+use crate::retire::is_leaving;
 use crate::thin::{BlockSize, Stopped};
 use crate::units::Bytes;
 use crate::view::{
@@ -15,7 +16,7 @@ use crate::view::{
 };
 
 use super::need::{ImageNeed, Need, image_promise};
-use super::tenant::{Holdings, TenantExcess};
+use super::tenant::{self, Holdings, TenantExcess};
 
 /// How many places are told in a status.
 const TOLD: usize = 16;
@@ -70,6 +71,8 @@ pub enum Verdict {
     Cordoned(Service),
     /// The reservations of its namespace hold as much of the pool as they may.
     TenantLimit(TenantExcess),
+    /// What its namespace holds of the pool cannot be told: why.
+    Unjudged(String),
 }
 
 impl Verdict {
@@ -97,6 +100,7 @@ impl Verdict {
             Self::ImageLeaving => Reason::Releasing,
             Self::Cordoned(_) => Reason::Cordoned,
             Self::TenantLimit(_) => Reason::TenantLimit,
+            Self::Unjudged(_) => Reason::ObjectUnreadable,
         }
     }
 
@@ -145,6 +149,9 @@ impl fmt::Display for Candidate {
             Verdict::ImageLeaving => f.write_str("is removing its copy of the image"),
             Verdict::Cordoned(service) => write!(f, "takes nothing new: it is {service:?}"),
             Verdict::TenantLimit(excess) => write!(f, "{excess}"),
+            Verdict::Unjudged(why) => {
+                write!(f, "limits what the namespace holds, which cannot be told: {why}")
+            }
         }
     }
 }
@@ -166,15 +173,17 @@ pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Ve
         let limited = !pool.tenant_limits.is_empty();
         let holdings = limited.then(|| Holdings::of(view, pool));
         let excess = holdings.and_then(|held| held.excess(view, pool, reservation, asked));
+        let unjudged = tenant::unjudged(view, pool, &reservation.claim_namespace);
         for (name, node) in &view.nodes {
             if !node.pools.contains_key(&pool.name) || !may_use(reservation, pool, node) {
                 continue;
             }
-            let verdict = match (judge(view, reservation, need, pool, name), &excess) {
-                (Verdict::Fits { .. } | Verdict::Short(_), Some(excess)) => {
+            let verdict = match (judge(view, reservation, need, pool, name), &excess, &unjudged) {
+                (Verdict::Fits { .. } | Verdict::Short(_), Some(excess), _) => {
                     Verdict::TenantLimit(excess.clone())
                 }
-                (verdict, _) => verdict,
+                (Verdict::Fits { .. }, None, Some(why)) => Verdict::Unjudged(why.clone()),
+                (verdict, ..) => verdict,
             };
             let (pool, strategy) = (pool.name.clone(), pool.strategy);
             all.push(Candidate { pool, node: name.clone(), strategy, verdict });
@@ -202,7 +211,7 @@ fn judge(
     let Some(ledger) = view.ledgers.get(&(pool.name.clone(), node.clone())) else { return Verdict::NoLedger };
     let all = promises_at(view, ledger, &reservation.uid, need);
     let image = staged(view, ledger, need);
-    let stopped = stopped(report, &all);
+    let stopped = stopped(report, &all).or_else(|| full(report, ledger, &all));
     if let Some(stopped) = stopped.filter(|stopped| !stopped.is_about_space()) {
         return Verdict::Stopped(stopped);
     }
@@ -222,7 +231,7 @@ fn judge(
     if let Some(behind) = view.behind(ledger) {
         return Verdict::Behind(behind);
     }
-    if image.is_some_and(|image| image.deleting) {
+    if image.is_some_and(|image| is_leaving(ledger, image)) {
         return Verdict::ImageLeaving;
     }
     if let Some(stopped) = stopped {
@@ -242,6 +251,14 @@ pub(super) fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<
     let state = report.thin.as_ref()?;
     let mut needed = all.iter().filter(|(_, promise)| promise.charge.data > Bytes::ZERO);
     needed.find_map(|(_, promise)| state.stopped(promise.class))
+}
+
+/// The kernel pool of volumes, if these have to take some of this and are overcommitted and full.
+fn full(report: &NodePoolState, ledger: &LedgerView, all: &[(Uid, Promise)]) -> Option<Stopped> {
+    let volumes =
+        |(_, promise): &(Uid, Promise)| promise.class == Class::Volumes && promise.charge.data > Bytes::ZERO;
+    let concerned = ledger.capacity.overcommit.is_over() && all.iter().any(volumes);
+    report.thin.as_ref().filter(|_| concerned)?.volumes_full(ledger.attainable_by_volumes())
 }
 
 /// The staged image at this ledger's place, if the need has one and the object is there.

@@ -7,8 +7,8 @@
 //!    reservation in the pool comes before what would be another's second, whatever it holds there counted; then in order
 //!    of arrival.
 //!
-//! The first rule bounds how long anybody can be overtaken. A request that waits for a limit of its own namespace keeps
-//! nobody waiting.
+//! The first rule bounds how long anybody can be overtaken. A request that waits for a limit of its own namespace, or cannot be
+//! read, keeps nobody waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +19,7 @@ use crate::view::{PoolView, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::Need;
 use super::place::{Candidate, everything, may_use, stopped};
-use super::tenant::Holdings;
+use super::tenant::{self, Holdings};
 
 /// The part of a pool's `maxQueueTime` after which a request is overtaken no more.
 const OVERDUE_PART: u64 = 4;
@@ -62,8 +62,10 @@ struct Waiting {
     uid: Uid,
     need: Need,
     queued: bool,
-    /// True if it waits for a limit of its own namespace.
+    /// True if it waits for a limit of its own namespace, or until that can be judged.
     limited: bool,
+    /// True if nobody overtakes it any more.
+    overdue: bool,
 }
 
 /// Sorts before what comes later: overdue, priority, turn, arrival, UID.
@@ -90,6 +92,7 @@ impl Backlog {
             view.ledgers.values().flat_map(|ledger| ledger.promises.keys()).collect();
         let others = view.reservations.values().filter(|other| {
             may_wait(other)
+                && view.unreadable_object(&other.uid).is_none()
                 && !promised.contains(&other.uid)
                 && request.is_none_or(|request| request.uid != other.uid)
         });
@@ -99,6 +102,31 @@ impl Backlog {
             .collect();
         let pools = view.pools.values().filter(|pool| concerns(pool));
         Self { pools: pools.map(|pool| (pool.name.clone(), ordered(view, pool, &waiting, now))).collect() }
+    }
+
+    /// Everything that waits, pool after pool, each in its order.
+    pub(super) fn order(&self) -> impl Iterator<Item = &Uid> {
+        self.pools.values().flatten().map(|waiting| &waiting.uid)
+    }
+
+    /// It is known now that this one waits.
+    pub(super) fn waits(&mut self, uid: &Uid) {
+        let known = self.pools.values_mut().flatten().filter(|waiting| waiting.uid == *uid);
+        known.for_each(|waiting| waiting.queued = true);
+    }
+
+    /// Takes one out that was promised its place in the only pool that it waited for. False, and nothing changed, if the order
+    /// of the others is another one by that: then it has to be made anew. It is the same after the first of a line, because
+    /// what its namespace holds more is what waits less: only not where limits count, nor after one that took no turn.
+    pub(super) fn advance(&mut self, view: &View, uid: &Uid) -> bool {
+        let mut lines = self.pools.iter_mut().filter(|(_, line)| line.iter().any(|one| one.uid == *uid));
+        let (Some((pool, line)), None) = (lines.next(), lines.next()) else { return false };
+        let limited = view.pools.get(pool).is_none_or(|pool| !pool.tenant_limits.is_empty());
+        let steady = !limited && line.first().is_some_and(|first| first.uid == *uid && !first.overdue);
+        if steady {
+            line.remove(0);
+        }
+        steady
     }
 
     /// The earlier requests that wait for one of these places, in order.
@@ -168,8 +196,10 @@ fn ordered(
     let mut ranked: Vec<(Rank, Waiting)> = Vec::with_capacity(line.len());
     for (other, need) in line {
         let asked = need.own_in(pool.block).charge.data;
-        let limited = holdings.excess(view, pool, other, asked).is_some();
-        let rank = if overdue(other) {
+        let limited = holdings.excess(view, pool, other, asked).is_some()
+            || tenant::unjudged(view, pool, &other.claim_namespace).is_some();
+        let overdue = overdue(other);
+        let rank = if overdue {
             (false, 0, 0, other.created, other.uid.clone())
         } else {
             let namespace = other.claim_namespace.as_str();
@@ -178,7 +208,8 @@ fn ordered(
             (true, -other.priority, *turn, other.created, other.uid.clone())
         };
         let queued = other.state == ReservationState::Queued;
-        ranked.push((rank, Waiting { uid: other.uid.clone(), need: need.clone(), queued, limited }));
+        let (uid, need) = (other.uid.clone(), need.clone());
+        ranked.push((rank, Waiting { uid, need, queued, limited, overdue }));
     }
     ranked.sort_by(|(one, _), (two, _)| one.cmp(two));
     ranked.into_iter().map(|(_, waiting)| waiting).collect()
@@ -224,6 +255,14 @@ impl Policy {
             });
         }
         policy
+    }
+
+    /// For how long a request has waited and for how long it may, in milliseconds, once that is over.
+    pub(super) fn exceeded(view: &View, reservation: &ReservationView, now: Timestamp) -> Option<(u64, u64)> {
+        let most = Self::of(view, reservation)?.millis;
+        let since = reservation.queued_since.filter(|_| reservation.state == ReservationState::Queued)?;
+        let waited = now.millis_since(since);
+        (waited >= most).then_some((waited, most))
     }
 }
 

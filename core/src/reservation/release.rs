@@ -4,17 +4,24 @@
 use crate::change::{Change, ReservationReport};
 use crate::lost;
 use crate::reason::Reason;
-use crate::view::{Placement, ReservationState, ReservationView, View};
+use crate::retire;
+use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View};
 
 use super::decide::report;
+use super::held;
 
 /// The write that removes this reservation's promise from the first ledger other than `keep`'s, or of another generation.
-/// Only for entries that no assignment can name any more: it is fixed elsewhere, refused for ever, or being deleted.
+/// Only for entries that no assignment can name any more: it is fixed elsewhere, refused for ever, or being deleted. One that
+/// a node obeys, as after the API server went back in time, is revoked first, and only of what is being deleted. Nothing goes
+/// before every node was heard, or is lost.
 pub(super) fn withdraw(
     view: &View,
     reservation: &ReservationView,
     keep: Option<&Placement>,
 ) -> Option<Change> {
+    if view.unheard {
+        return None; // a node that has not been heard yet may obey it since before the API server went back in time
+    }
     let uid = &reservation.uid;
     let mut strays = view.ledgers_of(uid).filter(|ledger| {
         let entry = ledger.promises.get(uid);
@@ -25,7 +32,18 @@ pub(super) fn withdraw(
         });
         !kept && view.behind(ledger).is_none()
     });
-    strays.next().map(|ledger| view.without(ledger, &[uid]))
+    strays.find_map(|ledger| take_back(view, reservation, ledger))
+}
+
+fn take_back(view: &View, reservation: &ReservationView, ledger: &LedgerView) -> Option<Change> {
+    let uid = &reservation.uid;
+    let promise = ledger.promises.get(uid)?;
+    let report = view.report_of(&ledger.pool, &ledger.node);
+    let over = report.is_some_and(|report| retire::is_over(report, uid, promise));
+    if promise.revoked.is_none() && held::holds(view, ledger, uid) {
+        return reservation.deleting.then(|| ledger.revoking(&[uid]));
+    }
+    (promise.revoked.is_none() || over).then(|| view.without(ledger, &[uid]))
 }
 
 /// The next steps for a reservation that is being deleted.
@@ -60,8 +78,18 @@ enum Step {
 /// Nothing assigns an object that is being deleted, and an operator that does not see that yet fails on its version.
 fn never_assigned(view: &View, reservation: &ReservationView) -> Step {
     match view.ledgers_of(&reservation.uid).next() {
+        None if held::is_held_anywhere(view, &reservation.uid) => {
+            Step::Wait(Reason::LedgerBehind, "a node holds its bytes, and no ledger says so yet".to_owned())
+        }
         None => Step::Done,
-        Some(ledger) => behind(&ledger.name),
+        Some(ledger) if view.behind(ledger).is_some() => behind(&ledger.name),
+        Some(ledger) => {
+            let (node, pool) = (&ledger.node, &ledger.pool);
+            Step::Wait(
+                Reason::Releasing,
+                format!("node {node} has still to give back the bytes in pool {pool}"),
+            )
+        }
     }
 }
 
@@ -123,6 +151,9 @@ mod tests {
     fn never_assigned_loses_its_entries_and_then_its_finalizer() {
         let mut view = deleted(false);
         hold(&mut view, "a", "r", Class::Images, 10);
+        view.unheard = true;
+        assert!(matches!(&decide(&view)[..], [Change::ReportReservation { .. }]), "a node may obey it");
+        view.unheard = false;
         let changes = decide(&view);
         assert!(
             matches!(&changes[..], [Change::WriteLedger { promises, .. }] if promises.is_empty()),

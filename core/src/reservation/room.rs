@@ -4,7 +4,8 @@ use crate::change::{Change, ReservationReport};
 use crate::ids::Uid;
 use crate::ledger::Promise;
 use crate::reason::Reason;
-use crate::reclaim::{Cause, Room, delete, for_shortfall};
+use crate::reclaim::{Cause, Room, for_shortfall};
+use crate::retire::retire;
 use crate::units::{Bytes, Timestamp};
 use crate::view::{LedgerView, ReservationState, ReservationView, View};
 
@@ -21,7 +22,7 @@ const NAMED: usize = 4;
 
 /// The removals that make room for the request at the place that loses fewest images, then fewest bytes, and what is said
 /// of it meanwhile. `None` if no place that nobody waits for already can be made large enough, or if it has waited for that
-/// as long as its pools allow. Only the leader deletes; the others say the same and leave it to the leader.
+/// as long as its pools allow. Only the leader retires; the others say the same and leave it to the leader.
 pub(super) fn make(
     view: &View,
     reservation: &ReservationView,
@@ -31,7 +32,7 @@ pub(super) fn make(
     now: Timestamp,
 ) -> Option<Vec<Change>> {
     let (ledger, room) = best(view, reservation, need, all, ahead, now)?;
-    if is_late(view, reservation, now) {
+    if Policy::exceeded(view, reservation, now).is_some() {
         return None;
     }
     let state = next(reservation.state, Event::Wait).unwrap_or(ReservationState::Queued);
@@ -39,9 +40,9 @@ pub(super) fn make(
         queue: Some((1, Bytes::ZERO)),
         ..ReservationReport::new(state, Reason::Reclaiming, message(ledger, &room, need.bytes()))
     };
-    let deletions = if view.leader { delete(ledger, &room.next, Cause::Shortfall) } else { Vec::new() };
+    let retired = if view.sweeps() { retire(view, ledger, &room.next, Cause::Shortfall) } else { Vec::new() };
     let told = [report(reservation, told), Change::RetryAfter { millis: LOOK_MILLIS }];
-    Some(told.into_iter().chain(deletions).collect())
+    Some(told.into_iter().chain(retired).collect())
 }
 
 /// The place that loses fewest images, then fewest bytes, to make room for the request, and what it loses. `None` if no place
@@ -67,14 +68,8 @@ pub(super) fn best<'v>(
     rooms.min_by_key(|(ledger, room)| (room.next.len(), room.bytes(ledger), &ledger.name))
 }
 
-fn is_late(view: &View, reservation: &ReservationView, now: Timestamp) -> bool {
-    let since = reservation.queued_since.filter(|_| reservation.state == ReservationState::Queued);
-    let policy = Policy::of(view, reservation);
-    since.zip(policy).is_some_and(|(since, policy)| now.millis_since(since) >= policy.millis)
-}
-
 pub(super) fn message(ledger: &LedgerView, room: &Room<'_>, asked: Bytes) -> String {
-    let images: Vec<&str> = room.leaving.iter().chain(&room.next).map(|image| image.name.as_str()).collect();
+    let images: Vec<&str> = room.names().collect();
     let more = images.len().saturating_sub(NAMED);
     let named = images[..images.len().min(NAMED)].join(", ");
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };

@@ -8,10 +8,7 @@
 //! ```
 //! `Refused` ends only with deletion: promises of a refused reservation may be taken away, and nothing places it again.
 
-use std::fmt::Write as _;
-
-use thiserror::Error;
-
+use crate::states::{self, Machine};
 use crate::view::ReservationState::{self, Pending, Promised, Queued, Ready, Refused, Releasing};
 
 /// What happens to a reservation.
@@ -29,25 +26,20 @@ pub enum Event {
     Delete,
 }
 
-impl Event {
-    /// Every event.
-    pub const ALL: &'static [Self] = &[Self::Wait, Self::Assign, Self::Prepare, Self::Refuse, Self::Delete];
+impl Machine for ReservationState {
+    type Event = Event;
+    const KIND: &'static str = "a reservation";
+    const STATES: &'static [Self] = &[Pending, Queued, Promised, Ready, Releasing, Refused];
+    const EVENTS: &'static [Event] =
+        &[Event::Wait, Event::Assign, Event::Prepare, Event::Refuse, Event::Delete];
+
+    fn after(self, event: Event) -> Result<Self, IllegalTransition> {
+        next(self, event)
+    }
 }
 
-impl ReservationState {
-    /// Every state.
-    pub const ALL: &'static [Self] = &[Pending, Queued, Promised, Ready, Releasing, Refused];
-}
-
-/// An event that a state does not allow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("a reservation that is {state:?} does not take {event:?}")]
-pub struct IllegalTransition {
-    /// The state.
-    pub state: ReservationState,
-    /// The event.
-    pub event: Event,
-}
+/// An event that a state does not take.
+pub type IllegalTransition = states::IllegalTransition<ReservationState>;
 
 /// The state after an event. An event that has already had its effect changes nothing.
 ///
@@ -60,40 +52,18 @@ pub const fn next(state: ReservationState, event: Event) -> Result<ReservationSt
         (Promised | Ready, Event::Prepare) | (Ready, Event::Assign) => Ok(Ready),
         (Pending | Queued | Refused, Event::Refuse) => Ok(Refused),
         (_, Event::Delete) => Ok(Releasing),
-        _ => Err(IllegalTransition { state, event }),
+        _ => Err(states::IllegalTransition { state, event }),
     }
-}
-
-/// The table of all pairs, as Markdown for the documentation.
-pub fn transitions_table() -> String {
-    let mut table = String::from("| state |");
-    for event in Event::ALL {
-        let _ = write!(table, " {event:?} |");
-    }
-    table.push_str("\n|---|");
-    table.push_str(&"---|".repeat(Event::ALL.len()));
-    for state in ReservationState::ALL {
-        let _ = write!(table, "\n| {state:?} |");
-        for event in Event::ALL {
-            match next(*state, *event) {
-                Ok(after) => {
-                    let _ = write!(table, " {after:?} |");
-                }
-                Err(_) => table.push_str(" |"),
-            }
-        }
-    }
-    table.push('\n');
-    table
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::states::table;
 
     #[test]
     fn every_pair_is_as_documented() {
-        let table = "\
+        let expected = "\
 | state | Wait | Assign | Prepare | Refuse | Delete |
 |---|---|---|---|---|---|
 | Pending | Queued | Promised | | Refused | Releasing |
@@ -103,7 +73,7 @@ mod tests {
 | Releasing | | | | | Releasing |
 | Refused | | | | Refused | Releasing |
 ";
-        assert_eq!(transitions_table(), table);
+        assert_eq!(table::<ReservationState>(), expected);
     }
 
     #[test]

@@ -62,7 +62,8 @@ impl fmt::Display for TenantExcess {
     }
 }
 
-/// What each namespace holds in a pool, by the promises in the pool's ledgers. A staged image is nobody's: it is shared.
+/// What each namespace holds in a pool, by the promises in the pool's ledgers, which tell it of objects that cannot be read as
+/// well. A staged image is nobody's: it is shared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Holdings(BTreeMap<String, (Bytes, u32)>);
 
@@ -70,11 +71,12 @@ impl Holdings {
     /// Adds up.
     pub(super) fn of(view: &View, pool: &PoolView) -> Self {
         let mut held: BTreeMap<String, (Bytes, u32)> = BTreeMap::new();
-        let promises = view.ledgers.values().filter(|ledger| ledger.pool == pool.name);
-        for (uid, promise) in promises.flat_map(|ledger| &ledger.promises) {
+        for (uid, promise) in view.ledgers_in(&pool.name).flat_map(|ledger| &ledger.promises) {
             let Holder::Reservation(name) = &promise.holder else { continue };
             let reservation = view.reservations.get(uid);
-            let namespace = reservation.map_or(&name.namespace, |known| &known.claim_namespace);
+            let unreadable = view.unreadable_object(uid).map(|one| &one.claim_namespace);
+            let known = unreadable.or_else(|| reservation.map(|known| &known.claim_namespace));
+            let namespace = known.unwrap_or(&name.namespace);
             let sum = held.entry(namespace.clone()).or_default();
             *sum = (sum.0.saturating_add(promise.charge.data), sum.1.saturating_add(1));
         }
@@ -86,7 +88,8 @@ impl Holdings {
         self.0.get(namespace).map_or(0, |(_, count)| *count)
     }
 
-    /// The first limit of the pool that `asked` bytes more would exceed.
+    /// The first limit of the pool that `asked` bytes more would exceed; the number of reservations counts for one that holds
+    /// nothing yet.
     pub(super) fn excess(
         &self,
         view: &View,
@@ -95,16 +98,21 @@ impl Holdings {
         asked: Bytes,
     ) -> Option<TenantExcess> {
         let namespace = &reservation.claim_namespace;
-        let (bytes, count) = self.0.get(namespace).copied().unwrap_or_default();
-        limits(view, pool, namespace).find_map(|limit| {
-            let over = |most: &Bytes| bytes.saturating_add(asked) > *most;
-            let kind = match (limit.bytes.filter(over), limit.reservations) {
-                (Some(most), _) => ExcessKind::Bytes { held: bytes, asked, most },
-                (None, Some(most)) if count >= most => ExcessKind::Reservations { held: count, most },
-                _ => return None,
-            };
-            Some(TenantExcess { namespace: namespace.clone(), kind })
-        })
+        let held = self.count(namespace);
+        let is_new = reservation.assignment.is_none();
+        let exceeded = |limit: &TenantLimit| {
+            let too_many = limit.reservations.filter(|most| is_new && held >= *most);
+            let too_many = too_many.map(|most| ExcessKind::Reservations { held, most });
+            self.excess_over(limit, namespace, asked).or(too_many)
+        };
+        let kind = limits(view, pool, namespace).find_map(exceeded)?;
+        Some(TenantExcess { namespace: namespace.clone(), kind })
+    }
+
+    fn excess_over(&self, limit: &TenantLimit, namespace: &str, asked: Bytes) -> Option<ExcessKind> {
+        let held = self.0.get(namespace).map_or(Bytes::ZERO, |(bytes, _)| *bytes);
+        let most = limit.bytes.filter(|most| held.saturating_add(asked) > *most)?;
+        Some(ExcessKind::Bytes { held, asked, most })
     }
 }
 
@@ -112,6 +120,13 @@ impl Holdings {
 /// in two ledgers could exceed it together.
 pub(super) fn is_limited(view: &View, pool: &PoolView, namespace: &str) -> bool {
     limits(view, pool, namespace).next().is_some()
+}
+
+/// Why it cannot be told whether a reservation of this namespace keeps within the pool's limits: a ledger that cannot be read
+/// may promise more. It is the leader's to say, which alone admits.
+pub(super) fn unjudged(view: &View, pool: &PoolView, namespace: &str) -> Option<String> {
+    let hidden = view.unreadable_ledger(&pool.name).filter(|_| view.leader)?;
+    is_limited(view, pool, namespace).then(|| hidden.to_string())
 }
 
 /// The limits of a pool that are about this namespace. One whose labels are not known has none.
@@ -122,3 +137,7 @@ fn limits<'v>(view: &'v View, pool: &'v PoolView, namespace: &str) -> impl Itera
         wanted.all(|(key, value)| labels.is_some_and(|labels| labels.get(key) == Some(value)))
     })
 }
+
+#[cfg(test)]
+#[path = "tenant_tests.rs"]
+mod tests;

@@ -15,6 +15,8 @@ pub struct Stopped {
     pub class: Class,
     /// Why.
     pub why: StopReason,
+    /// Its data.
+    pub data: Usage,
     /// Its metadata.
     pub metadata: Usage,
 }
@@ -46,7 +48,7 @@ impl StopReason {
 
 impl fmt::Display for Stopped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { class, why, metadata } = self;
+        let Self { class, why, data, metadata } = self;
         let class = match class {
             Class::Images => "images",
             Class::Volumes => "volumes",
@@ -60,7 +62,9 @@ impl fmt::Display for Stopped {
                 let (used, total, percent) = (metadata.used, metadata.total, metadata.percent());
                 write!(f, "uses {used} of {total} of metadata, {percent} %, more than {ADMISSION_PERCENT} %")
             }
-            StopReason::Data => f.write_str("has no data space left and has not grown yet"),
+            StopReason::Data => {
+                write!(f, "has no data space left: {} of {} are written", data.used, data.total)
+            }
         }
     }
 }
@@ -101,7 +105,15 @@ impl ThinState {
     /// Why nothing more is promised to a class, if that is so.
     pub fn stopped(&self, class: Class) -> Option<Stopped> {
         let state = self.of(class);
-        state.stopped().map(|why| Stopped { class, why, metadata: state.metadata })
+        state.stopped().map(|why| Stopped { class, why, data: state.data, metadata: state.metadata })
+    }
+
+    /// That nothing more is promised to volumes that are overcommitted, if they have written all that their kernel pool has and
+    /// can attain: what is promised to them already is as much as they can write.
+    pub fn volumes_full(&self, attainable: Bytes) -> Option<Stopped> {
+        let PoolState { data, metadata, .. } = self.volumes;
+        let full = data.used >= attainable.max(data.total);
+        full.then_some(Stopped { class: Class::Volumes, why: StopReason::Data, data, metadata })
     }
 
     /// True if one of the kernel pools has less than a fifth left of what it can attain of `total`.
@@ -160,5 +172,26 @@ mod tests {
         );
         assert_eq!((stopped.reason(), stopped.is_about_space()), (Reason::MetadataAlmostFull, true));
         assert_eq!(thin.stopped(Class::Volumes), None);
+        let full = PoolState {
+            mode: PoolMode::OutOfDataSpace,
+            data: Usage { used: Bytes::mib(700), total: Bytes::mib(700) },
+            ..well()
+        };
+        let thin = ThinState { images: well(), volumes: full };
+        assert_eq!(
+            thin.stopped(Class::Volumes).expect("full").to_string(),
+            "promises nothing more for volumes: the kernel pool has no data space left: 700 MiB of 700 MiB are written"
+        );
+    }
+
+    #[test]
+    fn overcommitted_volumes_that_have_written_all_take_nothing_more() {
+        let data = |gib| Usage { used: Bytes::gib(gib), total: Bytes::gib(5) };
+        let full = |used, attainable| {
+            let thin = ThinState { images: well(), volumes: PoolState { data: data(used), ..well() } };
+            thin.volumes_full(Bytes::gib(attainable)).map(|stopped| (stopped.class, stopped.reason()))
+        };
+        assert_eq!(full(5, 4), Some((Class::Volumes, Reason::DataAlmostFull)));
+        assert_eq!((full(5, 6), full(4, 4)), (None, None), "it grows, or has space");
     }
 }

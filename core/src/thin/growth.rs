@@ -185,6 +185,16 @@ fn grow_data(usage: &Usage, room: &Room) -> Bytes {
     within(wanted, room.data_limit.saturating_sub(usage.total), room)
 }
 
+/// How large the data of a kernel pool has to become that is nearly all written, where it may attain `limit`: by a tenth, but
+/// at least by [`DATA_STEP`], or a tenth of what it may attain if that is less. Zero while there is enough.
+pub fn demanded(usage: &Usage, limit: Bytes) -> Bytes {
+    if usage.used == Bytes::ZERO || usage.percent() < DATA_GROW_PERCENT {
+        return Bytes::ZERO;
+    }
+    let step = usage.total.percent(10).max(DATA_STEP.min(limit.percent(10)));
+    usage.total.saturating_add(step).min(limit)
+}
+
 /// `wanted`, bounded by `most` and by what is free, in whole extents.
 fn within(wanted: Bytes, most: Bytes, room: &Room) -> Bytes {
     let whole = |bytes: Bytes| Bytes(bytes.0 - bytes.0.checked_rem(room.extent.0).unwrap_or(0));
@@ -283,6 +293,17 @@ mod tests {
                 Action::Grow { part: Part::Metadata, by: Bytes::mib(100) }
             ]
         );
+    }
+
+    #[test]
+    fn what_is_written_demands_more_in_steps_up_to_the_limit() {
+        let usage = |used, total| Usage { used: Bytes::gib(used), total: Bytes::gib(total) };
+        let asked = |used, total, limit| demanded(&usage(used, total), Bytes::gib(limit));
+        assert_eq!((asked(15, 20, 100), asked(0, 0, 100)), (Bytes::ZERO, Bytes::ZERO));
+        assert_eq!((asked(16, 20, 100), asked(40, 50, 100)), (Bytes::gib(22), Bytes::gib(55)));
+        assert_eq!((asked(4, 5, 10), asked(10, 10, 10)), (Bytes::gib(6), Bytes::gib(10)));
+        let nearly = demanded(&usage(4, 5), Bytes::mib(5 * 1024 + 100));
+        assert_eq!(nearly, Bytes::mib(5 * 1024 + 100));
     }
 
     #[test]

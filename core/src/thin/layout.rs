@@ -5,6 +5,7 @@ use super::{
     admissible_metadata, device_metadata, pool_metadata,
 };
 use crate::ledger::{Charge, MAX_PROMISES};
+use crate::overcommit::Overcommit;
 use crate::units::Bytes;
 use crate::view::LedgerCapacity;
 
@@ -91,7 +92,7 @@ pub fn capacity(total: Bytes, block: BlockSize, state: &ThinState) -> LedgerCapa
     let images = class(&state.images, &state.volumes);
     let volumes = class(&state.volumes, &state.images);
     let metadata = images.metadata.saturating_add(volumes.metadata);
-    LedgerCapacity { images, volumes, total: Charge { data: total, metadata } }
+    LedgerCapacity { images, volumes, total: Charge { data: total, metadata }, overcommit: Overcommit::NONE }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::PoolView;
+use super::{PoolChoice, PoolView};
 use crate::ids::NodeName;
 use crate::units::Bytes;
 
@@ -84,5 +84,15 @@ impl Default for ReclaimPolicy {
     /// The defaults of the API, without a time of grace.
     fn default() -> Self {
         Self { ttl_millis: 3_600_000, keep_warm_millis: 0, high_percent: 85, low_percent: 70 }
+    }
+}
+
+impl PoolChoice {
+    /// True if the choice allows this pool.
+    pub fn allows(&self, pool: &PoolView) -> bool {
+        match self {
+            Self::Named(name) => *name == pool.name,
+            Self::Labelled(labels) => labels.iter().all(|(key, value)| pool.labels.get(key) == Some(value)),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use berth_core::ids::{Lineage, ObjectName, PoolName, Uid};
+use berth_core::ids::{ObjectName, PoolName, Uid};
 use berth_core::ledger::{Class, Holder, Promise};
 use berth_core::node::Step;
 use berth_core::node::view::{JobKey, JobKind};
@@ -18,6 +18,7 @@ use super::jobs::StillRunning;
 use super::pools::{OpenPool, PoolError};
 use super::volumes::{self, VolumeError};
 use super::{observe, stores};
+use crate::area::AreaError;
 use crate::node::Node;
 
 /// Why a step was not carried out. It is planned again as long as it is needed.
@@ -35,6 +36,9 @@ pub enum StepError {
     /// The record.
     #[error("failed to record")]
     Record(#[from] ChangeError),
+    /// A kernel pool.
+    #[error("failed to make the kernel pool of volumes larger")]
+    Area(#[from] AreaError),
     /// A volume or work directory.
     #[error("failed to make or remove a volume or directory")]
     Volume(#[from] VolumeError),
@@ -59,12 +63,14 @@ pub enum StepError {
 pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
     match step {
         Step::PreparePool { pool } => prepare(node, pool).await,
-        Step::ClosePool { pool } => {
-            let (node, pool) = (Arc::clone(node), pool.clone());
-            Ok(tokio::task::spawn_blocking(move || node.pools.close(&pool)).await??)
+        Step::ClosePool { pool } => close(node, pool).await,
+        Step::Obey { pool, lineage, revision, overcommit, promises } => {
+            let (lineage, obeyed_revision, overcommit) = (Some(lineage.clone()), *revision, *overcommit);
+            obey(node, pool, LedgerPosition { lineage, obeyed_revision, overcommit }, promises).await
         }
-        Step::Obey { pool, lineage, revision, promises } => {
-            obey(node, pool, lineage, *revision, promises).await
+        Step::GrowVolumes { pool, size } => {
+            let size = *size;
+            on_pool(node, pool, move |pool| Ok(pool.area.grow(Class::Volumes, size)?)).await
         }
         Step::MakeWorkDir { pool, reservation, generation, bytes } => {
             let (uid, generation, bytes) = (reservation.clone(), *generation, *bytes);
@@ -73,31 +79,21 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         Step::MakeVolume { pool, reservation, generation, size, origin, labels } => {
             let (uid, generation, size) = (reservation.clone(), *generation, *size);
             let (origin, labels) = (origin.clone(), labels.clone());
-            on_pool(node, pool, move |pool| {
-                Ok(volumes::make(pool, &uid, generation, size, &origin, &labels)?)
-            })
-            .await
+            let make = move |pool: &OpenPool| volumes::make(pool, &uid, generation, size, &origin, &labels);
+            on_pool(node, pool, move |pool| Ok(make(pool)?)).await
         }
-        Step::RemoveWorkDir { pool, reservation } => {
-            let uid = reservation.clone();
-            on_pool(node, pool, move |pool| Ok(volumes::remove_work_dir(pool, &uid)?)).await
+        Step::GrowVolume { pool, reservation, size } => {
+            let (uid, size) = (reservation.clone(), *size);
+            on_pool(node, pool, move |pool| Ok(volumes::grow(pool, &uid, size)?)).await
         }
         Step::BeginFile { pool, reservation, generation, bytes } => {
             let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
             Ok(files::begin(node, pool, reservation, *generation, *bytes).await?)
         }
-        Step::RemoveFile { pool, reservation, only_copy } => {
-            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
-            Ok(files::remove(node, pool, reservation, *only_copy).await?)
-        }
-        Step::RemoveVolume { pool, reservation } => {
-            let uid = reservation.clone();
-            on_pool(node, pool, move |pool| Ok(volumes::remove(pool, &uid)?)).await
-        }
-        Step::RemoveImage { pool, image, digest } => {
-            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
-            Ok(fill::remove(node, &pool, image, *digest).await?)
-        }
+        Step::RemoveWorkDir { .. }
+        | Step::RemoveVolume { .. }
+        | Step::RemoveFile { .. }
+        | Step::RemoveImage { .. } => remove(node, step).await,
         Step::Released { pool, holder, generation } => {
             let (uid, generation) = (holder.clone(), *generation);
             on_pool(node, pool, move |pool| Ok(pool.released(&uid, generation)?)).await
@@ -106,12 +102,7 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let holders = holders.clone();
             on_pool(node, pool, move |pool| holders.iter().try_for_each(|uid| Ok(pool.forget(uid)?))).await
         }
-        Step::AbandonImport { import, generation } => {
-            for kind in [JobKind::Probe, JobKind::Import] {
-                node.jobs.stop(&JobKey { kind, uid: import.clone(), generation: *generation }).await?;
-            }
-            Ok(imports::abandon(node, import, *generation).await?)
-        }
+        Step::AbandonImport { import, generation } => abandon(node, import, *generation).await,
         Step::StopJob { job } => Ok(node.jobs.stop(job).await?),
         Step::FillImage { .. }
         | Step::FetchFile { .. }
@@ -119,6 +110,41 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         | Step::StartProbe { .. }
         | Step::StartImport { .. }
         | Step::ProbeStore { .. } => start(node, step),
+    }
+}
+
+async fn close(node: &Arc<Node>, pool: &PoolName) -> Result<(), StepError> {
+    let (node, pool) = (Arc::clone(node), pool.clone());
+    Ok(tokio::task::spawn_blocking(move || node.pools.close(&pool)).await??)
+}
+
+/// Ends the work of an import before its traces go.
+async fn abandon(node: &Arc<Node>, import: &Uid, generation: Generation) -> Result<(), StepError> {
+    for kind in [JobKind::Probe, JobKind::Import] {
+        node.jobs.stop(&JobKey { kind, uid: import.clone(), generation }).await?;
+    }
+    Ok(imports::abandon(node, import, generation).await?)
+}
+
+/// Removes the bytes of a holder.
+async fn remove(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
+    let open = |pool: &PoolName| node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()));
+    match step {
+        Step::RemoveWorkDir { pool, reservation } => {
+            let uid = reservation.clone();
+            on_pool(node, pool, move |pool| Ok(volumes::remove_work_dir(pool, &uid)?)).await
+        }
+        Step::RemoveVolume { pool, reservation } => {
+            let uid = reservation.clone();
+            on_pool(node, pool, move |pool| Ok(volumes::remove(pool, &uid)?)).await
+        }
+        Step::RemoveFile { pool, reservation, only_copy } => {
+            Ok(files::remove(node, open(pool)?, reservation, *only_copy).await?)
+        }
+        Step::RemoveImage { pool, image, digest } => {
+            Ok(fill::remove(node, &open(pool)?, image, *digest).await?)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -192,11 +218,9 @@ async fn prepare(node: &Arc<Node>, name: &PoolName) -> Result<(), StepError> {
 async fn obey(
     node: &Node,
     pool: &PoolName,
-    lineage: &Lineage,
-    revision: u64,
+    position: LedgerPosition,
     promises: &[(Uid, Promise)],
 ) -> Result<(), StepError> {
-    let position = LedgerPosition { lineage: Some(lineage.clone()), obeyed_revision: revision };
     let entries: Vec<(Uid, PromiseEntry)> = promises.iter().map(|(uid, p)| (uid.clone(), entry(p))).collect();
     on_pool(node, pool, move |pool| Ok(pool.obey(&position, &entries)?)).await
 }

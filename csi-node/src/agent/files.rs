@@ -23,7 +23,7 @@ use super::imports::WorkError;
 use super::news::FileNews;
 use super::pools::OpenPool;
 use super::{sources, stores};
-use crate::area::AreaError;
+use crate::area::{AreaError, BoundedDir};
 use crate::credentials::{CredentialSource as _, SecretCredentials};
 use crate::files::{self, FileError, FileWork, HasRecord, boot};
 use crate::node::Node;
@@ -62,6 +62,9 @@ pub enum FilesError {
     /// The area.
     #[error("the pool's area fails")]
     Area(#[from] AreaError),
+    /// Its directory was there and is gone: a blank one would pass for it.
+    #[error("the directory of file {0} is gone, and is not made again")]
+    Lost(Uid),
     /// The record cannot be read.
     #[error("the record cannot be read")]
     Read(#[from] ReadError),
@@ -79,6 +82,7 @@ impl FilesError {
             Self::Field(_) => Reason::InvalidSpec,
             Self::Open(error) => error.reason(),
             Self::File(error) => error.reason(),
+            Self::Lost(_) => Reason::FileLost,
             Self::Gone(_) | Self::Area(_) | Self::Read(_) | Self::Record(_) | Self::Worker(_) => {
                 Reason::Retrying
             }
@@ -106,6 +110,7 @@ pub async fn begin(
     let entry = FileEntry {
         generation,
         name: file_name(file)?.to_owned(),
+        made: false,
         fetch: if file.source.is_some() { FileFetch::Waiting } else { FileFetch::Complete },
         content: FileContent::Unchanged,
         target: file.result.as_ref().map(|result| target(namespace, result)),
@@ -113,13 +118,49 @@ pub async fn begin(
         sent: None,
     };
     let uid = uid.clone();
-    let made = tokio::task::spawn_blocking(move || -> Result<(), FilesError> {
+    tokio::task::spawn_blocking(move || {
         let _turn = pool.turn();
-        let dir = std::path::Path::new("staging").join(uid.as_str());
-        pool.record.begin_file(&uid, &StagingEntry { generation, dir, bytes }, &entry)?;
-        Ok(pool.area.make_bounded_dir(&pool.record, &uid, bytes)?)
-    });
-    made.await?
+        make_directory(&pool, &uid, bytes, &entry)
+    })
+    .await?
+}
+
+/// Makes the directory of a file that is recorded first; one that was there before is shown, and never made again.
+pub fn make_directory(
+    pool: &OpenPool,
+    uid: &Uid,
+    bytes: Bytes,
+    wanted: &FileEntry,
+) -> Result<(), FilesError> {
+    let dir = std::path::Path::new("staging").join(uid.as_str());
+    let staging = StagingEntry { generation: wanted.generation, dir, bytes };
+    let entry = pool.record.begin_file(uid, &staging, wanted)?;
+    if directory(pool, uid, &entry)? == FileDir::Lost {
+        return Err(FilesError::Lost(uid.clone()));
+    }
+    pool.area.make_bounded_dir(&pool.record, uid, bytes)?;
+    Ok(pool.record.file_made(uid)?)
+}
+
+/// What there is of the directory of a file that is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileDir {
+    /// It is being made, or made visible.
+    Hidden,
+    /// It is there.
+    Shown,
+    /// It was there, and is gone.
+    Lost,
+}
+
+/// By the record and the disk.
+pub fn directory(pool: &OpenPool, uid: &Uid, entry: &FileEntry) -> Result<FileDir, AreaError> {
+    Ok(match pool.area.bounded_dir(&pool.record, uid)? {
+        _ if !entry.made => FileDir::Hidden,
+        BoundedDir::Shown => FileDir::Shown,
+        BoundedDir::Hidden => FileDir::Hidden,
+        BoundedDir::Gone => FileDir::Lost,
+    })
 }
 
 fn target(namespace: String, asked: &S3Target) -> FileTarget {

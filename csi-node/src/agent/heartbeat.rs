@@ -2,7 +2,8 @@
 //!
 //! **Order.** Before every renewal the node's report is read from the API server itself and written where it is not the
 //! present one: whoever sees a renewal and reads the report afterwards reads one that is no older than the renewal, also
-//! after the API server was set back. A node that cannot report is not live.
+//! after the API server was set back. A node that cannot report is not live. What these two show of themselves also tells that
+//! the API server was set back: to a state of at least one renewal ago.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -63,6 +64,10 @@ async fn confirm_report(node: &Arc<Node>) -> Result<bool, ReportError> {
     let found = Api::<StagingNode>::all(node.client.clone()).get_opt(node.name.as_str()).await;
     let what = || format!("to show StagingNode {}", node.name);
     let found = found.map_err(|source| ReportError::Api { what: what(), source: Box::new(source) })?;
+    node.watches.met(found.as_ref());
+    if !node.watches.synced() {
+        return Ok(false); // it went back in time: what is to be reported may follow from what is no more
+    }
     report_node(node, &view, found.map(Arc::new)).await
 }
 
@@ -70,6 +75,7 @@ async fn renew(node: &Node) -> Result<(), kube::Error> {
     let leases = Api::<Lease>::namespaced(node.client.clone(), &node.config.system_namespace);
     let name = node_lease_name(&node.name);
     let found = leases.get_opt(&name).await?;
+    node.watches.met(found.as_ref());
     let renewed = Some(MicroTime(jiff::Timestamp::now()));
     let spec = |old: Option<LeaseSpec>| LeaseSpec {
         holder_identity: Some(node.name.to_string()),
@@ -77,13 +83,14 @@ async fn renew(node: &Node) -> Result<(), kube::Error> {
         renew_time: renewed.clone(),
         ..old.unwrap_or_default()
     };
-    if let Some(mut lease) = found {
+    let written = if let Some(mut lease) = found {
         lease.spec = Some(spec(lease.spec.take()));
-        leases.replace(&name, &PostParams::default(), &lease).await?;
+        leases.replace(&name, &PostParams::default(), &lease).await?
     } else {
         let metadata = ObjectMeta { name: Some(name), ..ObjectMeta::default() };
-        leases.create(&PostParams::default(), &Lease { metadata, spec: Some(spec(None)) }).await?;
-    }
+        leases.create(&PostParams::default(), &Lease { metadata, spec: Some(spec(None)) }).await?
+    };
+    node.watches.met(Some(&written));
     Ok(())
 }
 

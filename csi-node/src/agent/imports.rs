@@ -131,10 +131,7 @@ async fn pause_or_end(
         }
         Next::Ended => last_error(error.reason(), &chain(error), false),
     };
-    node.news.edit_import(uid, object, |news| {
-        news.last_error = Some(ended);
-        news.waiting = None;
-    });
+    node.news.edit_import(uid, object, |news| news.failed(ended, object));
     false
 }
 

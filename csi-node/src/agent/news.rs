@@ -30,6 +30,8 @@ pub struct ImportNews {
     pub attempts: Option<i32>,
     /// What went wrong last.
     pub last_error: Option<LastError>,
+    /// The generation whose work that has ended.
+    pub failed_generation: Option<i64>,
     /// The image.
     pub durable: Option<DurableImage>,
     /// The generation whose traces are gone.
@@ -40,6 +42,25 @@ pub struct ImportNews {
     pub said: Said,
     /// Bytes on the wire when that was said, for the rate.
     pub wire: Option<(Timestamp, Bytes)>,
+}
+
+impl ImportNews {
+    /// The same, or nothing if it has failed and is to be tried again: attempts count anew, and the source is looked at anew.
+    fn of_assignment(self, object: &TemplateImport) -> Self {
+        let assigned = object.status.as_ref().and_then(|status| status.assignment.as_ref());
+        let past = self
+            .failed_generation
+            .is_some_and(|failed| assigned.is_some_and(|assigned| assigned.generation > failed));
+        if past { Self { released_generation: self.released_generation, ..Self::default() } } else { self }
+    }
+
+    /// Takes note of the error that ends the work of this assignment.
+    pub fn failed(&mut self, error: LastError, object: &TemplateImport) {
+        let assigned = object.status.as_ref().and_then(|status| status.assignment.as_ref());
+        self.failed_generation = assigned.map(|assigned| assigned.generation);
+        self.last_error = Some(error);
+        self.waiting = None;
+    }
 }
 
 /// What a node knows of an image that it fills.
@@ -79,6 +100,9 @@ pub struct StoreNews {
     pub failures: u32,
 }
 
+/// A promise that the API server was told of: its pool, its holder, its generation, and its bytes of data.
+pub type ToldPromise = (PoolName, Uid, Generation, Bytes);
+
 /// All of it.
 #[derive(Default)]
 pub struct News {
@@ -86,7 +110,7 @@ pub struct News {
     fills: Mutex<BTreeMap<Uid, FillNews>>,
     files: Mutex<BTreeMap<Uid, FileNews>>,
     stores: Mutex<BTreeMap<Uid, StoreNews>>,
-    obeyed: Mutex<BTreeSet<(PoolName, Uid, Generation)>>,
+    obeyed: Mutex<BTreeSet<ToldPromise>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -99,37 +123,45 @@ pub fn last_error(reason: Reason, message: &str, retryable: bool) -> LastError {
     LastError { reason: reason.as_str().to_owned(), message, time: time(now()), retryable }
 }
 
-/// Words that are absolute paths are cut to their last part.
-fn without_host_paths(message: &str) -> String {
-    let words = message.split(' ').map(|word| match word.strip_prefix('/') {
-        Some(path) => path.rsplit('/').next().unwrap_or_default(),
-        None => word,
+/// Words that are absolute paths, quoted or not, are cut to their last part.
+pub fn without_host_paths(message: &str) -> String {
+    const QUOTES: [char; 5] = ['`', '"', '\'', '(', '='];
+    let words = message.split(' ').map(|word| {
+        let begin = word.len() - word.trim_start_matches(QUOTES).len();
+        match word[begin..].strip_prefix('/') {
+            Some(path) => [&word[..begin], path.rsplit('/').next().unwrap_or_default()].concat(),
+            None => word.to_owned(),
+        }
     });
     words.collect::<Vec<_>>().join(" ")
 }
 
 impl News {
-    /// True if the API server has been told that this promise is obeyed.
-    pub fn is_obeyed(&self, pool: &PoolName, holder: &Uid, generation: Generation) -> bool {
-        lock(&self.obeyed).contains(&(pool.clone(), holder.clone(), generation))
+    /// True if the API server has been told that this promise is obeyed, of so many bytes of data.
+    pub fn is_obeyed(&self, pool: &PoolName, holder: &Uid, generation: Generation, data: Bytes) -> bool {
+        lock(&self.obeyed).contains(&(pool.clone(), holder.clone(), generation, data))
     }
 
     /// Notes which promises the API server has been told of; true if some are new.
-    pub fn set_obeyed(&self, told: BTreeSet<(PoolName, Uid, Generation)>) -> bool {
+    pub fn set_obeyed(&self, told: BTreeSet<ToldPromise>) -> bool {
         let mut known = lock(&self.obeyed);
         let news = !told.is_subset(&known);
         *known = told;
         news
     }
 
-    /// What is known of an import.
+    /// What is known of an import. What ended an earlier assignment of it is over.
     pub fn import(&self, uid: &Uid, object: &TemplateImport) -> ImportNews {
-        lock(&self.imports).get(uid).cloned().unwrap_or_else(|| reported(object))
+        let news = lock(&self.imports).get(uid).cloned().unwrap_or_else(|| reported(object));
+        news.of_assignment(object)
     }
 
     /// Changes what is known of an import.
     pub fn edit_import(&self, uid: &Uid, object: &TemplateImport, edit: impl FnOnce(&mut ImportNews)) {
-        edit(lock(&self.imports).entry(uid.clone()).or_insert_with(|| reported(object)));
+        let mut imports = lock(&self.imports);
+        let news = imports.entry(uid.clone()).or_insert_with(|| reported(object));
+        *news = std::mem::take(news).of_assignment(object);
+        edit(news);
     }
 
     /// What is known of a fill.
@@ -208,6 +240,7 @@ fn reported(object: &TemplateImport) -> ImportNews {
         progress: status.progress,
         attempts: status.attempts,
         last_error: status.last_error,
+        failed_generation: status.failed_generation,
         durable: status.durable,
         released_generation: status.released_generation,
         waiting: None,
@@ -219,6 +252,42 @@ fn reported(object: &TemplateImport) -> ImportNews {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a54_what_ended_an_earlier_assignment_is_over_and_stays_so_after_a_restart() {
+        let import = |assigned: i64, failed: Option<i64>| -> TemplateImport {
+            let mut import = serde_json::json!({
+                "apiVersion": "staging.berth.dev/v1alpha1", "kind": "TemplateImport",
+                "metadata": {"name": "t", "namespace": "ns", "uid": "u"},
+                "spec": {"source": {"http": {"url": "https://example.org/a"}}, "store": {"name": "s"}},
+                "status": {
+                    "assignment": {"pool": "p", "node": "n", "generation": assigned}, "attempts": 11,
+                    "lastError": {"reason": "RetriesExhausted", "message": "m", "time": "2026-01-01T00:00:00Z",
+                        "retryable": false},
+                },
+            });
+            if let Some(failed) = failed {
+                import["status"]["failedGeneration"] = failed.into();
+            }
+            serde_json::from_value(import).unwrap()
+        };
+        let uid = Uid::from("u");
+        let news = News::default();
+        let failed = |news: &News, import: &TemplateImport| {
+            let known = news.import(&uid, import);
+            (known.attempts, known.last_error.is_some(), known.failed_generation)
+        };
+        assert_eq!(failed(&news, &import(2, Some(2))), (Some(11), true, Some(2)), "it has failed");
+        assert_eq!(failed(&news, &import(3, Some(2))), (None, false, None), "it is to be tried again");
+        let again = import(3, Some(2));
+        news.edit_import(&uid, &again, |news| news.attempts = Some(1));
+        assert_eq!(failed(&news, &again), (Some(1), false, None), "it is counted anew");
+        news.edit_import(&uid, &again, |news| {
+            news.failed(last_error(Reason::SourceChanged, "m", false), &again);
+        });
+        assert_eq!(failed(&news, &again), (Some(1), true, Some(3)));
+        assert_eq!(failed(&News::default(), &import(3, None)), (Some(11), true, None));
+    }
 
     #[test]
     fn users_are_told_no_path_of_the_node() {

@@ -16,10 +16,11 @@ use berth_core::node::view::{
 };
 use berth_core::units::Bytes;
 use berth_core::view::Access;
-use berth_record::{FileFetch, ImageState, ReadError, VolumeState, tables};
+use berth_record::{FileEntry, FileFetch, ImageState, ReadError, VolumeState, tables};
 use kube::ResourceExt as _;
 use thiserror::Error;
 
+use super::files::{FileDir, directory};
 use super::pools::{OpenPool, PoolError, PoolSpec};
 use crate::area::{Backend, ThinGroup, ThinSpec};
 use crate::files::boot;
@@ -117,6 +118,8 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
     let (position, promises) = pool.promises()?;
     let attached: BTreeSet<Uid> =
         record.entries(tables::ATTACHMENTS)?.into_iter().map(|(uid, _)| uid).collect();
+    let volumes = promises.values().filter(|p| p.class == berth_record::PromiseClass::Volumes);
+    let to_volumes: Bytes = volumes.filter(|p| p.obeyed && !p.released).map(|p| p.data).sum();
     let promises = promises.into_iter().filter(|(_, promise)| promise.obeyed);
     let class = |class| match class {
         berth_record::PromiseClass::Images => Class::Images,
@@ -125,9 +128,10 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
     let mut area = AreaView {
         lineage: position.lineage,
         revision: position.obeyed_revision,
+        volumes_lack: pool.area.volumes_lack(position.overcommit.target(to_volumes)),
         promises: promises
             .map(|(uid, p)| {
-                let reported = node.news.is_obeyed(&pool.name, &uid, p.generation);
+                let reported = node.news.is_obeyed(&pool.name, &uid, p.generation, p.data);
                 let (generation, data, class) = (p.generation, p.data, class(p.class));
                 (uid, ObeyedPromise { generation, data, class, released: p.released, reported })
             })
@@ -142,6 +146,7 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         let (made, there) = (volume.state == VolumeState::Ready, pool.area.has_volume(&uid));
         let held = HeldVolume {
             generation: volume.generation,
+            size: volume.size,
             ready: made && there,
             lost: made && !there,
             attached: attached.contains(&uid),
@@ -153,17 +158,29 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         area.work_dirs.insert(uid, HeldWorkDir { generation: staging.generation, made });
     }
     for (uid, file) in record.entries(tables::FILES)? {
-        let writes = file.shown(boot()).any(|(_, shown)| shown.writer);
-        let shown = match (file.shown(boot()).next(), writes) {
-            (None, _) => Shown::ToNone,
-            (Some(_), false) => Shown::ToReaders,
-            (Some(_), true) => Shown::ToWriter,
-        };
-        let (generation, only_copy) = (file.generation, file.is_only_copy());
-        let fetched = file.fetch == FileFetch::Complete;
-        area.files.insert(uid, HeldFile { generation, fetched, shown, only_copy });
+        let dir = directory(pool, &uid, &file);
+        if let Some(held) = area.work_dirs.get_mut(&uid) {
+            held.made &= matches!(dir, Ok(FileDir::Shown));
+        }
+        area.files.insert(uid, held_file(&file, matches!(dir, Ok(FileDir::Lost))));
     }
     Ok(area)
+}
+
+fn held_file(file: &FileEntry, lost: bool) -> HeldFile {
+    let writes = file.shown(boot()).any(|(_, shown)| shown.writer);
+    let shown = match (file.shown(boot()).next(), writes) {
+        (None, _) => Shown::ToNone,
+        (Some(_), false) => Shown::ToReaders,
+        (Some(_), true) => Shown::ToWriter,
+    };
+    HeldFile {
+        generation: file.generation,
+        fetched: file.fetch == FileFetch::Complete,
+        lost,
+        shown,
+        only_copy: file.is_only_copy(),
+    }
 }
 
 fn file(node: &Node, uid: &Uid, found: &StagingReservation) -> Option<NodeFile> {

@@ -1,6 +1,7 @@
 //! What this node knows → its own status fields, by server-side apply, and only where they differ from what is shown.
 
 mod files;
+mod images;
 mod orphans;
 mod reservations;
 mod scans;
@@ -9,17 +10,15 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use berth_api::conditions::{ConditionType, Truth, condition, time};
+use berth_api::conditions::{ConditionType, Truth, condition};
 use berth_api::defaults::{LABEL_ZONE, node_manager};
-use berth_api::fields::Progress;
 use berth_api::parse::to_thin_pools;
-use berth_api::staged_image::StagedImageState;
 use berth_api::staging_node::{NodePool, Obeyed, PreflightCheck, Released, StagingNodeSpec};
-use berth_api::{ImageStore, StagedImage, StagingNode, TemplateImport};
+use berth_api::{ImageStore, StagingNode, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::node::NodeView;
 use berth_core::reason::Reason;
-use berth_core::units::{Bytes, Generation};
+use berth_core::units::Bytes;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -68,7 +67,7 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
         warn(reservations::report(node, &view, &reservation).await);
     }
     for image in node.watches.images.state() {
-        warn(report_image(node, &view, &image).await);
+        warn(images::report(node, &view, &image).await);
     }
     for import in node.watches.imports.state() {
         warn(report_import(node, &view, &import).await);
@@ -86,11 +85,11 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
     Ok(told && node.news.set_obeyed(obeyed(&view)))
 }
 
-fn obeyed(view: &NodeView) -> BTreeSet<(PoolName, Uid, Generation)> {
+fn obeyed(view: &NodeView) -> BTreeSet<super::news::ToldPromise> {
     let areas = view.pools.iter().filter_map(|(name, pool)| Some((name, pool.area.as_ref()?)));
     areas
         .flat_map(|(name, area)| {
-            area.promises.iter().map(move |(uid, p)| (name.clone(), uid.clone(), p.generation))
+            area.promises.iter().map(move |(uid, p)| (name.clone(), uid.clone(), p.generation, p.data))
         })
         .collect()
 }
@@ -187,45 +186,16 @@ fn shown<T: Serialize>(status: Option<&T>) -> Result<Value, ReportError> {
     Ok(status.map(serde_json::to_value).transpose()?.unwrap_or_else(|| json!({})))
 }
 
-async fn report_image(node: &Node, view: &NodeView, object: &StagedImage) -> Result<(), ReportError> {
-    let uid = Uid::from(object.uid().unwrap_or_default());
-    let Some(image) = view.images.get(&uid) else { return Ok(()) };
-    if image.deleting {
-        return Ok(());
-    }
-    let held = view.pools.get(&image.pool).and_then(|pool| pool.area.as_ref()?.images.get(&image.digest));
-    let held = held.filter(|held| held.holder == uid);
-    let complete = held.is_some_and(|held| held.complete);
-    let fill = node.news.fill(&uid).unwrap_or_default();
-    let (state, truth, reason, message) = match (complete, &fill.error) {
-        (true, _) => (StagedImageState::Ready, Truth::True, Reason::Ready, String::new()),
-        (false, Some((reason, message))) => {
-            (StagedImageState::Failed, Truth::False, *reason, message.clone())
-        }
-        (false, None) => (StagedImageState::Filling, Truth::False, Reason::Progressing, String::new()),
-    };
-    let percent = if complete { 100 } else { fill.percent };
-    let size = image.virtual_size.as_i64();
-    let progress = Progress {
-        percent: Some(percent.into()),
-        bytes_done: if complete { size } else { fill.done.as_i64() },
-        bytes_total: Some(size),
-        ..Progress::default()
-    };
-    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
-    let ready =
-        condition(&previous, ConditionType::Ready, truth, reason, message, object.metadata.generation, now());
-    let mut status = json!({"state": state, "progress": progress, "conditions": [ready]});
-    if let Some(held) = held {
-        status["lastUsed"] = json!(time(held.last_used));
-    }
-    let owned = &["state", "progress", "lastUsed"];
-    let wanted = Wanted { status, owned, conditions: &[ConditionType::Ready] };
-    apply(node, Api::all(node.client.clone()), object, shown(object.status.as_ref())?, wanted).await
-}
-
-const IMPORT_FIELDS: &[&str] =
-    &["plan", "stage", "progress", "attempts", "lastError", "durable", "releasedGeneration"];
+const IMPORT_FIELDS: &[&str] = &[
+    "plan",
+    "stage",
+    "progress",
+    "attempts",
+    "lastError",
+    "failedGeneration",
+    "durable",
+    "releasedGeneration",
+];
 
 async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) -> Result<(), ReportError> {
     let uid = Uid::from(object.uid().unwrap_or_default());
@@ -241,6 +211,7 @@ async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) ->
     put("progress", json!(news.progress));
     put("attempts", json!(news.attempts));
     put("lastError", json!(news.last_error));
+    put("failedGeneration", json!(news.failed_generation));
     put("durable", json!(news.durable));
     put("releasedGeneration", json!(news.released_generation));
     let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
@@ -432,7 +403,9 @@ fn pool(node: &Node, view: &NodeView, name: &PoolName, wanted: Option<&Uid>) -> 
         }
     }
     orphans::tell(&mut told, view, name, &open);
-    told.in_use = area.in_use().map(ToString::to_string).collect();
+    let mut in_use: BTreeSet<Uid> = area.in_use().cloned().collect();
+    in_use.extend(reservations::uses_to_tell(node, name));
+    told.in_use = in_use.into_iter().map(|uid| uid.0).collect();
     let obeyed: Bytes = area.promises.values().filter(|p| !p.released).map(|p| p.data).sum();
     node.metrics.pool(&told.name, told.total_bytes, told.used_bytes, obeyed.as_i64());
     told

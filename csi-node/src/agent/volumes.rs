@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use berth_core::ids::Uid;
 use berth_core::node::Origin;
 use berth_core::units::{Bytes, Generation};
-use berth_record::{ChangeError, StagingEntry, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState};
+use berth_record::{ChangeError, StagingEntry, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState, tables};
 use thiserror::Error;
 
 use super::pools::OpenPool;
@@ -81,6 +81,22 @@ pub fn finish(pool: &OpenPool, uid: &Uid, entry: &VolumeEntry) -> Result<(), Vol
         pool.record.image_used(digest, now())?;
     }
     Ok(())
+}
+
+/// Makes a volume larger, in use or not: what is recorded first. What was cut off behind that is ended by whoever opens the
+/// pool, and by [`enlarged`].
+pub fn grow(pool: &OpenPool, uid: &Uid, size: Bytes) -> Result<(), VolumeError> {
+    pool.record.volume_resized(uid, size)?;
+    Ok(pool.area.resize_volume(&pool.record, uid, size)?)
+}
+
+/// Makes the devices of a volume as large as it is recorded, whatever ended before they were. Nothing to do is no error.
+pub fn enlarged(pool: &OpenPool, uid: &Uid) -> Result<(), VolumeError> {
+    let found = pool.record.record().get(tables::VOLUMES, uid).map_err(ChangeError::from)?;
+    match found.filter(|volume| volume.kind == VolumeKind::Volume && volume.state == VolumeState::Ready) {
+        Some(volume) => Ok(pool.area.resize_volume(&pool.record, uid, volume.size)?),
+        None => Ok(()),
+    }
 }
 
 /// Removes a volume that is not attached.

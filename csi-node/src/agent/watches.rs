@@ -1,14 +1,15 @@
 //! What the API server shows this node: its own objects, and the pools and stores that all share.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_api::{
     ImageStore, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
 };
 use berth_core::ids::{NodeName, node_lease_name};
-use futures::{StreamExt as _, pin_mut};
+use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Node as KubeNode;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::reflector::{self, Store};
@@ -41,16 +42,22 @@ pub struct Watches {
     pub stores: Store<ImageStore>,
     /// Its own report.
     pub report: Store<StagingNode>,
-    unsynced: Arc<AtomicUsize>,
+    /// Of each watch, the beginning whose list it has shown.
+    listed: Vec<Arc<AtomicU64>>,
     changes: watch::Receiver<u64>,
+    /// The version of each of its own objects that was met last, by kind.
+    versions: Mutex<HashMap<String, Option<u128>>>,
+    /// How often they began: once, and whenever the API server had gone back in time.
+    begun: watch::Sender<u64>,
 }
 
 /// What every watch needs to run.
 struct Starter {
     wake: Arc<Notify>,
     stop: CancellationToken,
-    unsynced: Arc<AtomicUsize>,
+    listed: Vec<Arc<AtomicU64>>,
     changes: watch::Sender<u64>,
+    begun: watch::Sender<u64>,
 }
 
 impl Watches {
@@ -62,9 +69,9 @@ impl Watches {
         wake: Arc<Notify>,
         stop: CancellationToken,
     ) -> Self {
-        let unsynced = Arc::new(AtomicUsize::new(0));
         let (changes, changed) = watch::channel(0);
-        let starter = Starter { wake, stop, unsynced: Arc::clone(&unsynced), changes };
+        let begun = watch::Sender::new(1);
+        let mut starter = Starter { wake, stop, listed: Vec::new(), changes, begun: begun.clone() };
         let by = |field: &str| watcher::Config::default().fields(&format!("{field}={node}"));
         let label = format!("{LABEL_MADE_BY}={}", node_lease_name(node));
         Self {
@@ -78,14 +85,37 @@ impl Watches {
             imports: starter.start(Api::all(client.clone()), by("status.assignment.node")),
             stores: starter.start(Api::all(client.clone()), watcher::Config::default()),
             report: starter.start(Api::all(client.clone()), by("metadata.name")),
-            unsynced,
+            listed: starter.listed,
             changes: changed,
+            versions: Mutex::default(),
+            begun,
         }
     }
 
-    /// True once every watch has shown its first list.
+    /// True once every watch has shown a list, of after the API server last went back in time.
     pub fn synced(&self) -> bool {
-        self.unsynced.load(Ordering::Acquire) == 0
+        let begun = *self.begun.borrow();
+        self.listed.iter().all(|listed| listed.load(Ordering::Acquire) == begun)
+    }
+
+    /// How often they began. What was seen before the last time may be of a state that is no more.
+    pub fn begun(&self) -> u64 {
+        *self.begun.borrow()
+    }
+
+    /// Takes note of an object of this node's that the API server has just shown, `None` if it is not there, or written. Versions of
+    /// an object only rise: if it is older than it was, or gone though nobody deletes it, the API server went back in time, as
+    /// after an etcd restore. Watches from before are silent until it has come as far again, so all begin anew, and until each
+    /// has shown a list nothing is obeyed or reported.
+    pub fn met<K: Resource<DynamicType = ()>>(&self, object: Option<&K>) {
+        let version = object.and_then(|object| object.meta().resource_version.as_deref()?.parse().ok());
+        let mut versions = self.versions.lock().unwrap_or_else(PoisonError::into_inner);
+        let before: Option<u128> = versions.insert(K::kind(&()).into_owned(), version).flatten();
+        drop(versions);
+        if version < before {
+            tracing::warn!("the API server went back in time: every watch begins anew");
+            self.begun.send_modify(|count| *count += 1);
+        }
     }
 
     /// Counts what was seen: changes whenever anything does.
@@ -95,25 +125,32 @@ impl Watches {
 }
 
 impl Starter {
-    fn start<K>(&self, api: Api<K>, config: watcher::Config) -> Store<K>
+    fn start<K>(&mut self, api: Api<K>, config: watcher::Config) -> Store<K>
     where
         K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     {
-        let (reader, writer) = reflector::store();
-        self.unsynced.fetch_add(1, Ordering::AcqRel);
-        let (wake, unsynced, changes) =
-            (Arc::clone(&self.wake), Arc::clone(&self.unsynced), self.changes.clone());
-        let stop = self.stop.clone();
+        let (reader, mut writer) = reflector::store();
+        let listed = Arc::new(AtomicU64::new(0));
+        self.listed.push(Arc::clone(&listed));
+        let (wake, changes) = (Arc::clone(&self.wake), self.changes.clone());
+        let (stop, mut begun) = (self.stop.clone(), self.begun.subscribe());
         tokio::spawn(stop.run_until_cancelled_owned(async move {
-            let events = watcher(api, config).default_backoff().reflect(writer);
-            pin_mut!(events);
-            let mut listed = false;
-            while let Some(event) = events.next().await {
-                match event {
-                    Ok(watcher::Event::InitDone) if !listed => {
-                        listed = true;
-                        unsynced.fetch_sub(1, Ordering::AcqRel);
+            let begin = || Box::pin(watcher(api.clone(), config.clone()).default_backoff());
+            let (mut events, mut which) = (begin(), *begun.borrow_and_update());
+            loop {
+                let event = tokio::select! {
+                    event = events.next() => event,
+                    Ok(()) = begun.changed() => {
+                        (events, which) = (begin(), *begun.borrow_and_update());
+                        continue;
                     }
+                };
+                let Some(event) = event else { return };
+                if let Ok(event) = &event {
+                    writer.apply_watcher_event(event);
+                }
+                match event {
+                    Ok(watcher::Event::InitDone) => listed.store(which, Ordering::Release),
                     Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => continue,
                     Ok(_) => {}
                     Err(error) => {

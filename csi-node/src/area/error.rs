@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use berth_core::extents::Disorder;
 use berth_core::ids::{Digest, Uid};
 use berth_core::reason::Reason;
 use berth_core::thin::GeometryError;
@@ -139,6 +140,36 @@ pub enum AreaError {
     /// What a volume has blocks for.
     #[error("failed to read what a volume has blocks for")]
     Mapping(#[from] MappingError),
+    /// What was told of a volume is not in order.
+    #[error("what a volume has blocks for is not told in order")]
+    Disorder(#[from] Disorder),
+    /// The reader of an origin's parts ended for no reason that is known.
+    #[error("the reader of what an image has blocks for broke off")]
+    ReaderGone,
+    /// Volumes that have different origins: where neither has blocks they may differ all the same.
+    #[error(
+        "{new} did not start from what {old} started from: what differs is not known without reading both"
+    )]
+    NotRelated {
+        /// What is compared with.
+        old: Uid,
+        /// What is compared.
+        new: Uid,
+    },
+    /// A volume that is compared with and may be written meanwhile.
+    #[error(
+        "{volume} is attached for writing, and its blocks may become another file's: compare with a snapshot of it"
+    )]
+    Changing {
+        /// The volume.
+        volume: Uid,
+    },
+    /// The record has no such volume.
+    #[error("no volume {volume} is recorded")]
+    NoVolume {
+        /// Which.
+        volume: Uid,
+    },
     /// It is not known who uses a device.
     #[error("failed to find out who uses a device")]
     Users(#[from] UsersError),
@@ -202,18 +233,21 @@ impl AreaError {
             Self::Missing(_) => Reason::PreflightFailed,
             Self::Bound { .. } | Self::Group(VolumeGroupError::NoSpace { .. }) => Reason::CapacityRefused,
             Self::Group(source) => source.reason(),
-            Self::Kernel(source) => source.reason(),
             Self::Device(source) => source.reason(),
             Self::Nbd(source) => source.reason(),
             Self::InUse { .. }
             | Self::ImageInUse { .. }
             | Self::NoInstantCopy { .. }
+            | Self::Changing { .. }
+            | Self::Kernel(KernelPoolError::SnapshotHeld { .. })
             | Self::Loop(LoopError::InUse { .. })
             | Self::Mount(MountError::Busy { .. })
             | Self::Claim(ClaimError::Mount(MountError::Busy { .. }) | ClaimError::Locked { .. }) => {
                 Reason::InUse
             }
-            Self::NoTemplate { .. } => Reason::VolumeNotFound,
+            Self::Kernel(source) => source.reason(),
+            Self::NoTemplate { .. } | Self::NoVolume { .. } => Reason::VolumeNotFound,
+            Self::NotRelated { .. } => Reason::NotRelated,
             _ => Reason::PoolAreaFailed,
         }
     }

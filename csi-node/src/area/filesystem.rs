@@ -1,6 +1,7 @@
 //! The area of a `filesystem` pool: files and directories in one XFS image, which shares blocks between them.
 
 mod bounded;
+mod maps;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, Permissions};
@@ -20,12 +21,13 @@ use berth_device::partition::Extent;
 use berth_device::pool_area::{self, Advisory, PoolArea, PoolAreaConfig, PoolIdentity, is_claimed};
 use berth_device::users::users;
 use berth_record::{ChangeError, ImageState, PoolRecord, VolumeOrigin, VolumeState, tables};
-use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::unistd::{Whence, lseek};
 
 use super::error::{AreaError, io_error};
-use super::{Area, Copy, DIRECTORIES, Place, has_directories, make_directories, template_device};
+use super::{
+    Area, BoundedDir, Copy, DIRECTORIES, Place, Reading, has_directories, make_directories, template_device,
+    volume_entry,
+};
 use crate::operation::{Finding, FindingKind};
 use crate::telemetry::chain;
 
@@ -135,13 +137,12 @@ impl Filesystem {
         Ok(findings)
     }
 
-    /// Makes a volume as large as it is recorded.
+    /// Makes a volume as large as it is recorded: its file, then its devices.
     fn fit(path: &Path, size: Bytes) -> Result<(), AreaError> {
-        if length_of(path)? >= size {
-            return Ok(());
+        if length_of(path)? < size {
+            let file = OpenOptions::new().write(true).open(path).map_err(io_error("open", path))?;
+            file.set_len(size.0).and_then(|()| file.sync_all()).map_err(io_error("extend", path))?;
         }
-        let file = OpenOptions::new().write(true).open(path).map_err(io_error("open", path))?;
-        file.set_len(size.0).and_then(|()| file.sync_all()).map_err(io_error("extend", path))?;
         for device in loop_device::find(path)? {
             device.refresh_size()?;
         }
@@ -187,24 +188,6 @@ fn copy_sparse(source_path: &Path, length: Bytes, path: &Path) -> Result<File, A
         offset += count as u64;
     }
     Ok(target)
-}
-
-/// The parts of a file that are no holes.
-fn data_of(path: &Path) -> Result<Vec<Extent>, AreaError> {
-    let file = File::open(path).map_err(io_error("open", path))?;
-    let mut parts = Vec::new();
-    let mut at = 0;
-    let seek = |at: i64, whence| match lseek(&file, at, whence) {
-        Err(Errno::ENXIO) => Ok(None), // behind the last data
-        sought => sought.map(Some).map_err(|errno| io_error("map", path)(errno.into())),
-    };
-    while let Some(start) = seek(at, Whence::SeekData)? {
-        let end = seek(start, Whence::SeekHole)?.unwrap_or(start);
-        let bytes = |offset: i64| Bytes(offset.unsigned_abs());
-        parts.push(Extent { offset: bytes(start), length: bytes(end).saturating_sub(bytes(start)) });
-        at = end;
-    }
-    Ok(parts)
 }
 
 impl Area for Filesystem {
@@ -262,6 +245,13 @@ impl Area for Filesystem {
             return self.make_work_dir(record, reservation, bytes); // nothing bounds anything here
         }
         bounded::make(&self.area.root, reservation, bytes)
+    }
+
+    fn bounded_dir(&self, _: &PoolRecord, reservation: &Uid) -> Result<BoundedDir, AreaError> {
+        let state = bounded::state(&self.area.root, reservation)?;
+        let unbounded = matches!(self.area.advisory, Some(Advisory::Missing(_)));
+        let plain = unbounded && self.work_dir(reservation).is_dir();
+        Ok(if state == BoundedDir::Gone && plain { BoundedDir::Shown } else { state })
     }
 
     fn make_work_dir(&self, _: &PoolRecord, reservation: &Uid, _: Bytes) -> Result<(), AreaError> {
@@ -366,15 +356,17 @@ impl Area for Filesystem {
         Self::fit(&self.volume(reservation), size)
     }
 
-    fn own_parts(&self, _: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError> {
-        let path = self.volume(reservation);
-        Self::settle(&path)?;
-        data_of(&path)
+    fn map(&self, record: &PoolRecord, reservation: &Uid) -> Result<Reading<'_>, AreaError> {
+        maps::map(&self.volume(reservation), volume_entry(record, reservation)?.size)
     }
 
-    /// What a file shares with what it was made from counts as its own.
-    fn reads_origin(&self) -> bool {
-        false
+    fn delta(&self, record: &PoolRecord, old: &Uid, new: &Uid) -> Result<Reading<'_>, AreaError> {
+        let before = (self.volume(old), volume_entry(record, old)?.size);
+        let now = (self.volume(new), volume_entry(record, new)?.size);
+        if loop_device::find(&before.0)?.iter().any(|device| !device.read_only) {
+            return Err(AreaError::Changing { volume: old.clone() });
+        }
+        maps::delta(before, now)
     }
 
     fn occupied(&self, reservation: &Uid) -> Option<Bytes> {

@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use berth_core::extents::MapLine;
 use berth_core::ids::{Digest, NodeName, PoolName, Uid};
 use berth_core::ledger::{Charge, Class};
 use berth_core::reason::Reason;
@@ -23,7 +24,7 @@ use berth_core::units::Bytes;
 use berth_device::nbd::{AttachError, Attachment, BackendId, Nbd};
 use berth_device::partition::Extent;
 use berth_device::thin::LeftBehind;
-use berth_record::{PoolRecord, VolumeOrigin};
+use berth_record::{ChangeError, PoolRecord, VolumeEntry, VolumeOrigin, tables};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +85,17 @@ pub struct Place {
     pub data_plane: DataPlane,
 }
 
+/// What is there of a directory that nothing in it can outgrow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BoundedDir {
+    /// All of it, at its place.
+    Shown,
+    /// What it lies in, but it is not at its place: making it again shows it.
+    Hidden,
+    /// Nothing.
+    Gone,
+}
+
 /// An open area. Dropping it leaves it as it is.
 pub trait Area: Send + Sync {
     /// The directory of the pool's own files, its record among them.
@@ -109,6 +121,11 @@ pub trait Area: Send + Sync {
         None
     }
 
+    /// `size`, if the kernel pool of volumes works and is smaller than that.
+    fn volumes_lack(&self, _size: Bytes) -> Option<Bytes> {
+        None
+    }
+
     /// The directory that a transfer may work in.
     fn work_dir(&self, reservation: &Uid) -> PathBuf {
         self.root().join(DIRECTORIES.staging).join(reservation.as_str())
@@ -130,6 +147,9 @@ pub trait Area: Send + Sync {
     ) -> Result<(), AreaError> {
         self.make_work_dir(record, reservation, bytes)
     }
+
+    /// What is there of it.
+    fn bounded_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<BoundedDir, AreaError>;
 
     /// Removes it with all it holds.
     fn remove_work_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError>;
@@ -197,11 +217,15 @@ pub trait Area: Send + Sync {
     /// Makes a volume, attached or not, as large as it is recorded. One that is that large already stays.
     fn resize_volume(&self, record: &PoolRecord, reservation: &Uid, size: Bytes) -> Result<(), AreaError>;
 
-    /// The parts of a volume for which it has blocks itself, ascending and disjoint.
-    fn own_parts(&self, record: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError>;
+    /// What each part of a volume or snapshot reads. From what is returned on, the volume may be changed or removed: where
+    /// the backend can keep it, it is read as it is now.
+    fn map(&self, record: &PoolRecord, reservation: &Uid) -> Result<Reading<'_>, AreaError>;
 
-    /// True if what is not among [`Self::own_parts`] reads the volume's origin; it is zeros otherwise.
-    fn reads_origin(&self) -> bool;
+    /// The same of `new`, with what is not different from `old` as such: a restore of `old` needs the rest and nothing else.
+    ///
+    /// # Errors
+    /// [`AreaError::NotRelated`], and [`AreaError::Changing`] where `old` cannot be kept.
+    fn delta(&self, record: &PoolRecord, old: &Uid, new: &Uid) -> Result<Reading<'_>, AreaError>;
 
     /// How many bytes a volume has blocks for; `None` if that is not known.
     fn occupied(&self, reservation: &Uid) -> Option<Bytes>;
@@ -252,6 +276,15 @@ pub trait Area: Send + Sync {
 
     /// Lets everything go, and deletes the area with all it holds.
     fn destroy(self: Box<Self>) -> Result<(), AreaError>;
+}
+
+/// Reads what was kept of a volume. Its parts are ascending, without gaps or overlaps, and together the whole volume; what was
+/// told before an error is worth nothing. Blocks, for minutes where there are millions of parts, of which a few are held.
+pub type Reading<'a> = Box<dyn FnOnce(&mut dyn FnMut(MapLine)) -> Result<(), AreaError> + Send + 'a>;
+
+fn volume_entry(record: &PoolRecord, volume: &Uid) -> Result<VolumeEntry, AreaError> {
+    let entry = record.record().get(tables::VOLUMES, volume).map_err(ChangeError::from)?;
+    entry.ok_or_else(|| AreaError::NoVolume { volume: volume.clone() })
 }
 
 /// A copy of a volume that is to be made.

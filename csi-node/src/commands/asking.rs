@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::session::{Session, SessionError};
 use super::text;
 use crate::args::{NodeArgs, Output};
-use crate::operation::{Answer, Operation, Outcome, Refusal, lines};
+use crate::operation::{Answer, MOST_PARTS, Operation, Outcome, Refusal, lines};
 
 /// What a command asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,11 +76,34 @@ pub fn run(node: &NodeArgs, asking: &Asking) -> Result<ExitCode, AskError> {
         .map_err(AskError::Print)?;
     }
     let opened = Session::open(node, &format!("berth-node, for {}", asking.operation.name()));
-    let (answer, at_stake) = match opened {
-        Ok(mut session) => ask(&mut session, &asking.operation)?,
-        Err(error) => (Answer::Refused(error.refused()?), None),
+    let mut session = match opened {
+        Ok(session) => session,
+        Err(error) => {
+            let refused = Answer::Refused(error.refused()?);
+            return print(node.output, &refused, None, &mut out, &mut err).map_err(AskError::Print);
+        }
     };
-    print(node.output, &answer, at_stake.as_deref(), &mut out, &mut err).map_err(AskError::Print)
+    let mut operation = asking.operation.clone();
+    loop {
+        let (answer, at_stake) = ask(&mut session, &operation)?;
+        let code = print(node.output, &answer, at_stake.as_deref(), &mut out, &mut err);
+        let code = code.map_err(AskError::Print)?;
+        match rest(&operation, &answer) {
+            Some(next) => operation = next,
+            None => return Ok(code),
+        }
+    }
+}
+
+/// What has to be asked for after this answer, if it tells a part of a volume only.
+fn rest(operation: &Operation, answer: &Answer) -> Option<Operation> {
+    let Answer::Done(Outcome::Map(parts)) = answer else { return None };
+    let end = parts.last().filter(|_| parts.len() >= MOST_PARTS)?.end();
+    let mut next = operation.clone();
+    if let Operation::VolumeMap { offset, .. } | Operation::VolumeDelta { offset, .. } = &mut next {
+        *offset = end;
+    }
+    Some(next)
 }
 
 /// The answer; and, if something destructive was refused, what would have been destroyed.
@@ -145,7 +168,7 @@ mod tests {
     use berth_core::units::Bytes;
 
     use super::*;
-    use crate::operation::{Finding, FindingKind, VolumeKind, VolumeLine};
+    use crate::operation::{Finding, FindingKind, MapFrom, MapLine, VolumeKind, VolumeLine};
 
     fn refused() -> Answer {
         Answer::Refused(Refusal { reason: Reason::InUse, message: "volume v is attached".to_owned() })
@@ -194,6 +217,20 @@ mod tests {
             ask(&mut carrier, &Operation::PoolForget { pool: "p".into() }).unwrap(),
             (refused(), None)
         );
+    }
+
+    #[test]
+    fn what_a_full_answer_leaves_out_is_asked_for() {
+        let part = |n: usize| {
+            let offset = Bytes(n as u64);
+            MapLine { offset, length: Bytes(1), from: MapFrom::Own }
+        };
+        let asked = |offset| Operation::VolumeMap { pool: "p".into(), volume: "v".into(), offset };
+        let told = |count| Answer::Done(Outcome::Map((0..count).map(part).collect()));
+        let next = rest(&asked(Bytes::ZERO), &told(MOST_PARTS));
+        assert_eq!(next, Some(asked(Bytes(MOST_PARTS as u64))));
+        assert_eq!(rest(&asked(Bytes::ZERO), &told(MOST_PARTS - 1)), None);
+        assert_eq!(rest(&asked(Bytes::ZERO), &told(0)), None);
     }
 
     #[test]

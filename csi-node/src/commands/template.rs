@@ -1,6 +1,7 @@
 //! `berth-node template`: images that volumes start from.
 
 pub mod import;
+pub mod serve;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 
 use self::import::ImportArgs;
+use self::serve::ServeArgs;
 use super::asking::{Asking, named};
 use crate::args::NodeArgs;
 use crate::operation::Operation;
@@ -29,6 +31,10 @@ pub enum TemplateCommand {
     ///
     /// Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
     Import(Box<ImportArgs>),
+    /// Serves an image of an image store over NBD on a Unix socket, read-only, without fetching more than what is read.
+    ///
+    /// Credentials come from the environment. Ends at SIGTERM or SIGINT; the kernel's requests then wait for the next server.
+    Serve(Box<ServeArgs>),
     /// Gives an image file a read-only block device in a pool, and prints its path. Volumes can start from it at once.
     ///
     /// The file is never written, and must stay where it is and as it is while it is attached.

@@ -102,18 +102,20 @@ fn origin(origin: &OriginName) -> String {
 /// In exact bytes: people who look at a map compare it with what another tool says.
 fn table_of_parts(parts: &[MapLine]) -> String {
     let mut table = Table::new(["OFFSET", "LENGTH", "FROM"]);
-    let mut sums = [Bytes::ZERO; 3];
+    let mut sums = [Bytes::ZERO; 4];
     for part in parts {
         let (from, sum) = match part.from {
             MapFrom::Own => ("own", &mut sums[0]),
             MapFrom::Origin => ("origin", &mut sums[1]),
             MapFrom::Zero => ("zero", &mut sums[2]),
+            MapFrom::Same => ("same", &mut sums[3]),
         };
         *sum = sum.saturating_add(part.length);
         table.push([part.offset.0.to_string(), part.length.0.to_string(), from.to_owned()]);
     }
-    let [own, origin, zero] = sums;
-    format!("{table}own {own}, origin {origin}, zero {zero}\n")
+    let [own, origin, zero, same] = sums;
+    let same = if same == Bytes::ZERO { String::new() } else { format!(", same {same}") };
+    format!("{table}own {own}, origin {origin}, zero {zero}{same}\n")
 }
 
 #[cfg(test)]
@@ -161,6 +163,13 @@ mod tests {
              65536    1000     zero\n\
              own 64 KiB, origin 0 bytes, zero 1000 bytes\n"
         );
+    }
+
+    #[test]
+    fn a_comparison_also_sums_up_what_is_the_same() {
+        let part = |offset, length, from| MapLine { offset: Bytes(offset), length: Bytes(length), from };
+        let text = show(&Outcome::Map(vec![part(0, 512, MapFrom::Same), part(512, 512, MapFrom::Origin)]));
+        assert!(text.ends_with("own 0 bytes, origin 512 bytes, zero 0 bytes, same 512 bytes\n"), "{text}");
     }
 
     #[test]

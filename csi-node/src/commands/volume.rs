@@ -40,7 +40,15 @@ pub enum VolumeCommand {
     /// When it is refused, what would have been deleted is printed.
     Destroy(WhichArgs),
     /// Shows which parts of a volume are its own, and which it reads from what it started from.
+    ///
+    /// Of a volume that is in use this is one moment. A map of very many parts is told piece by piece, with `--output json` in
+    /// one answer a line, and is of one moment only if it is a snapshot's.
     Map(WhichArgs),
+    /// Shows where a volume or snapshot differs from an older one, and what it reads there: blocks of its own, what it started
+    /// from (also where it was discarded), or zeros.
+    ///
+    /// In a pool of files the older one must be a snapshot, or not attached.
+    Delta(DeltaArgs),
     /// Lists the volumes, snapshots and templates of a pool.
     List(ListArgs),
 }
@@ -132,6 +140,20 @@ pub struct ResizeArgs {
     pub size: Bytes,
 }
 
+/// Flags of `berth-node volume delta`.
+#[derive(Clone, Debug, Args)]
+pub struct DeltaArgs {
+    /// The pool.
+    #[arg(value_parser = values::pool_name)]
+    pub pool: PoolName,
+    /// What it is compared with: mostly an earlier snapshot.
+    #[arg(value_parser = values::uid)]
+    pub old: Uid,
+    /// The volume or snapshot that is told.
+    #[arg(value_parser = values::uid)]
+    pub new: Uid,
+}
+
 /// Flags of `berth-node volume list`.
 #[derive(Clone, Debug, Args)]
 pub struct ListArgs {
@@ -161,7 +183,12 @@ impl VolumeCommand {
                 Operation::VolumeResize { pool, volume, size }.into()
             }
             Self::Destroy(WhichArgs { pool, volume }) => Operation::VolumeDestroy { pool, volume }.into(),
-            Self::Map(WhichArgs { pool, volume }) => Operation::VolumeMap { pool, volume }.into(),
+            Self::Map(WhichArgs { pool, volume }) => {
+                Operation::VolumeMap { pool, volume, offset: Bytes::ZERO }.into()
+            }
+            Self::Delta(DeltaArgs { pool, old, new }) => {
+                Operation::VolumeDelta { pool, old, volume: new, offset: Bytes::ZERO }.into()
+            }
             Self::List(ListArgs { pool }) => Operation::VolumeList { pool }.into(),
         }
     }

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
+use berth_core::ids::Sha256Sum;
 use berth_core::units::Bytes;
+use berth_objectstore::checksum::SourceHash;
 use berth_objectstore::source::RangedSource;
 use berth_record::{FileEntry, FileFetch, tables};
 use futures::StreamExt as _;
@@ -149,4 +151,28 @@ async fn finish<R: HasRecord>(work: &FileWork<R>, name: &str, file: Arc<File>) -
         Ok(work.record.record().file_fetched(&work.uid, work.generation, FileFetch::Complete)?)
     });
     recorded.await?
+}
+
+/// The size and the sum of the file, read from where it lies. Blocks.
+///
+/// # Errors
+/// [`FileError::Cancelled`], or if it cannot be read.
+pub fn sum<R: HasRecord>(work: &FileWork<R>) -> Result<(Bytes, Sha256Sum), FileError> {
+    let entry = work.record.record().file(&work.uid)?;
+    let name = entry.ok_or_else(|| FileError::NoFile(work.uid.to_string()))?.name;
+    let local::Opened { file, stamp } = local::open(&work.dir, &name)?;
+    let (mut hash, mut at, mut piece) = (SourceHash::new(), Bytes::ZERO, vec![0; PIECE]);
+    while at < stamp.size {
+        if work.cancel.is_cancelled() {
+            return Err(FileError::Cancelled);
+        }
+        let count = file.read_at(&mut piece, at.0).map_err(FileError::io("read", &name))?;
+        if count == 0 {
+            return Err(FileError::Changing { name });
+        }
+        hash.update(&piece[..count]);
+        at = at.saturating_add(Bytes(count as u64)).min(stamp.size);
+        (work.progress)(at, stamp.size);
+    }
+    Ok((stamp.size, hash.finish()))
 }

@@ -18,7 +18,8 @@ use berth_record::PoolRecord;
 use tokio_util::sync::CancellationToken;
 
 pub use self::error::FileError;
-pub use self::fetch::fetch;
+pub use self::fetch::{fetch, sum};
+pub use self::local::room;
 pub use self::push::push;
 
 /// Where work tells how far it is: bytes that are done, of how many. Called often; does not block.

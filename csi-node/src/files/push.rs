@@ -4,6 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use berth_core::ids::{Digest, Sha256Sum};
+use berth_core::reason::ReasonClass;
 use berth_core::units::Bytes;
 use berth_objectstore::checksum::SourceHash;
 use berth_objectstore::s3::{MAX_PARTS, Part, S3Store, Stored};
@@ -15,6 +16,9 @@ use futures::StreamExt as _;
 use super::error::FileError;
 use super::local::{self, Opened, Stamp};
 use super::{FileWork, HasRecord, boot};
+use crate::import::store_reason;
+use crate::node::now;
+use crate::telemetry::chain;
 
 /// The least size of a part, and of a file that is sent in parts. Files of more than 156 GiB have larger parts, so that
 /// there are not too many.
@@ -51,7 +55,7 @@ pub async fn push<R: HasRecord>(
     let sent = if stamp.size <= PART { push.whole(&entry).await? } else { push.parts(&entry).await? };
     push.check_unchanged().await?;
     let (record, uid, told) = (Arc::clone(&work.record), work.uid.clone(), sent.clone());
-    tokio::task::spawn_blocking(move || record.record().file_sent(&uid, boot(), &told)).await??;
+    tokio::task::spawn_blocking(move || record.record().file_sent(&uid, boot(), &told, now())).await??;
     Ok(sent)
 }
 
@@ -155,12 +159,18 @@ impl<R: HasRecord> Push<'_, R> {
             && SourceHash::from_state(&sending.hash).is_ok()
     }
 
-    /// Gives an upload of an earlier content up, if there is one.
+    /// Gives up an upload that cannot be gone on with, if there is one. It is forgotten once the store has, or will not.
     async fn give_up(&self, entry: &FileEntry) -> Result<(), FileError> {
         if let FileContent::Sending(sending) = &entry.content
             && !sending.upload.is_empty()
         {
-            self.work.stoppable(self.store.abort_upload(self.key, &sending.upload)).await??;
+            match self.work.stoppable(self.store.abort_upload(self.key, &sending.upload)).await? {
+                Err(error) if store_reason(&error).class() == ReasonClass::Terminal => {
+                    let (reservation, error) = (&self.work.uid, chain(&error));
+                    tracing::warn!(%reservation, upload = sending.upload, error, "its parts stay in the store");
+                }
+                aborted => aborted?,
+            }
             self.record(None).await?;
         }
         Ok(())
@@ -178,7 +188,7 @@ impl<R: HasRecord> Push<'_, R> {
             let number = sending.parts.len() + 1;
             let put = self.store.put_part(self.key, &sending.upload, number, bytes, sum);
             let sent = self.work.stoppable(put).await?;
-            let part = self.or_anew(sent).await?;
+            let part = self.or_anew(&sending, sent).await?;
             sending.parts.push(SentPart { etag: part.etag.0, sha256: Digest(sum) });
             sending.hash = hash.state();
             self.record(Some(sending.clone())).await?;
@@ -197,11 +207,11 @@ impl<R: HasRecord> Push<'_, R> {
         let gone = match completed {
             Ok(()) => false,
             Err(StoreError::NotFound { .. }) => true,
-            Err(error) => return self.or_anew(Err(error)).await,
+            Err(error) => return self.or_anew(sending, Err(error)).await,
         };
         let stored = match self.work.stoppable(self.store.stored(self.key)).await? {
             Err(StoreError::NotFound { place }) if gone => {
-                return self.or_anew(Err(StoreError::NotFound { place })).await;
+                return self.or_anew(sending, Err(StoreError::NotFound { place })).await;
             }
             stored => stored?,
         };
@@ -213,10 +223,11 @@ impl<R: HasRecord> Push<'_, R> {
         Ok(self.told(stored, sum))
     }
 
-    /// What a store refuses for good, it refuses because of what it has of this upload: the next attempt begins anew.
-    async fn or_anew<T>(&self, outcome: Result<T, StoreError>) -> Result<T, FileError> {
+    /// What a store refuses for good, it refuses because of what it has of this upload: the next attempt begins anew. Until
+    /// that has given it up, it stays recorded, with no parts and no hash that it could be gone on with.
+    async fn or_anew<T>(&self, of: &Sending, outcome: Result<T, StoreError>) -> Result<T, FileError> {
         if matches!(outcome, Err(StoreError::NotFound { .. } | StoreError::InvalidRequest { .. })) {
-            self.record(None).await?;
+            self.record(Some(Sending { parts: Vec::new(), hash: Vec::new(), ..of.clone() })).await?;
         }
         Ok(outcome?)
     }

@@ -288,7 +288,7 @@ fn convert_reason(error: &ConvertError) -> Reason {
 fn session_reason(error: &SessionError) -> Reason {
     match error {
         SessionError::Superseded { .. } | SessionError::Gone { .. } => Reason::Superseded,
-        SessionError::Corrupt { .. } => Reason::ImageStoreIncompatible,
+        SessionError::Corrupt { .. } | SessionError::Newer { .. } => Reason::ImageStoreIncompatible,
         SessionError::Uid(_) => Reason::InvalidSpec,
         SessionError::Store { source, .. } => store_reason(source),
         SessionError::Upload(source) => upload_reason(source),
@@ -347,6 +347,7 @@ fn io_reason(error: &io::Error) -> Reason {
 pub fn store_reason(error: &StoreError) -> Reason {
     match error {
         StoreError::NoSuchBucket { .. } => Reason::BucketNotFound,
+        StoreError::Full { .. } => Reason::ObjectStoreFull,
         StoreError::AccessDenied { .. }
         | StoreError::InvalidRequest { .. }
         | StoreError::Unsupported { .. } => Reason::ObjectStoreDenied,
@@ -395,6 +396,7 @@ mod tests {
         let said = || String::new();
         for refused in [
             StoreError::AccessDenied { place: place(), said: said() },
+            StoreError::Full { place: place(), said: said() },
             StoreError::NoSuchBucket { place: place(), said: said() },
         ] {
             assert_eq!(ImportError::Store(refused).fault(), Fault::Lasting);

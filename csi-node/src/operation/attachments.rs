@@ -11,6 +11,7 @@ use super::error::OperationError;
 use super::volumes::{found, recorded, require_no_template, require_unused};
 use crate::agent::pools::OpenPool;
 use crate::area::templates;
+use crate::node::now;
 use crate::sabotage;
 
 /// Makes a block device of a volume, a snapshot or a template appear.
@@ -68,7 +69,7 @@ pub fn detach(pool: &OpenPool, uid: &Uid) -> Result<Outcome, OperationError> {
     }
     require_unused(pool, uid)?;
     pool.area.detach(uid)?;
-    pool.record.detached(uid)?;
+    pool.record.detached(uid, now())?;
     Ok(Outcome::Done)
 }
 

@@ -60,7 +60,10 @@ fn attempt(pools: &Pools, operation: &Operation) -> Result<Outcome, OperationErr
         Operation::VolumeDestroy { pool, volume } => {
             changing(pools, pool, |pool| volumes::destroy(pool, volume))
         }
-        Operation::VolumeMap { pool, volume } => changing(pools, pool, |pool| map::map(pool, volume)),
+        Operation::VolumeMap { pool, volume, offset } => map::map(&*open(pools, pool)?, volume, *offset),
+        Operation::VolumeDelta { pool, old, volume, offset } => {
+            map::delta(&*open(pools, pool)?, old, volume, *offset)
+        }
         Operation::VolumeList { pool } => listing::volumes(&*open(pools, pool)?),
     }
 }

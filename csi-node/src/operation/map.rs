@@ -1,101 +1,119 @@
-//! What a volume holds itself, and what it reads from elsewhere.
+//! What a volume holds itself, what it reads from elsewhere, and where it differs from an older one.
 
 use berth_core::ids::Uid;
 use berth_core::units::Bytes;
-use berth_device::partition::Extent;
-use berth_record::{VolumeEntry, VolumeOrigin, tables};
 
 use super::error::OperationError;
 use super::volumes::found;
-use super::{MapFrom, MapLine, Outcome};
+use super::{MapLine, Outcome};
 use crate::agent::pools::OpenPool;
 
-/// The whole of a volume or snapshot, part by part.
-pub fn map(pool: &OpenPool, uid: &Uid) -> Result<Outcome, OperationError> {
-    let volume = found(pool, uid, "mapped as a volume")?;
-    let own = pool.area.own_parts(&pool.record, uid)?;
-    let origin = if pool.area.reads_origin() { origin_size(pool, &volume)? } else { Bytes::ZERO };
-    Ok(Outcome::Map(compose(volume.size, origin, &own)))
+/// The most parts that one answer has: 6 MiB of memory, 25 MiB of JSON. A shorter one tells all that is left.
+pub const MOST_PARTS: usize = 1 << 18;
+
+/// Tells `each` what every part of a volume or snapshot reads: ascending, and together the whole volume. Streams; blocks for
+/// minutes where there are millions of parts. Others may change the volume meanwhile.
+///
+/// # Errors
+/// What was told before an error is worth nothing.
+pub fn read_map(pool: &OpenPool, uid: &Uid, each: &mut dyn FnMut(MapLine)) -> Result<(), OperationError> {
+    let turn = pool.turn();
+    found(pool, uid, "mapped as a volume")?;
+    let reading = pool.area.map(&pool.record, uid)?;
+    drop(turn);
+    Ok(reading(each)?)
 }
 
-fn origin_size(pool: &OpenPool, volume: &VolumeEntry) -> Result<Bytes, OperationError> {
-    let record = pool.record.record();
-    Ok(match &volume.origin {
-        None => Bytes::ZERO,
-        Some(VolumeOrigin::Image(digest)) => {
-            record.get(tables::IMAGES, digest)?.map(|image| image.virtual_size).unwrap_or_default()
-        }
-        Some(VolumeOrigin::Template { template }) => {
-            record.get(tables::TEMPLATES, template)?.map(|found| found.virtual_size).unwrap_or_default()
-        }
-    })
+/// The same of `uid`, with [`MapFrom::Same`](super::MapFrom::Same) where it does not differ from `old`.
+///
+/// # Errors
+/// As [`read_map`]; and where the two have nothing in common, or `old` may change meanwhile and cannot be kept.
+pub fn read_delta(
+    pool: &OpenPool,
+    old: &Uid,
+    uid: &Uid,
+    each: &mut dyn FnMut(MapLine),
+) -> Result<(), OperationError> {
+    let turn = pool.turn();
+    found(pool, old, "compared with")?;
+    found(pool, uid, "compared")?;
+    let reading = pool.area.delta(&pool.record, old, uid)?;
+    drop(turn);
+    Ok(reading(each)?)
 }
 
-/// The map of a volume of `size` over an origin of `origin` bytes, from the parts that it has itself, which are ascending
-/// and disjoint. Neighbours are told as one.
-fn compose(size: Bytes, origin: Bytes, own: &[Extent]) -> Vec<MapLine> {
-    let mut lines: Vec<MapLine> = Vec::new();
-    let mut add = |start: u64, end: u64, from| {
-        let (start, end) = (start.min(size.0), end.min(size.0));
-        if start >= end {
-            return;
-        }
-        if let Some(last) = lines.last_mut().filter(|last| last.from == from) {
-            last.length = Bytes(end - last.offset.0);
-            return;
-        }
-        lines.push(MapLine { offset: Bytes(start), length: Bytes(end - start), from });
-    };
-    let mut at = 0;
-    let whole = Extent { offset: size, length: Bytes::ZERO };
-    for part in own.iter().chain([&whole]) {
-        add(at, part.offset.0.min(origin.0), MapFrom::Origin);
-        add(at.max(origin.0), part.offset.0, MapFrom::Zero);
-        at = part.offset.0.saturating_add(part.length.0);
-        add(part.offset.0, at, MapFrom::Own);
+/// The parts of a volume from `offset` on.
+pub fn map(pool: &OpenPool, uid: &Uid, offset: Bytes) -> Result<Outcome, OperationError> {
+    page(pool, uid, offset, MOST_PARTS, |each| read_map(pool, uid, each))
+}
+
+/// The parts of a volume from `offset` on, compared with `old`.
+pub fn delta(pool: &OpenPool, old: &Uid, uid: &Uid, offset: Bytes) -> Result<Outcome, OperationError> {
+    page(pool, uid, offset, MOST_PARTS, |each| read_delta(pool, old, uid, each))
+}
+
+/// As many parts as one answer may have, from `offset` on.
+fn page(
+    pool: &OpenPool,
+    uid: &Uid,
+    offset: Bytes,
+    most: usize,
+    read: impl FnOnce(&mut dyn FnMut(MapLine)) -> Result<(), OperationError>,
+) -> Result<Outcome, OperationError> {
+    let size = found(pool, uid, "mapped as a volume")?.size;
+    let mut page = Page { offset, most, lines: Vec::new() };
+    if offset < size {
+        read(&mut |line| page.take(line))?; // behind its end there is nothing to be read
     }
-    lines
+    Ok(Outcome::Map(page.lines))
+}
+
+/// The parts that one answer has.
+struct Page {
+    offset: Bytes,
+    most: usize,
+    lines: Vec<MapLine>,
+}
+
+impl Page {
+    fn take(&mut self, line: MapLine) {
+        if line.end() <= self.offset || self.lines.len() >= self.most {
+            return;
+        }
+        let offset = line.offset.max(self.offset);
+        self.lines.push(MapLine { offset, length: line.end().saturating_sub(offset), ..line });
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use berth_core::extents::MapFrom;
+
     use super::*;
 
-    fn shown(size: u64, origin: u64, own: &[(u64, u64)]) -> String {
-        let own: Vec<_> =
-            own.iter().map(|(at, length)| Extent { offset: Bytes(*at), length: Bytes(*length) }).collect();
-        let lines = compose(Bytes(size), Bytes(origin), &own);
-        let mut end = 0;
-        let mut text = String::new();
-        for line in lines {
-            assert_eq!(line.offset.0, end, "complete and ascending");
-            assert!(line.length > Bytes::ZERO);
-            end += line.length.0;
-            let letter = match line.from {
-                MapFrom::Own => "o",
-                MapFrom::Origin => "i",
-                MapFrom::Zero => "z",
-            };
-            text.push_str(&letter.repeat(usize::try_from(line.length.0).unwrap()));
-            text.push('|');
-        }
-        assert_eq!(end, size);
-        text
-    }
-
     #[test]
-    fn every_byte_is_told_once() {
-        assert_eq!(shown(4, 0, &[]), "zzzz|");
-        assert_eq!(shown(4, 9, &[]), "iiii|");
-        assert_eq!(shown(6, 3, &[]), "iii|zzz|");
-        assert_eq!(shown(6, 3, &[(1, 1)]), "i|o|i|zzz|");
-        assert_eq!(shown(6, 3, &[(2, 2)]), "ii|oo|zz|");
-        assert_eq!(shown(6, 3, &[(0, 6)]), "oooooo|");
-        assert_eq!(
-            shown(6, 3, &[(0, 1), (1, 1), (4, 9)]),
-            "oo|i|z|oo|",
-            "neighbours, and what reaches beyond the end"
-        );
-        assert_eq!(shown(6, 6, &[(6, 3)]), "iiiiii|");
+    fn pages_together_are_the_whole() {
+        let kinds = [MapFrom::Own, MapFrom::Origin, MapFrom::Zero, MapFrom::Same];
+        let lines: Vec<_> = (0..10_u64)
+            .map(|n| MapLine { offset: Bytes(3 * n), length: Bytes(3), from: kinds[usize::from(n % 4 == 1)] })
+            .collect();
+        let (mut at, mut read, mut pages) = (Bytes::ZERO, Vec::new(), 0);
+        loop {
+            let mut page = Page { offset: at, most: 4, lines: Vec::new() };
+            for line in &lines {
+                page.take(*line);
+            }
+            let Some(last) = page.lines.last() else { break };
+            at = last.end();
+            pages += 1;
+            read.extend(page.lines);
+        }
+        assert_eq!((read, pages), (lines.clone(), 3));
+        let mut page = Page { offset: Bytes(4), most: 1, lines: Vec::new() };
+        for line in &lines {
+            page.take(*line);
+        }
+        let cut = MapLine { offset: Bytes(4), length: Bytes(2), ..lines[1] };
+        assert_eq!(page.lines, [cut], "it may begin within a part");
     }
 }

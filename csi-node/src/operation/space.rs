@@ -33,7 +33,8 @@ pub fn books<'a>(
     class: Class,
     promises: &'a BTreeMap<Uid, Held>,
 ) -> Result<Books<'a>, ReadError> {
-    let has_ledger = pool.record.ledger_position()?.lineage.is_some();
+    let position = pool.record.ledger_position()?;
+    let has_ledger = position.lineage.is_some();
     let total = pool.area.total();
     let state = pool.area.kernel_pools();
     let capacity = match (&pool.spec.backend, &state) {
@@ -42,6 +43,7 @@ pub fn books<'a>(
         }
         _ => LedgerCapacity::shared(total),
     };
+    let capacity = LedgerCapacity { overcommit: position.overcommit, ..capacity };
     let stopped = state.as_ref().and_then(|state| state.stopped(class));
     Ok(Books { has_ledger, capacity, stopped, promises })
 }

@@ -29,6 +29,7 @@ impl Operation {
             Self::VolumeResize { .. } => "VolumeResize",
             Self::VolumeDestroy { .. } => "VolumeDestroy",
             Self::VolumeMap { .. } => "VolumeMap",
+            Self::VolumeDelta { .. } => "VolumeDelta",
             Self::VolumeList { .. } => "VolumeList",
         }
     }
@@ -52,12 +53,14 @@ impl Operation {
             | Self::VolumeResize { pool, .. }
             | Self::VolumeDestroy { pool, .. }
             | Self::VolumeMap { pool, .. }
+            | Self::VolumeDelta { pool, .. }
             | Self::VolumeList { pool } => Some(pool),
             Self::PoolList {} => None,
         }
     }
 
     /// The volumes, snapshots and templates that it makes, changes or needs unchanged. No other call works on them meanwhile.
+    /// What is only read, which may take minutes, is not among them: it is read as it was.
     pub fn volumes(&self) -> Vec<&Uid> {
         match self {
             Self::TemplateAttach { template, .. } | Self::TemplateDetach { template, .. } => vec![template],
@@ -70,8 +73,7 @@ impl Operation {
             | Self::VolumeAttach { volume, .. }
             | Self::VolumeDetach { volume, .. }
             | Self::VolumeResize { volume, .. }
-            | Self::VolumeDestroy { volume, .. }
-            | Self::VolumeMap { volume, .. } => vec![volume],
+            | Self::VolumeDestroy { volume, .. } => vec![volume],
             Self::PoolCreate { .. }
             | Self::PoolIntroduce { .. }
             | Self::PoolForget { .. }
@@ -79,7 +81,18 @@ impl Operation {
             | Self::PoolGrow { .. }
             | Self::PoolCheck { .. }
             | Self::PoolList {}
+            | Self::VolumeMap { .. }
+            | Self::VolumeDelta { .. }
             | Self::VolumeList { .. } => Vec::new(),
+        }
+    }
+
+    /// What it only reads.
+    fn reads(&self) -> Vec<&Uid> {
+        match self {
+            Self::VolumeMap { volume, .. } => vec![volume],
+            Self::VolumeDelta { old, volume, .. } => vec![old, volume],
+            _ => Vec::new(),
         }
     }
 
@@ -110,7 +123,7 @@ impl Operation {
         if let Some(pool) = self.pool() {
             values::pool_name(pool.as_str()).map_err(invalid("pool"))?;
         }
-        for volume in self.volumes() {
+        for volume in self.volumes().into_iter().chain(self.reads()) {
             values::uid(volume.as_str()).map_err(invalid("a UID"))?;
         }
         if let Some(new) = self.makes() {
@@ -199,6 +212,8 @@ mod tests {
             ),
             (r#"{"do":"volumeClone","pool":"p","volume":"v","source":"a/b","size":null}"#, "a UID: "),
             (r#"{"do":"volumeResize","pool":"p","volume":"v","size":0}"#, "size: "),
+            (r#"{"do":"volumeMap","pool":"p","volume":"a/b"}"#, "a UID: "),
+            (r#"{"do":"volumeDelta","pool":"p","old":"../v","volume":"v"}"#, "a UID: "),
             (
                 r#"{"do":"volumeCreate","pool":"p","volume":"0f8fad5b-d9cb-469f-a165-70867728950e","size":18446744073709551615,"origin":null}"#,
                 "size: ",

@@ -17,6 +17,7 @@ use super::request::Use;
 use super::shown;
 use super::status::RpcError;
 use crate::agent::pools::{OpenPool, Pools};
+use crate::node::now;
 
 /// A volume on this node.
 pub struct FoundVolume {
@@ -94,12 +95,12 @@ pub fn not_open(pools: &Pools, pool: PoolName, volume: &str) -> RpcError {
 }
 
 impl FoundVolume {
-    fn attachment(&self) -> Result<Option<Attachment>, RpcError> {
+    pub(super) fn attachment(&self) -> Result<Option<Attachment>, RpcError> {
         let found = self.pool.record.record().get(tables::ATTACHMENTS, &self.uid);
         found.map_err(|source| RpcError::Record { pool: self.pool.name.clone(), source })
     }
 
-    fn not_staged(&self, path: &Path) -> RpcError {
+    pub(super) fn not_staged(&self, path: &Path) -> RpcError {
         RpcError::NotStaged { volume: self.id.clone(), path: path.display().to_string() }
     }
 
@@ -113,8 +114,9 @@ impl FoundVolume {
             return Err(RpcError::HostMount(self.id.clone()));
         }
         let old = self.attachment()?;
+        let device = old.as_ref().and_then(|old| old.loop_device.clone());
         // Whoever unstages knows of nothing but a staging that once went well.
-        let never_staged = old.as_ref().is_none_or(|old| old.loop_device.is_none());
+        let never_staged = device.is_none();
         if let Some(old) = old {
             if old.mode != mode {
                 return Err(RpcError::Different { volume: self.id.clone(), what: "use" });
@@ -123,7 +125,13 @@ impl FoundVolume {
                 return Err(RpcError::InUse(self.id.clone()));
             }
         }
-        let shown = self.show(path, wanted, content, mode);
+        let attachment = Attachment {
+            loop_device: device,
+            backing_file: self.pool.area.volume(&self.uid),
+            staged_path: path.to_owned(),
+            mode,
+        };
+        let shown = self.show(attachment, wanted, content);
         let unused = match mode {
             AttachmentMode::Filesystem => shown.is_err() && mounts::is_mounted(path)?.is_none(),
             _ => shown.is_err() && never_staged,
@@ -137,25 +145,22 @@ impl FoundVolume {
     /// Nobody unstages what was refused: left recorded, it could never be deleted.
     fn take_back(&self) {
         let taken = self.pool.area.detach(&self.uid).map_err(RpcError::from);
-        if let Err(error) = taken.and_then(|()| Ok(self.pool.record.detached(&self.uid)?)) {
+        if let Err(error) = taken.and_then(|()| Ok(self.pool.record.detached(&self.uid, now())?)) {
             tracing::warn!(volume = %self.id, error = crate::telemetry::chain(&error), "could not take a failed staging back");
         }
     }
 
+    /// Shows it again where it is shown already: what is recorded of that stays meanwhile.
     fn show(
         &self,
-        path: &Path,
+        mut attachment: Attachment,
         wanted: Use,
         content: ImportedContent,
-        mode: AttachmentMode,
     ) -> Result<(), RpcError> {
-        let file = self.pool.area.volume(&self.uid);
-        let mut attachment =
-            Attachment { loop_device: None, backing_file: file.clone(), staged_path: path.to_owned(), mode };
         self.pool.record.attach(&self.uid, &attachment)?;
         let extent = match (wanted, content.partition) {
             (Use::Filesystem(_), Some(number)) if self.entry.origin.is_some() => {
-                Some(partition_of(&file, number)?)
+                Some(partition_of(&attachment.backing_file, number)?)
             }
             _ => None,
         };
@@ -165,7 +170,7 @@ impl FoundVolume {
         match wanted {
             // From now on what is there is the workload's, half a file system as well.
             Use::Block => self.formatting_is_over(),
-            Use::Filesystem(asked) => self.mount(&device, path, asked),
+            Use::Filesystem(asked) => self.mount(&device, &attachment.staged_path, asked),
         }
     }
 
@@ -294,7 +299,7 @@ pub fn unstage(
             continue; // somebody else's, who has not staged it
         }
         pool.area.detach(uid)?;
-        if pool.record.detached(uid)? {
+        if pool.record.detached(uid, now())? {
             tracing::info!(volume = %uid, "detached");
         }
     }

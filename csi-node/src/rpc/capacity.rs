@@ -120,7 +120,7 @@ mod tests {
             lineage: Lineage::from("l"),
             revision: 1,
             rebuilt: None,
-            capacity: LedgerCapacity { images: data(total), volumes: data(total), total: data(total) },
+            capacity: LedgerCapacity::shared(total),
             promises: [(Uid::from("u"), promise)].into(),
         };
         let on_node = PoolOnNode {

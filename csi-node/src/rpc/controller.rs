@@ -32,10 +32,10 @@ use crate::csi::v1::controller_server::Controller;
 use crate::csi::v1::controller_service_capability::{Rpc, Type, rpc};
 use crate::csi::v1::validate_volume_capabilities_response::Confirmed;
 use crate::csi::v1::{
-    ControllerGetCapabilitiesRequest, ControllerGetCapabilitiesResponse, ControllerServiceCapability,
-    CreateVolumeRequest, CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest,
-    GetCapacityResponse, Topology, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse,
-    Volume,
+    ControllerExpandVolumeRequest, ControllerExpandVolumeResponse, ControllerGetCapabilitiesRequest,
+    ControllerGetCapabilitiesResponse, ControllerServiceCapability, CreateVolumeRequest,
+    CreateVolumeResponse, DeleteVolumeRequest, DeleteVolumeResponse, GetCapacityRequest, GetCapacityResponse,
+    Topology, ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume,
 };
 
 /// How long a call waits for a volume that starts from a template, whose image may have to be staged first, before it
@@ -85,6 +85,15 @@ impl Controller for Services {
         self.answer("GetCapacity", outcome)
     }
 
+    async fn controller_expand_volume(
+        &self,
+        request: Request<ControllerExpandVolumeRequest>,
+    ) -> Result<Response<ControllerExpandVolumeResponse>, Status> {
+        let until = patience::until(request.metadata());
+        let outcome = self.controller_expand(&request.into_inner(), until).await;
+        self.answer("ControllerExpandVolume", outcome)
+    }
+
     async fn controller_get_capabilities(
         &self,
         _: Request<ControllerGetCapabilitiesRequest>,
@@ -92,23 +101,27 @@ impl Controller for Services {
         let of = |kind: rpc::Type| ControllerServiceCapability {
             r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })),
         };
-        let capabilities =
-            [rpc::Type::CreateDeleteVolume, rpc::Type::GetCapacity, rpc::Type::SingleNodeMultiWriter];
+        let capabilities = [
+            rpc::Type::CreateDeleteVolume,
+            rpc::Type::GetCapacity,
+            rpc::Type::SingleNodeMultiWriter,
+            rpc::Type::ExpandVolume,
+        ];
         let capabilities = capabilities.into_iter().map(of).collect();
         self.answer("ControllerGetCapabilities", Ok(ControllerGetCapabilitiesResponse { capabilities }))
     }
 }
 
 impl Services {
-    fn reservations(&self) -> Api<StagingReservation> {
+    pub(super) fn reservations(&self) -> Api<StagingReservation> {
         Api::namespaced(self.node.client.clone(), &self.node.config.system_namespace)
     }
 
-    fn full_name(&self, name: &str) -> ObjectName {
+    pub(super) fn full_name(&self, name: &str) -> ObjectName {
         ObjectName::new(self.node.config.system_namespace.clone(), name)
     }
 
-    fn api_error(&self, action: &'static str, name: &str) -> impl FnOnce(kube::Error) -> RpcError {
+    pub(super) fn api_error(&self, action: &'static str, name: &str) -> impl FnOnce(kube::Error) -> RpcError {
         let name = self.full_name(name);
         move |source| RpcError::Api { action, name, source: Box::new(source) }
     }

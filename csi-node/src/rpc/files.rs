@@ -17,10 +17,12 @@ use super::Services;
 use super::attach::{not_open, unpublish as unmount};
 use super::request::{Use, path, use_of, volume_id};
 use super::status::RpcError;
+use crate::agent::files::{FileDir, directory};
 use crate::agent::observe::wanted_pools;
 use crate::agent::pools::{OpenPool, Pools};
 use crate::csi::v1::NodePublishVolumeRequest;
 use crate::files::boot;
+use crate::node::now;
 
 /// What kubelet says of the pod.
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
@@ -144,8 +146,10 @@ impl Services {
         let why = ready.map_or_else(String::new, |told| format!("{}: {}", told.reason, told.message));
         let uid = Uid::from(object.uid().unwrap_or_default());
         let entry = recorded(&pool, &uid)?;
+        let dir = entry.as_ref().map(|entry| directory(&pool, &uid, entry)).transpose()?;
         match entry {
-            Some(FileEntry { fetch: FileFetch::Complete, .. }) if pool.area.has_work_dir(&uid) => {}
+            _ if dir == Some(FileDir::Lost) => return Err(refuse(format!("its file is lost: {why}"))),
+            Some(FileEntry { fetch: FileFetch::Complete, .. }) if dir == Some(FileDir::Shown) => {}
             _ if status.last_error.is_some_and(|error| !error.retryable) => {
                 return Err(refuse(format!("its object cannot be fetched: {why}")));
             }
@@ -185,7 +189,7 @@ fn show(pool: &OpenPool, uid: &Uid, request: &FileRequest) -> Result<(), RpcErro
     let shown = mounts::bind_files(&pool.area.work_dir(uid), &request.target, !writer);
     if shown.is_err() && mounts::is_mounted(&request.target)?.is_none() {
         // Nobody takes back what was refused. That the pod might have written stays.
-        pool.record.unpublish_file(&request.volume)?;
+        pool.record.unpublish_file(&request.volume, now())?;
     }
     Ok(shown?)
 }
@@ -198,7 +202,7 @@ pub(super) fn hide(services: &Services, volume: &str, target: &Path) -> Result<(
     // Before the look at the open ones: one that is opened meanwhile may have been missed there.
     let unopened = pools.unopened(wanted_pools(&services.node).into_keys());
     for pool in pools.all() {
-        if pool.record.unpublish_file(volume)? {
+        if pool.record.unpublish_file(volume, now())? {
             services.node.wake.notify_one(); // it may be sent, or go, now
             return Ok(());
         }

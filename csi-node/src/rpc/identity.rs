@@ -5,8 +5,7 @@ use tonic::{Request, Response, Status};
 
 use super::Services;
 use crate::csi::v1::identity_server::Identity;
-use crate::csi::v1::plugin_capability::service;
-use crate::csi::v1::plugin_capability::{Service, Type};
+use crate::csi::v1::plugin_capability::{Service, Type, VolumeExpansion, service, volume_expansion};
 use crate::csi::v1::{
     GetPluginCapabilitiesRequest, GetPluginCapabilitiesResponse, GetPluginInfoRequest, GetPluginInfoResponse,
     PluginCapability, ProbeRequest, ProbeResponse,
@@ -33,8 +32,12 @@ impl Identity for Services {
         let of = |kind: service::Type| PluginCapability {
             r#type: Some(Type::Service(Service { r#type: kind.into() })),
         };
-        let capabilities =
-            vec![of(service::Type::ControllerService), of(service::Type::VolumeAccessibilityConstraints)];
+        let online = VolumeExpansion { r#type: volume_expansion::Type::Online.into() };
+        let capabilities = vec![
+            of(service::Type::ControllerService),
+            of(service::Type::VolumeAccessibilityConstraints),
+            PluginCapability { r#type: Some(Type::VolumeExpansion(online)) },
+        ];
         self.answer("GetPluginCapabilities", Ok(GetPluginCapabilitiesResponse { capabilities }))
     }
 

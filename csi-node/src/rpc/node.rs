@@ -12,6 +12,7 @@ use super::attach::{self, FoundVolume, ImportedContent, Publication, Stats};
 use super::controller::{CONTEXT_HOST_MOUNT, CONTEXT_PARTITION};
 use super::files::{self, FileRequest};
 use super::in_flight::Guard;
+use super::patience;
 use super::request::{for_one_workload, path, use_of, volume_id};
 use super::status::RpcError;
 use crate::agent::observe::wanted_pools;
@@ -19,11 +20,11 @@ use crate::csi::v1::node_server::Node as NodeService;
 use crate::csi::v1::node_service_capability::{Rpc, Type, rpc};
 use crate::csi::v1::volume_usage::Unit;
 use crate::csi::v1::{
-    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
-    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
-    NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest, NodeStageVolumeResponse,
-    NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, NodeUnstageVolumeRequest,
-    NodeUnstageVolumeResponse, Topology, VolumeUsage,
+    NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest,
+    NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest,
+    NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodePublishVolumeResponse, NodeServiceCapability,
+    NodeStageVolumeRequest, NodeStageVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
+    NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, Topology, VolumeUsage,
 };
 
 #[tonic::async_trait]
@@ -68,14 +69,27 @@ impl NodeService for Services {
         self.answer("NodeGetVolumeStats", outcome)
     }
 
+    async fn node_expand_volume(
+        &self,
+        request: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        let until = patience::until(request.metadata());
+        let outcome = self.node_expand(&request.into_inner(), until).await;
+        self.answer("NodeExpandVolume", outcome)
+    }
+
     async fn node_get_capabilities(
         &self,
         _: Request<NodeGetCapabilitiesRequest>,
     ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
         let of =
             |kind: rpc::Type| NodeServiceCapability { r#type: Some(Type::Rpc(Rpc { r#type: kind.into() })) };
-        let capabilities =
-            [rpc::Type::StageUnstageVolume, rpc::Type::GetVolumeStats, rpc::Type::SingleNodeMultiWriter];
+        let capabilities = [
+            rpc::Type::StageUnstageVolume,
+            rpc::Type::GetVolumeStats,
+            rpc::Type::SingleNodeMultiWriter,
+            rpc::Type::ExpandVolume,
+        ];
         let capabilities = capabilities.into_iter().map(of).collect();
         self.answer("NodeGetCapabilities", Ok(NodeGetCapabilitiesResponse { capabilities }))
     }

@@ -223,6 +223,14 @@ fn size(range: Option<&CapacityRange>, from_template: bool) -> Result<(Bytes, Op
     }
 }
 
+/// The size that a volume is to be made, and the most that it may have then.
+pub fn grown_size(range: Option<&CapacityRange>) -> Result<(Bytes, Option<Bytes>), RpcError> {
+    if range.is_none_or(|range| range.required_bytes == 0) {
+        return Err(RpcError::invalid("capacity_range.required_bytes", "a size is needed"));
+    }
+    size(range, false)
+}
+
 /// A path of kubelet's: absolute, and without `..`.
 pub fn path(field: &'static str, text: &str) -> Result<PathBuf, RpcError> {
     let path = Path::new(text);

@@ -22,6 +22,7 @@ use tonic::{Code, Status};
 
 use crate::agent::observe::ObserveError;
 use crate::agent::pools::PoolError;
+use crate::agent::volumes::VolumeError;
 use crate::area::AreaError;
 use crate::telemetry::chain;
 
@@ -188,6 +189,9 @@ pub enum RpcError {
     /// A mount.
     #[error("a mount failed")]
     Mount(#[from] MountError),
+    /// A volume or its record.
+    #[error("failed to make a volume larger")]
+    Volume(#[from] VolumeError),
     /// The area that holds the volume.
     #[error("the pool's area fails")]
     Area(#[from] AreaError),
@@ -252,6 +256,7 @@ impl RpcError {
             | Self::Observe(_)
             | Self::Mount(_)
             | Self::Area(_)
+            | Self::Volume(_)
             | Self::Filesystem(_)
             | Self::Io { .. }
             | Self::File(_)

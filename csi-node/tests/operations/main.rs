@@ -337,7 +337,8 @@ fn a_map_tells_every_byte_and_a_volume_starts_as_its_image() {
     assert_eq!(node.volumes()[&volume(2)].origin, Some(OriginName::Image(digest)));
     write(&node.device(1, false), 3 * MIB, 6);
     let line = |offset, length, from| MapLine { offset: Bytes(offset), length: Bytes(length), from };
-    let map = |n: u32| node.run(&Operation::VolumeMap { pool: name(), volume: volume(n) });
+    let map =
+        |n: u32| node.run(&Operation::VolumeMap { pool: name(), volume: volume(n), offset: Bytes::ZERO });
     let (own, zero) = (MapFrom::Own, MapFrom::Zero);
     let wanted = vec![
         line(0, MIB, zero),
@@ -347,8 +348,49 @@ fn a_map_tells_every_byte_and_a_volume_starts_as_its_image() {
         line(3 * MIB + 4096, MIB - 4096, zero),
     ];
     assert_eq!(map(1), Ok(Outcome::Map(wanted)));
-    node.done(&detach(1));
+    compares(&node);
     node.end();
+}
+
+/// Volume 1, which is attached and was written at 3 MiB since its snapshot 2.
+fn compares(node: &Node) {
+    let line = |offset, length, from| MapLine { offset: Bytes(offset), length: Bytes(length), from };
+    let delta = |old: u32, new: u32, offset: u64| Operation::VolumeDelta {
+        pool: name(),
+        old: volume(old),
+        volume: volume(new),
+        offset: Bytes(offset),
+    };
+    let (own, zero, same) = (MapFrom::Own, MapFrom::Zero, MapFrom::Same);
+    let written = line(3 * MIB, 4096, own);
+    let after = line(3 * MIB + 4096, MIB - 4096, same);
+    let wanted = vec![line(0, 3 * MIB, same), written, after];
+    assert_eq!(node.run(&delta(2, 1, 0)), Ok(Outcome::Map(wanted)));
+    assert_eq!(node.run(&delta(2, 1, 3 * MIB)), Ok(Outcome::Map(vec![written, after])), "from there on");
+    assert_eq!(node.run(&delta(2, 1, 4 * MIB)), Ok(Outcome::Map(Vec::new())));
+    node.refused(&delta(1, 2, 0), Reason::InUse, "compare with a snapshot");
+    node.refused(&delta(2, 9, 0), Reason::VolumeNotFound, "has no volume");
+    node.done(&detach(1));
+    assert_eq!(
+        node.run(&delta(1, 2, 0)),
+        Ok(Outcome::Map(vec![line(0, 3 * MIB, same), line(3 * MIB, 4096, zero), after])),
+        "what the older one has and this one has not reads as zeros"
+    );
+    let pool = node.pools.get(&name()).unwrap();
+    let path = pool.area.volume(&volume(1));
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    berth_device::files::punch_hole(&file, &path, Bytes(MIB), Bytes(1 << 16)).unwrap();
+    drop(file);
+    node.done(&Operation::VolumeResize { pool: name(), volume: volume(1), size: Bytes::mib(5) });
+    let wanted = vec![
+        line(0, MIB, same),
+        line(MIB, 1 << 16, zero),
+        line(MIB + (1 << 16), 2 * MIB - (1 << 16), same),
+        written,
+        after,
+        line(4 * MIB, MIB, zero),
+    ];
+    assert_eq!(node.run(&delta(2, 1, 0)), Ok(Outcome::Map(wanted)), "given back, and made larger");
 }
 
 #[test]

@@ -35,7 +35,8 @@ fn a_pool_of_a_cluster_gives_only_what_its_ledger_promised() {
     node.refused(&blank(1, Bytes::gib(1)), Reason::CapacityRefused, "lacks");
     node.done(&blank(9, Bytes::mib(4)));
     let pool = node.pools.get(&name()).unwrap();
-    let position = LedgerPosition { lineage: Some(Lineage::from("l")), obeyed_revision: 1 };
+    let position =
+        LedgerPosition { lineage: Some(Lineage::from("l")), obeyed_revision: 1, ..LedgerPosition::default() };
     pool.obey(&position, &[(volume(1), promise(&volume(1), Bytes::mib(8)))]).unwrap();
     node.refused(&blank(2, Bytes::mib(4)), Reason::NotPromised, "promised it nothing");
     node.refused(&snapshot(2, 9), Reason::NotPromised, "needs 4 MiB");
@@ -133,7 +134,10 @@ fn an_area_is_served_on_another_machine_and_for_a_pool_made_anew() {
     let device = node.device(1, false);
     write(&device, 0, 7);
     let pool = node.pools.get(&name()).unwrap();
-    let (lineage, uid) = (LedgerPosition { lineage: Some("l".into()), obeyed_revision: 4 }, volume(2));
+    let (lineage, uid) = (
+        LedgerPosition { lineage: Some("l".into()), obeyed_revision: 4, ..LedgerPosition::default() },
+        volume(2),
+    );
     pool.obey(&lineage, &[(uid.clone(), promise(&uid, Bytes::mib(8)))]).unwrap();
     pool.area.detach(&volume(1)).unwrap(); // the machine is gone; its record says that it is attached
     drop(pool);

@@ -9,6 +9,7 @@
 mod bed;
 mod killed;
 mod operations;
+mod overcommit;
 mod pools;
 mod refused;
 
@@ -111,7 +112,8 @@ fn promise(pool: &OpenPool, uid: &Uid, class: PromiseClass, data: Bytes) {
         obeyed: true,
         released: false,
     };
-    let position = LedgerPosition { lineage: Some(Lineage::from("l")), obeyed_revision: 1 };
+    let position =
+        LedgerPosition { lineage: Some(Lineage::from("l")), obeyed_revision: 1, ..LedgerPosition::default() };
     pool.obey(&position, &[(uid.clone(), entry)]).unwrap();
 }
 

@@ -15,7 +15,7 @@ use berth_device::nbd::{
     self, AttachConfig, Attachment, BackendId, Nbd, NbdServer, ServedFormat, ServerConfig, Slots,
 };
 use berth_device::partition::Extent;
-use berth_device::thin::{KernelPool, ThinDevice};
+use berth_device::thin::{KernelPool, PoolStatus, ThinDevice};
 use berth_node::agent::pools::{OpenPool, Pools};
 use berth_node::area::Backend;
 use berth_node::operation::{
@@ -72,7 +72,16 @@ impl Asked {
     }
 
     fn map(&self, n: u32) -> Vec<(u64, u64, MapFrom)> {
-        match self.run(&Operation::VolumeMap { pool: name(), volume: holder(n) }) {
+        self.told(&Operation::VolumeMap { pool: name(), volume: holder(n), offset: Bytes::ZERO })
+    }
+
+    fn delta(&self, old: u32, n: u32) -> Vec<(u64, u64, MapFrom)> {
+        self.told(&delta(old, n))
+    }
+
+    /// In blocks of 64 KiB.
+    fn told(&self, operation: &Operation) -> Vec<(u64, u64, MapFrom)> {
+        match self.run(operation) {
             Ok(Outcome::Map(lines)) => {
                 let unit = |bytes: Bytes| bytes.0 / KIB64;
                 let part = |line: MapLine| (unit(line.offset), unit(line.length), line.from);
@@ -130,6 +139,10 @@ pub(super) fn attach(n: u32, read_only: bool) -> Operation {
 
 pub(super) fn detach(n: u32) -> Operation {
     Operation::VolumeDetach { pool: name(), volume: holder(n) }
+}
+
+fn delta(old: u32, n: u32) -> Operation {
+    Operation::VolumeDelta { pool: name(), old: holder(old), volume: holder(n), offset: Bytes::ZERO }
 }
 
 fn resize(n: u32, size: Bytes) -> Operation {
@@ -267,8 +280,23 @@ fn grows(asked: &mut Asked, dir: &Path) {
         (48 * MIB, 3),
         "and where only the device was left to do"
     );
+    let leave = std::process::Command::new("dmsetup")
+        .args(["message", &kernel_pool().name().name(), "0", "reserve_metadata_snap"])
+        .status();
+    assert!(leave.unwrap().success());
+    assert!(holds_metadata());
+    asked.killed(dir);
+    assert!(!holds_metadata(), "what was being read is released at the start");
     drop(open);
     asked.done(&detach(3));
+}
+
+fn kernel_pool() -> KernelPool {
+    KernelPool::find(&POOL.into(), Class::Volumes).unwrap().unwrap()
+}
+
+fn holds_metadata() -> bool {
+    matches!(kernel_pool().status().unwrap(), PoolStatus::Working(pool) if pool.held_root.is_some())
 }
 
 /// A volume of an image: its map, a discard, and copies of it with the same origin.
@@ -280,23 +308,20 @@ fn origins(asked: &Asked) {
     asked.done(&create(5, Bytes::mib(16), origin.clone()));
     let device = asked.device(5, false);
     let (own, image, zero) = (MapFrom::Own, MapFrom::Origin, MapFrom::Zero);
-    assert_eq!(asked.map(5), [(0, 128, image), (128, 128, zero)]);
+    assert_eq!(asked.map(5), [(0, 16, zero), (16, 1, image), (17, 239, zero)], "the image has one block");
     assert_eq!(byte(&device, MIB), 5);
     write(&device, MIB, 6);
     write(&device, 9 * MIB, 6);
-    assert_eq!(
-        asked.map(5),
-        [(0, 16, image), (16, 1, own), (17, 111, image), (128, 16, zero), (144, 1, own), (145, 111, zero)]
-    );
+    assert_eq!(asked.map(5), [(0, 16, zero), (16, 1, own), (17, 127, zero), (144, 1, own), (145, 111, zero)]);
     asked.done(&snapshot(6, 5));
-    let kernel = KernelPool::find(&POOL.into(), Class::Volumes).unwrap().unwrap();
-    let thin = ThinDevice::find(&kernel, &holder(5)).unwrap().unwrap();
+    let thin = ThinDevice::find(&kernel_pool(), &holder(5)).unwrap().unwrap();
     thin.discard(Extent { offset: Bytes::mib(1), length: Bytes(KIB64) }).unwrap();
     assert_eq!(byte(&device, MIB), 5, "the image's byte again");
-    assert_eq!(asked.map(5)[0], (0, 128, image));
+    assert_eq!(asked.map(5)[..2], [(0, 16, zero), (16, 1, image)]);
     let kept = asked.device(6, true);
     assert_eq!((byte(&kept, MIB), byte(&kept, 2 * MIB), asked.map(6)[1]), (6, 0, (16, 1, own)));
     assert_eq!(asked.volume(6).origin, origin);
+    differences(asked, &device, &thin);
     for n in [5, 6] {
         asked.done(&detach(n));
         pool.area.require_unused(&pool.record, &digest()).expect_err("volumes read from it");
@@ -305,6 +330,36 @@ fn origins(asked: &Asked) {
     remove_image(&pool, &digest());
     pool.released(&holder(20), super::FIRST).unwrap();
     pool.forget(&holder(20)).unwrap();
+}
+
+/// Volume 5, of which block 16 was discarded since its snapshot 6. Each is in use.
+fn differences(asked: &Asked, device: &Path, thin: &ThinDevice) {
+    let (own, image, zero, same) = (MapFrom::Own, MapFrom::Origin, MapFrom::Zero, MapFrom::Same);
+    let back = (16, 1, image);
+    assert_eq!(asked.delta(6, 5), [(0, 16, same), back, (17, 239, same)], "back to the image, and told");
+    assert_eq!(asked.delta(5, 6), [(0, 16, same), (16, 1, own), (17, 239, same)]);
+    assert_eq!(asked.delta(6, 6), [(0, 256, same)]);
+    write(device, 2 * MIB, 8);
+    write(device, 9 * MIB, 8);
+    asked.done(&resize(5, Bytes::mib(20)));
+    write(device, 18 * MIB, 8);
+    let rest =
+        [(33, 111, same), (144, 1, own), (145, 111, same), (256, 32, zero), (288, 1, own), (289, 31, zero)];
+    let wanted = [&[(0, 16, same), back, (17, 15, same), (32, 1, own)][..], &rest].concat();
+    assert_eq!(asked.delta(6, 5), wanted, "written again, written anew, and behind the old end");
+    thin.discard(Extent { offset: Bytes::mib(9), length: Bytes(KIB64) }).unwrap();
+    assert_eq!(asked.delta(6, 5)[5], (144, 1, zero), "behind the image there are zeros");
+    asked.refused(&delta(3, 5), Reason::NotRelated, "did not start from");
+    let kernel = kernel_pool();
+    let read = kernel.metadata_snapshot(Duration::ZERO).unwrap();
+    let told = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| asked.delta(6, 5));
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(!waiting.is_finished(), "one at a time");
+        drop(read);
+        waiting.join().unwrap()
+    });
+    assert_eq!(told.len(), wanted.len());
 }
 
 /// A volume and its copy read from the device of a template.

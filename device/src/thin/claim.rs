@@ -30,6 +30,11 @@ impl Claim {
         Self::take_key(key, Duration::ZERO)
     }
 
+    /// Claims the metadata snapshot of a kernel pool, beside all else: reading one takes long, and suspensions do not wait.
+    pub(super) fn take_metadata(pool: &DeviceName, limit: Duration) -> Option<Self> {
+        Self::take_key(format!("{} metadata", key(pool)), limit)
+    }
+
     fn take_key(key: String, limit: Duration) -> Option<Self> {
         let deadline = Instant::now() + limit;
         let mut claimed = claimed();
@@ -56,14 +61,8 @@ fn claimed() -> MutexGuard<'static, BTreeSet<String>> {
     CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The kernel pool of a device: a suspension of either concerns both.
 fn key(device: &DeviceName) -> String {
-    match device {
-        DeviceName::KernelPool { .. } => device.uuid(),
-        DeviceName::Thin { pool, class, .. } => {
-            DeviceName::KernelPool { pool: pool.clone(), class: *class }.uuid()
-        }
-    }
+    device.in_kernel_pool().uuid()
 }
 
 #[cfg(test)]
@@ -81,7 +80,12 @@ mod tests {
         let beside = DeviceName::thin(&uid(1), Class::Images, &uid(2)).unwrap();
         let claim = Claim::take(&inside, Duration::ZERO).unwrap();
         assert!(Claim::take(&pool, Duration::ZERO).is_none() && Claim::take_now(&pool.uuid()).is_none());
+        let template = DeviceName::template(&uid(1), &uid(2)).unwrap();
+        assert!(Claim::take_now(&template.uuid()).is_some(), "it lies in the other pool");
         assert!(Claim::take_now(&beside.uuid()).is_some() && Claim::take_now("BERTH-other").is_some());
+        let reading = Claim::take_metadata(&pool, Duration::ZERO).unwrap();
+        assert!(Claim::take_metadata(&pool, Duration::ZERO).is_none());
+        drop(reading);
         let started = Instant::now();
         let waiting = std::thread::spawn(move || Claim::take(&pool, Duration::from_secs(10)).is_some());
         std::thread::sleep(Duration::from_millis(50));

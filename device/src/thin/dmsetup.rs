@@ -207,6 +207,11 @@ pub(super) fn status(uuid: &str) -> Result<String, DmError> {
     run("read the status of", uuid, &["status", "--noflush", "-u", uuid])
 }
 
+/// The same after all that the device has to record is on its disk.
+pub(super) fn committed_status(uuid: &str) -> Result<String, DmError> {
+    run("read the status of", uuid, &["status", "-u", uuid])
+}
+
 /// Name and table of every thin device, ours or not.
 pub(super) fn thin_tables() -> Result<Vec<(String, String)>, DmError> {
     let text = run("list", "thin devices", &["table", "--target", "thin"])?;
@@ -219,8 +224,9 @@ pub(super) fn message(uuid: &str, text: &str) -> Result<(), DmError> {
 }
 
 /// Gives the device a table that it uses after it was suspended and resumed.
-pub(super) fn load(uuid: &str, table: &str) -> Result<(), DmError> {
-    run("load a table for", uuid, &["load", "-u", uuid, "--table", table]).map(drop)
+pub(super) fn load(uuid: &str, table: &str, read_only: bool) -> Result<(), DmError> {
+    let access: &[&str] = if read_only { &["--readonly"] } else { &[] };
+    run("load a table for", uuid, &[&["load", "-u", uuid, "--table", table], access].concat()).map(drop)
 }
 
 /// Forgets a table that was loaded and is not used yet.

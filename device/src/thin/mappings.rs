@@ -1,7 +1,8 @@
 //! What a thin device has blocks for, and where two of them differ.
 //!
 //! `thin_dump` and `thin_delta` read the metadata of a live pool from a metadata snapshot, of which the kernel keeps one at
-//! a time. Their answers are read line by line and never held: a device of 1 TiB may have 16 million mappings.
+//! a time: whoever reads one claims it. Their answers are read line by line and never held: a device of 1 TiB may have 16
+//! million mappings.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use berth_core::thin::BlockSize;
 use berth_core::units::Bytes;
 use thiserror::Error;
 
+use super::claim::Claim;
 use super::dmsetup::{self, ENVIRONMENT};
 use super::kernel_pool::{KernelPool, node_of};
 use super::names::DeviceName;
@@ -69,6 +71,8 @@ pub struct KeptThin {
 /// How a range differs from one thin device to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Difference {
+    /// Both have the same blocks.
+    Same,
     /// Both have blocks, and not the same.
     Changed,
     /// Only the second one has blocks.
@@ -84,33 +88,45 @@ pub struct MetadataSnapshot<'a> {
     pool: &'a KernelPool,
     metadata: PathBuf,
     released: bool,
+    _claim: Claim,
 }
 
 impl KernelPool {
-    /// Keeps the metadata as it is now, for reading.
+    /// Keeps the metadata as it is now, for reading. Waits up to `patience` for another one of this process; one of a
+    /// process that is gone is released.
     ///
     /// # Errors
     /// [`KernelPoolError::SnapshotHeld`] while there is another one.
-    pub fn metadata_snapshot(&self) -> Result<MetadataSnapshot<'_>, KernelPoolError> {
-        self.require_writable()?;
+    pub fn metadata_snapshot(&self, patience: Duration) -> Result<MetadataSnapshot<'_>, KernelPoolError> {
+        let held = || KernelPoolError::SnapshotHeld { pool: self.name.clone() };
+        let claim = Claim::take_metadata(&self.name, patience).ok_or_else(held)?;
+        self.release_left_behind()?;
         let metadata = node_of(self.table()?.metadata)?;
         match dmsetup::message(&self.uuid, "reserve_metadata_snap") {
-            Err(error) if error.says("Device or resource busy") => {
-                Err(KernelPoolError::SnapshotHeld { pool: self.name.clone() })
-            }
+            Err(error) if error.says("Device or resource busy") => Err(held()),
             done => {
                 done?;
-                Ok(MetadataSnapshot { pool: self, metadata, released: false })
+                Ok(MetadataSnapshot { pool: self, metadata, released: false, _claim: claim })
             }
         }
     }
 
-    /// Releases a metadata snapshot that somebody left behind. None is no error. For the start, before anybody reads one.
+    /// Releases a metadata snapshot that a process which is gone has left behind. None is no error, and one that this
+    /// process reads stays. For the start: one that is held keeps blocks from being used again.
     pub fn release_stale_snapshot(&self) -> Result<(), KernelPoolError> {
-        match self.require_writable()?.held_root {
+        match Claim::take_metadata(&self.name, Duration::ZERO) {
+            Some(_claim) => self.release_left_behind(),
             None => Ok(()),
-            Some(_) => Ok(dmsetup::message(&self.uuid, "release_metadata_snap")?),
         }
+    }
+
+    /// Under the claim: nobody reads it then.
+    fn release_left_behind(&self) -> Result<(), KernelPoolError> {
+        if self.require_writable()?.held_root.is_none() {
+            return Ok(());
+        }
+        tracing::warn!(pool = %self.name, "a metadata snapshot was left behind, and is released");
+        Ok(dmsetup::message(&self.uuid, "release_metadata_snap")?)
     }
 }
 
@@ -146,7 +162,8 @@ impl MetadataSnapshot<'_> {
         Ok(found)
     }
 
-    /// Gives every range in which `to` differs from `from` to `each`, ascending and disjoint, in the same unit.
+    /// Gives every range for which `from` or `to` has blocks to `each`, ascending and disjoint, in the same unit, with how
+    /// `to` differs there.
     pub fn changed(
         &self,
         from: ThinId,
@@ -229,9 +246,10 @@ fn kept(line: &str, block: BlockSize) -> Result<Option<KeptThin>, ParseError> {
     parse().map(Some).ok_or_else(|| ParseError::new("thin device", line))
 }
 
-/// A line of `thin_delta`; `None` if it says nothing, or that a range is the same.
+/// A line of `thin_delta`; `None` if it says nothing of a range.
 fn difference(line: &str, block: BlockSize) -> Result<Option<(Extent, Difference)>, ParseError> {
     let difference = match line.split_ascii_whitespace().next() {
+        Some("<same") => Difference::Same,
         Some("<different") => Difference::Changed,
         Some("<right_only") => Difference::Added,
         Some("<left_only") => Difference::Removed,
@@ -314,7 +332,7 @@ mod tests {
             parse(r#"<different begin="5" length="2"/>"#),
             Ok(Some((blocks(5, 2), Difference::Changed)))
         );
-        assert_eq!(parse(r#"<same begin="5" length="2"/>"#), Ok(None));
+        assert_eq!(parse(r#"<same begin="5" length="2"/>"#), Ok(Some((blocks(5, 2), Difference::Same))));
         assert_eq!(parse(r#"<diff left="1" right="0">"#), Ok(None));
         assert!(parse("<different begin=5 length=2/>").is_err());
     }

@@ -21,6 +21,8 @@ mod survey;
 mod suspender;
 mod suspension;
 mod table;
+mod table_change;
+mod template;
 mod thin_device;
 mod thin_ids;
 mod users;
@@ -38,6 +40,11 @@ pub use self::status::{Blocks, Discards, PoolStatus, ThinStatus, WhenFull, Worki
 pub use self::survey::{FoundGroup, survey};
 pub use self::suspender::{InProcess, LeftBehind, PoolMessage, SuspendError, Suspender, resume_left_behind};
 pub use self::table::{DeviceNumber, ParseError, PoolFeatures, PoolTable, ThinId, ThinTable};
+pub use self::template::{
+    CloneConfig, CloneStatus, CloneTable, DirectBuffer, FoundMetadata, LinearTable, TemplateDevice,
+    TemplateError, TemplateWriter, WorkingClone, clear_metadata, find_metadata, longest_request,
+    missing as missing_for_templates,
+};
 pub use self::thin_device::{ThinConfig, ThinDevice, ThinDeviceError};
 pub use self::volume_group::{GroupSpace, LogicalVolume, TAG, VolumeGroup, WipeConsent};
 

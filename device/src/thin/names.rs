@@ -35,6 +35,20 @@ pub enum DeviceName {
         /// Which of its two.
         class: Class,
     },
+    /// The device of a template, which volumes lie on: a clone, later its destination.
+    Template {
+        /// The staging pool.
+        pool: Uid,
+        /// Whose it is: a staged image.
+        holder: Uid,
+    },
+    /// The thin device with the metadata of a template that is a clone. In the kernel pool `images`.
+    CloneMetadata {
+        /// The staging pool.
+        pool: Uid,
+        /// Whose it is: a staged image.
+        holder: Uid,
+    },
     /// A thin device.
     Thin {
         /// The staging pool.
@@ -57,18 +71,41 @@ impl DeviceName {
         Ok(Self::Thin { pool: uuid(pool)?, class, holder: uuid(holder)? })
     }
 
-    /// The name below `/dev/mapper`. At most 51 bytes.
+    /// The template of `holder`.
+    pub fn template(pool: &Uid, holder: &Uid) -> Result<Self, NameError> {
+        Ok(Self::Template { pool: uuid(pool)?, holder: uuid(holder)? })
+    }
+
+    /// The thin device with the metadata of that template.
+    pub fn clone_metadata(pool: &Uid, holder: &Uid) -> Result<Self, NameError> {
+        Ok(Self::CloneMetadata { pool: uuid(pool)?, holder: uuid(holder)? })
+    }
+
+    /// The kernel pool that it is or lies in: a suspension of either concerns both.
+    pub(super) fn in_kernel_pool(&self) -> Self {
+        let (pool, class) = match self {
+            Self::KernelPool { pool, class } | Self::Thin { pool, class, .. } => (pool, *class),
+            Self::Template { pool, .. } | Self::CloneMetadata { pool, .. } => (pool, Class::Images),
+        };
+        Self::KernelPool { pool: pool.clone(), class }
+    }
+
+    /// The name below `/dev/mapper`. At most 60 bytes.
     pub fn name(&self) -> String {
         match self {
             Self::KernelPool { pool, class } => format!("{NAME_PREFIX}{}-{}", short(pool), word(*class)),
+            Self::Template { pool, holder } => format!("{NAME_PREFIX}{}-{holder}-template", short(pool)),
+            Self::CloneMetadata { pool, holder } => format!("{NAME_PREFIX}{}-{holder}-regions", short(pool)),
             Self::Thin { pool, holder, .. } => format!("{NAME_PREFIX}{}-{holder}", short(pool)),
         }
     }
 
-    /// The dm UUID. At most 92 bytes.
+    /// The dm UUID. At most 95 bytes.
     pub fn uuid(&self) -> String {
         match self {
             Self::KernelPool { pool, class } => format!("{UUID_PREFIX}pool-{}-{pool}", word(*class)),
+            Self::Template { pool, holder } => format!("{UUID_PREFIX}template-images-{pool}-{holder}"),
+            Self::CloneMetadata { pool, holder } => format!("{UUID_PREFIX}regions-images-{pool}-{holder}"),
             Self::Thin { pool, class, holder } => {
                 format!("{UUID_PREFIX}thin-{}-{pool}-{holder}", word(*class))
             }
@@ -80,11 +117,15 @@ impl DeviceName {
         let (kind, rest) = text.strip_prefix(UUID_PREFIX)?.split_once('-')?;
         let (class, rest) = rest.split_once('-')?;
         let class = class_of(class)?;
-        let name = match kind {
-            "pool" => Self::kernel_pool(&Uid::from(rest), class),
-            "thin" if rest.is_char_boundary(UUID_LEN) && rest.as_bytes().get(UUID_LEN) == Some(&b'-') => {
-                Self::thin(&Uid::from(&rest[..UUID_LEN]), class, &Uid::from(&rest[UUID_LEN + 1..]))
-            }
+        if kind == "pool" {
+            return Self::kernel_pool(&Uid::from(rest), class).ok();
+        }
+        let (pool, holder) = rest.split_at_checked(UUID_LEN)?;
+        let (pool, holder) = (Uid::from(pool), Uid::from(holder.strip_prefix('-')?));
+        let name = match (kind, class) {
+            ("thin", _) => Self::thin(&pool, class, &holder),
+            ("template", Class::Images) => Self::template(&pool, &holder),
+            ("regions", Class::Images) => Self::clone_metadata(&pool, &holder),
             _ => return None,
         };
         name.ok()
@@ -172,13 +213,11 @@ mod tests {
 
     fn all() -> Vec<DeviceName> {
         let (pool, holder) = (Uid::from(POOL), Uid::from(HOLDER));
-        [Class::Images, Class::Volumes]
-            .into_iter()
-            .flat_map(|class| {
-                [DeviceName::kernel_pool(&pool, class), DeviceName::thin(&pool, class, &holder)]
-            })
-            .map(Result::unwrap)
-            .collect()
+        let of_classes = [Class::Images, Class::Volumes].into_iter().flat_map(|class| {
+            [DeviceName::kernel_pool(&pool, class), DeviceName::thin(&pool, class, &holder)]
+        });
+        let of_templates = [DeviceName::template(&pool, &holder), DeviceName::clone_metadata(&pool, &holder)];
+        of_classes.chain(of_templates).map(Result::unwrap).collect()
     }
 
     #[test]
@@ -186,6 +225,8 @@ mod tests {
         let names: Vec<_> = all().iter().map(DeviceName::name).collect();
         assert_eq!(names[0], "berth-0f3c9a1e-images");
         assert_eq!(names[1], format!("berth-0f3c9a1e-{HOLDER}"));
+        assert_eq!(names[4], format!("berth-0f3c9a1e-{HOLDER}-template"));
+        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), 5, "one of each class");
         for device in all() {
             assert_eq!(DeviceName::from_uuid(&device.uuid()), Some(device.clone()));
             assert!(device.name().len() < 128 && device.uuid().len() < 128);
@@ -202,6 +243,8 @@ mod tests {
             let bad = Uid::from(bad);
             assert!(DeviceName::kernel_pool(&bad, Class::Images).is_err(), "{bad}");
             assert!(DeviceName::thin(&Uid::from(POOL), Class::Images, &bad).is_err(), "{bad}");
+            assert!(DeviceName::template(&Uid::from(POOL), &bad).is_err(), "{bad}");
+            assert!(DeviceName::clone_metadata(&bad, &Uid::from(HOLDER)).is_err(), "{bad}");
             assert!(volume_name(&bad, Class::Images, Part::Data).is_err(), "{bad}");
         }
         let shifted = POOL.replacen("1e-5", "1-e5", 1);
@@ -211,11 +254,13 @@ mod tests {
     #[test]
     fn hostile_uuids_are_not_ours() {
         let thin = all()[1].uuid();
-        for (at, _) in thin.char_indices() {
-            assert_eq!(DeviceName::from_uuid(&thin[..at]), None, "cut at {at}");
-            let mut changed = thin.clone();
-            changed.replace_range(at..=at, "é");
-            assert_eq!(DeviceName::from_uuid(&changed), None, "{changed}");
+        for uuid in [&thin, &all()[4].uuid(), &all()[5].uuid()] {
+            for (at, _) in uuid.char_indices() {
+                assert_eq!(DeviceName::from_uuid(&uuid[..at]), None, "cut at {at}");
+                let mut changed = uuid.clone();
+                changed.replace_range(at..=at, "é");
+                assert_eq!(DeviceName::from_uuid(&changed), None, "{changed}");
+            }
         }
         for bad in ["LVM-abc", "BERTH-", "BERTH-pool", "BERTH-pool-images-", "BERTH-thin-images-x-y"] {
             assert_eq!(DeviceName::from_uuid(bad), None, "{bad}");
@@ -226,6 +271,8 @@ mod tests {
             None,
             "a kind of the future"
         );
+        let of_volumes = all()[4].uuid().replace("images", "volumes");
+        assert_eq!(DeviceName::from_uuid(&of_volumes), None, "templates lie in images");
     }
 
     #[test]

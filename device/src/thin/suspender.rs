@@ -4,7 +4,6 @@
 //! device suspended, which [`resume_left_behind`] finds. Whoever suspends checks for itself that the device is ours,
 //! that the change is one of those known here, and that external origins answer: a suspension would wait for them.
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
@@ -19,8 +18,9 @@ use super::dmsetup::{self, DeviceInfo, DmError, Quiesce, understood};
 use super::kernel_pool::node_of;
 use super::names::DeviceName;
 use super::status::PoolStatus;
-use super::suspension::{Suspended, replace_table};
-use super::table::{DeviceNumber, PoolTable, ThinId, ThinTable};
+use super::suspension::{Loaded, Suspended, replace_table};
+use super::table::{DeviceNumber, ThinId, ThinTable};
+use super::table_change::TableChange;
 use crate::program;
 
 /// How long an external origin may take to answer before it counts as silent.
@@ -33,7 +33,8 @@ const CLAIM_LIMIT: Duration = Duration::from_secs(60);
 /// Each function suspends at most one device and returns when it works again, whatever happened, unless the error is
 /// [`SuspendError::StillSuspended`]. Each is bounded in time and may be repeated.
 pub trait Suspender: fmt::Debug + Send + Sync {
-    /// Makes a device use another table: the same device, as large or larger.
+    /// Makes a device use another table: the same device, as large or larger; or a clone of which everything is local use its
+    /// destination alone, read-only from then on.
     fn replace_table(&self, device: &DeviceName, table: &str) -> Result<(), SuspendError>;
 
     /// Sends a message to a kernel pool while a thin device of it is frozen: a file system on it is consistent, and all
@@ -142,10 +143,15 @@ impl Suspender for InProcess {
         let info = working(device)?;
         let old = dmsetup::table(&info.uuid)?;
         let change = TableChange::check(device, &old, table).map_err(|why| refused(device, why))?;
+        if change == TableChange::None {
+            return Ok(());
+        }
+        change.require_local(&info.uuid)?.map_or(Ok(()), |why| Err(refused(device, &why)))?;
         change.origins(&info)?.into_iter().try_for_each(require_answer)?;
-        timed("replace the table of", device, || {
-            Ok(replace_table(&info.uuid, &change.old(), &change.new_table())?)
-        })
+        let (old, new) = (change.old(), change.new_table());
+        let old = Loaded { line: &old, read_only: info.read_only };
+        let new = Loaded { line: &new, read_only: info.read_only || change.makes_read_only() };
+        timed("replace the table of", device, || Ok(replace_table(&info.uuid, old, new)?))
     }
 
     fn message_while_frozen(&self, frozen: &DeviceName, message: PoolMessage) -> Result<(), SuspendError> {
@@ -204,74 +210,6 @@ pub fn resume_left_behind() -> Result<Vec<LeftBehind>, DmError> {
     Ok(found)
 }
 
-/// A change of table that is known to be one of ours.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum TableChange {
-    Pool { old: PoolTable, new: PoolTable },
-    Thin { old: ThinTable, new: ThinTable },
-}
-
-impl TableChange {
-    /// Refuses what would make it another device, or lose what lies behind its new end.
-    fn check(device: &DeviceName, old: &str, new: &str) -> Result<Self, &'static str> {
-        const NOT_UNDERSTOOD: &str = "its table is not understood";
-        match device {
-            DeviceName::KernelPool { .. } => {
-                let old: PoolTable = old.parse().map_err(|_| NOT_UNDERSTOOD)?;
-                let new: PoolTable = new.parse().map_err(|_| NOT_UNDERSTOOD)?;
-                let same = |table: PoolTable| (table.metadata, table.data, table.block_sectors);
-                if same(old) != same(new) {
-                    return Err("the new table has other devices or blocks");
-                }
-                not_smaller(old.sectors, new.sectors)?;
-                Ok(Self::Pool { old, new })
-            }
-            DeviceName::Thin { .. } => {
-                let old: ThinTable = old.parse().map_err(|_| NOT_UNDERSTOOD)?;
-                let new: ThinTable = new.parse().map_err(|_| NOT_UNDERSTOOD)?;
-                let same = |table: ThinTable| (table.pool, table.id, table.origin);
-                if same(old) != same(new) {
-                    return Err("the new table has another pool, number or origin");
-                }
-                not_smaller(old.sectors, new.sectors)?;
-                Ok(Self::Thin { old, new })
-            }
-        }
-    }
-
-    fn old(&self) -> String {
-        match self {
-            Self::Pool { old, .. } => old.to_string(),
-            Self::Thin { old, .. } => old.to_string(),
-        }
-    }
-
-    fn new_table(&self) -> String {
-        match self {
-            Self::Pool { new, .. } => new.to_string(),
-            Self::Thin { new, .. } => new.to_string(),
-        }
-    }
-
-    /// The external origins that the suspension may have to wait for: those of a pool's active devices too, whose
-    /// suspension cannot be given up.
-    fn origins(&self, device: &DeviceInfo) -> Result<BTreeSet<DeviceNumber>, DmError> {
-        if let Self::Thin { old, .. } = self {
-            return Ok(old.origin.into_iter().collect());
-        }
-        let mut origins = BTreeSet::new();
-        for (name, line) in dmsetup::thin_tables()? {
-            let table: ThinTable = understood(&name, line.parse())?;
-            origins.extend(table.origin.filter(|_| table.pool == device.number));
-        }
-        Ok(origins)
-    }
-}
-
-fn not_smaller(old: u64, new: u64) -> Result<(), &'static str> {
-    if new < old { Err("the new table is smaller") } else { Ok(()) }
-}
-
 fn claim(device: &DeviceName) -> Result<Claim, SuspendError> {
     let busy = || SuspendError::Busy { device: device.to_string() };
     Claim::take(device, CLAIM_LIMIT).ok_or_else(busy)
@@ -318,62 +256,7 @@ fn require_answer(origin: DeviceNumber) -> Result<(), SuspendError> {
 
 #[cfg(test)]
 mod tests {
-    use berth_core::ids::Uid;
-    use berth_core::ledger::Class;
-
     use super::*;
-
-    const POOL: &str = "0f3c9a1e-5b7d-4c2a-9e10-00a1b2c3d4e5";
-
-    fn pool() -> DeviceName {
-        DeviceName::kernel_pool(&Uid::from(POOL), Class::Volumes).unwrap()
-    }
-
-    fn thin() -> DeviceName {
-        DeviceName::thin(&Uid::from(POOL), Class::Volumes, &Uid::from(POOL)).unwrap()
-    }
-
-    #[test]
-    fn a_pool_may_only_grow_and_change_its_behaviour() {
-        let old = "0 1024 thin-pool 254:0 254:1 128 32 1 no_discard_passdown";
-        let good = "0 2048 thin-pool 254:0 254:1 128 64 1 error_if_no_space";
-        let change = TableChange::check(&pool(), old, good).unwrap();
-        assert_eq!(change.new_table().split(' ').nth(1), Some("2048"));
-        let bad = [
-            ("0 1023 thin-pool 254:0 254:1 128 32 0", "smaller"),
-            ("0 2048 thin-pool 254:0 8:0 128 32 0", "other devices"),
-            ("0 2048 thin-pool 8:0 254:1 128 32 0", "other devices"),
-            ("0 2048 thin-pool 254:0 254:1 256 32 0", "other devices"),
-            ("0 2048 linear 254:0 0", "not understood"),
-            ("0 2048 error", "not understood"),
-            ("", "not understood"),
-        ];
-        for (new, why) in bad {
-            let error = TableChange::check(&pool(), old, new).unwrap_err();
-            assert!(error.contains(why), "{new}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_thin_device_may_only_grow() {
-        let old = "0 1024 thin 254:2 7 43:0";
-        assert!(TableChange::check(&thin(), old, "0 4096 thin 254:2 7 43:0").is_ok());
-        let bad = [
-            "0 1000 thin 254:2 7 43:0",
-            "0 4096 thin 254:2 8 43:0",
-            "0 4096 thin 254:3 7 43:0",
-            "0 4096 thin 254:2 7",
-            "0 4096 thin 254:2 7 8:0",
-            "0 4096 linear 8:0 0",
-        ];
-        for new in bad {
-            assert!(TableChange::check(&thin(), old, new).is_err(), "{new}");
-        }
-        assert!(
-            TableChange::check(&pool(), old, "0 4096 thin 254:2 7 43:0").is_err(),
-            "another kind of device"
-        );
-    }
 
     #[test]
     fn only_known_messages_are_read() {

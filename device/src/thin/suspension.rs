@@ -60,13 +60,13 @@ impl<'a> Suspended<'a> {
     /// # Errors
     /// Why the new table was not taken. The device works with the old one then, unless it is
     /// [`DmError::StillSuspended`].
-    fn resume_or_go_back(mut self, old: &str) -> Result<(), DmError> {
+    fn resume_or_go_back(mut self, old: Loaded<'_>) -> Result<(), DmError> {
         self.resumed = true;
         let Err(error) = dmsetup::resume_uuid(self.uuid) else { return Ok(()) };
         if dmsetup::info(self.uuid).is_ok_and(|info| info.is_some_and(|info| !info.suspended)) {
             return Err(error);
         }
-        let reloaded = dmsetup::load(self.uuid, old);
+        let reloaded = old.load(self.uuid);
         resume_stubbornly(self.uuid)?;
         reloaded.and(Err(error))
     }
@@ -82,12 +82,25 @@ impl Drop for Suspended<'_> {
     }
 }
 
+/// A table, and whether the device refuses writes with it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loaded<'a> {
+    pub line: &'a str,
+    pub read_only: bool,
+}
+
+impl Loaded<'_> {
+    fn load(self, uuid: &str) -> Result<(), DmError> {
+        dmsetup::load(uuid, self.line, self.read_only)
+    }
+}
+
 /// Makes a device use a new table, in place.
 ///
 /// # Errors
 /// If it does not. It works with its old table then, unless that is [`DmError::StillSuspended`].
-pub(super) fn replace_table(uuid: &str, old: &str, new: &str) -> Result<(), DmError> {
-    if let Err(error) = dmsetup::load(uuid, new) {
+pub(super) fn replace_table(uuid: &str, old: Loaded<'_>, new: Loaded<'_>) -> Result<(), DmError> {
+    if let Err(error) = new.load(uuid) {
         // It may have been loaded although the answer was lost.
         return clear(uuid).and(Err(error));
     }

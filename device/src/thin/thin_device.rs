@@ -153,11 +153,31 @@ impl ThinDevice {
         }
         let table =
             ThinTable { sectors: sectors(&name, config.size)?, pool: pool.number, id: config.id, origin };
+        Self::activate_as(name, table, config.read_only)
+    }
+
+    /// Makes the device for the metadata of a holder's template appear, blank when it is new. `size` is a multiple of 512
+    /// bytes.
+    ///
+    /// # Errors
+    /// As [`Self::activate`].
+    pub fn activate_clone_metadata(
+        pool: &KernelPool,
+        holder: &Uid,
+        id: ThinId,
+        size: Bytes,
+    ) -> Result<Self, ThinDeviceError> {
+        let name = DeviceName::clone_metadata(&pool.pool, holder)?;
+        let table = ThinTable { sectors: sectors(&name, size)?, pool: pool.number, id, origin: None };
+        Self::activate_as(name, table, false)
+    }
+
+    fn activate_as(name: DeviceName, table: ThinTable, read_only: bool) -> Result<Self, ThinDeviceError> {
         let device = Self { uuid: name.uuid(), name };
         match dmsetup::info(&device.uuid)? {
             Some(info) if info.live => {
                 let found = device.table()?;
-                if found != table || info.read_only != config.read_only {
+                if found != table || info.read_only != read_only {
                     return Err(ThinDeviceError::Different { device: device.name, table: found.to_string() });
                 }
                 return Ok(device);
@@ -165,13 +185,21 @@ impl ThinDevice {
             Some(_) => dmsetup::remove(&device.name)?, // its making was interrupted
             None => {}
         }
-        dmsetup::create(&device.name, &table.to_string(), config.read_only)?;
+        dmsetup::create(&device.name, &table.to_string(), read_only)?;
         Ok(device)
     }
 
     /// The device of a holder, if it is active.
     pub fn find(pool: &KernelPool, holder: &Uid) -> Result<Option<Self>, ThinDeviceError> {
-        let name = DeviceName::thin(&pool.pool, pool.class, holder)?;
+        Self::find_as(DeviceName::thin(&pool.pool, pool.class, holder)?)
+    }
+
+    /// The device for the metadata of a holder's template, if it is active.
+    pub fn find_clone_metadata(pool: &KernelPool, holder: &Uid) -> Result<Option<Self>, ThinDeviceError> {
+        Self::find_as(DeviceName::clone_metadata(&pool.pool, holder)?)
+    }
+
+    fn find_as(name: DeviceName) -> Result<Option<Self>, ThinDeviceError> {
         let uuid = name.uuid();
         let live = dmsetup::info(&uuid)?.is_some_and(|info| info.live);
         Ok(live.then_some(Self { name, uuid }))

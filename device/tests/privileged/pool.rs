@@ -131,7 +131,7 @@ fn nothing_else_is_mounted_over_or_as_the_area() {
 }
 
 #[test]
-fn a_full_pool_is_full_inside_and_its_space_is_its_own() {
+fn a44_a_full_pool_is_full_inside_and_its_space_is_its_own() {
     let Some(bench) = Bench::new("a_full_pool_is_full_inside") else { return };
     let config = config(&bench, "u1");
     let area = PoolArea::open_or_create(&config).unwrap();

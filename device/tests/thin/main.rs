@@ -13,6 +13,7 @@ mod groups;
 mod growth;
 mod others;
 mod pools;
+mod templates;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -89,7 +90,8 @@ fn clean_up(disks: &[&Path]) {
     for info in thin::all_suspended_of_ours().unwrap_or_default() {
         let _ = thin::resume(&info);
     }
-    for _ in 0..2 {
+    // A volume on a template on a thin device on a pool.
+    for _ in 0..4 {
         for info in thin::list_ours().unwrap_or_default() {
             let _ = Command::new("dmsetup")
                 .args(["remove", "--retry", &info.name])

@@ -75,18 +75,28 @@ fn clones_snapshots_and_deltas() {
     assert_eq!(see(&clone), [0xAA, 0xAA, 0xCC, 0], "a discarded block is the template's again");
     assert_eq!(read_block(&template.path(), 4), 0xAA);
 
-    let read = volumes.metadata_snapshot().unwrap();
-    let held = volumes.metadata_snapshot().unwrap_err();
+    let now = Duration::ZERO;
+    let read = volumes.metadata_snapshot(now).unwrap();
+    let held = volumes.metadata_snapshot(now).unwrap_err();
     assert!(matches!(held, KernelPoolError::SnapshotHeld { .. }), "{held}");
     let (mut mapped, mut changed) = (Vec::new(), Vec::new());
     read.mapped(id(8), |extent| mapped.push(extent)).unwrap();
     read.changed(id(8), id(7), |change| changed.push(change)).unwrap();
     assert_eq!(mapped, [blocks(3, 2)]);
     assert_eq!(changed, [(blocks(3, 1), Difference::Removed), (blocks(4, 1), Difference::Changed)]);
+    changed.clear();
+    read.changed(id(8), id(8), |change| changed.push(change)).unwrap();
+    assert_eq!(changed, [(blocks(3, 2), Difference::Same)]);
     assert!(read.mapped(id(99), |_| {}).is_err(), "there is no such device");
-    std::mem::forget(read); // as a crash leaves it
     volumes.release_stale_snapshot().unwrap();
-    drop(volumes.metadata_snapshot().unwrap());
+    assert!(working(&volumes).held_root.is_some(), "what is read is not stale");
+    drop(read);
+    let leave = || run("dmsetup", &["message", &volumes.name().name(), "0", "reserve_metadata_snap"]);
+    leave(); // as a crash leaves it
+    volumes.release_stale_snapshot().unwrap();
+    assert_eq!(working(&volumes).held_root, None);
+    leave();
+    drop(volumes.metadata_snapshot(now).unwrap());
     assert_eq!(working(&volumes).held_root, None);
 
     let in_use = volumes.delete(id(7)).unwrap_err();

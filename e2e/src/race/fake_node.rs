@@ -305,7 +305,7 @@ async fn renew(client: Client, node: String) {
 }
 
 /// `berth-node-` and the first 16 hexadecimal digits of the name's SHA-256.
-fn lease_name(node: &str) -> String {
+pub(crate) fn lease_name(node: &str) -> String {
     let sum = Sha256::digest(node.as_bytes());
     let hex: String = sum.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     format!("berth-node-{hex}")

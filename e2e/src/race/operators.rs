@@ -59,9 +59,23 @@ impl Operator {
         let ours = if sabotage.is_some() { OPERATOR_SABOTAGE } else { OPERATOR };
         let built = tokio::task::spawn_blocking(move || ours.obtain()).await;
         let path: PathBuf = built.expect("building does not panic")?;
+        Self::start_program(cluster, dir, identity, &path, sabotage).await
+    }
+
+    /// The same, with a program that is there already.
+    ///
+    /// # Errors
+    /// [`OperatorError`].
+    pub async fn start_program(
+        cluster: &Cluster,
+        dir: &Path,
+        identity: &str,
+        path: &Path,
+        sabotage: Option<&str>,
+    ) -> Result<Self, OperatorError> {
         let kubeconfig = cluster.service_account_kubeconfig("berth-system", "berth-operator").await?;
         let port = free_port().map_err(OperatorError::Port)?;
-        let mut program = Program::new(identity, &path, &dir.join(format!("{identity}.log")))
+        let mut program = Program::new(identity, path, &dir.join(format!("{identity}.log")))
             .args(["--identity", identity, "--kubeconfig"])
             .args([&kubeconfig])
             .args([format!("--metrics-addr=127.0.0.1:{port}")])
@@ -106,15 +120,25 @@ impl Operator {
 
     /// Ledger conflicts that it and its predecessors have met, by its own metrics.
     pub async fn conflicts(&self) -> u64 {
-        let url = format!("http://127.0.0.1:{}/metrics", self.port);
-        let text = match client().get(&url).send().await {
-            Ok(answer) => answer.text().await.unwrap_or_default(),
-            Err(_) => String::new(),
-        };
+        let text = self.metrics().await;
         let value =
             |line: &str| line.strip_prefix("berth_ledger_conflicts_total")?.rsplit(' ').next()?.parse().ok();
         let now = text.lines().find_map(value);
         self.conflicts_before + now.unwrap_or(0_u64)
+    }
+
+    /// Its metrics; empty if it does not answer.
+    pub async fn metrics(&self) -> String {
+        let url = format!("http://127.0.0.1:{}/metrics", self.port);
+        match client().get(&url).send().await {
+            Ok(answer) => answer.text().await.unwrap_or_default(),
+            Err(_) => String::new(),
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
     }
 
     /// The end of its log.

@@ -278,6 +278,16 @@ impl SiteNode {
         Ok(())
     }
 
+    /// What its agent serves at `/metrics`.
+    ///
+    /// # Errors
+    /// [`SiteError::Server`], [`SiteError::Run`].
+    pub async fn metrics(&self) -> Result<String, SiteError> {
+        let url = self.layout.health.replace("/readyz", "/metrics");
+        let failed = |said| SiteError::Run { node: self.name.clone(), command: format!("GET {url}"), said };
+        OkProbe::new(&url)?.text().await.map_err(failed)
+    }
+
     /// Cuts the power of a node with a kernel of its own: everything on it is gone when this returns, but its disks.
     ///
     /// # Errors

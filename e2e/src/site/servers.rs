@@ -198,7 +198,15 @@ pub async fn http_get_signed(url: &str, into: &Path) -> Result<(), ServerError> 
     signed("GET", url, Some(into)).await.map(drop)
 }
 
-async fn signed(method: &'static str, url: &str, into: Option<&Path>) -> Result<String, ServerError> {
+/// What a signed request without a body answers; with `into`, the answer goes into that file.
+///
+/// # Errors
+/// [`ServerError::Request`].
+pub(crate) async fn signed(
+    method: &'static str,
+    url: &str,
+    into: Option<&Path>,
+) -> Result<String, ServerError> {
     let output = into.map(|path| ["--output".to_owned(), path.to_string_lossy().into_owned()]);
     curl(method, url, output.as_ref().map_or(&[], |flags| &flags[..])).await
 }
@@ -274,12 +282,15 @@ impl OkProbe {
 
     /// What it answers instead, in words.
     pub(super) async fn ask(&self) -> Result<(), String> {
+        self.text().await.map(drop)
+    }
+
+    /// What it says when all is well, or else what it answers instead, in words.
+    pub(super) async fn text(&self) -> Result<String, String> {
         let answer = self.client.get(&self.url).send().await.map_err(|error| format!("{error:?}"))?;
         let status = answer.status();
-        if status.is_success() {
-            return Ok(());
-        }
-        Err(format!("{status}: {}", answer.text().await.unwrap_or_default().trim()))
+        let text = answer.text().await.map_err(|error| format!("{error:?}"))?;
+        if status.is_success() { Ok(text) } else { Err(format!("{status}: {}", text.trim())) }
     }
 }
 

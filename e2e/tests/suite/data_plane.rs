@@ -28,7 +28,7 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         // LVM takes half a second for each command in a guest.
         scenario("data_plane::thin_pools", &[&[Need::Long], &thin[..]].concat(), || {
-            let which = &["--skip=full::", "--skip=others::", "--skip=growth::"];
+            let which = &["--skip=full::", "--skip=others::", "--skip=growth::", "--skip=templates::"];
             in_guest(DEVICE, "thin", which, 14, two_disks)
         }),
         scenario("data_plane::pools_grow_under_writes", &[&[Need::Long], &thin[..]].concat(), || {
@@ -42,6 +42,16 @@ pub fn scenarios() -> Vec<Scenario> {
             &[&[Need::Long], &thin[..]].concat(),
             || in_guest(DEVICE, "thin", &["full::", "others::"], 6, two_disks),
         ),
+        scenario("data_plane::templates_become_local", &thin, || {
+            // Two of them are programs whose process or power is cut, which do nothing by themselves.
+            let short = [
+                "templates::swap::volumes_",
+                "templates::killed::whoever_",
+                "templates::failures::a_source_",
+            ];
+            let (which, least) = if long() { (&["templates::"][..], 13) } else { (&short[..], 3) };
+            in_guest(DEVICE, "thin", which, least, two_disks)
+        }),
         scenario("data_plane::kernel_nbd", &[&thin[..], &nbd].concat(), || {
             in_guest(DEVICE, "nbd", &[], 14, |host| host.disk("large", GIB))
         }),
@@ -61,10 +71,13 @@ pub fn scenarios() -> Vec<Scenario> {
                 host.disk("small", 128 * MIB).disk("large", GIB)
             })
         }),
+        scenario("data_plane::a_pool_goes_on_after_power_cuts", &[&[Need::Long], &thin[..]].concat(), || {
+            goes_on_after_power_cuts(&POOL)
+        }),
         scenario(
-            "data_plane::a_pool_goes_on_after_power_cuts",
+            "data_plane::a_template_goes_on_after_power_cuts",
             &[&[Need::Long], &thin[..]].concat(),
-            a_pool_goes_on_after_power_cuts,
+            || goes_on_after_power_cuts(&TEMPLATE),
         ),
     ]
 }
@@ -84,22 +97,45 @@ fn scenario(name: &'static str, more: &[Need], body: fn() -> anyhow::Result<()>)
 const POWER_CUTS: [Duration; 4] =
     [Duration::from_secs(4), Duration::from_secs(9), Duration::from_secs(14), Duration::from_secs(19)];
 
-/// A program that makes a pool on a disk, a directory, an image and volumes in it, and removes all but the pool. After each
-/// power cut it is run again, and at last to its end.
-fn a_pool_goes_on_after_power_cuts() -> anyhow::Result<()> {
-    let program = OurTest { package: NODE, test: "thin_area" }.obtain()?;
+/// A test that plays what goes on after power cuts. It is given a folder that survives them.
+struct Play {
+    program: OurTest,
+    name: &'static str,
+    variable: &'static str,
+    disks: fn(KernelHostBuilder) -> KernelHostBuilder,
+}
+
+/// A pool on a disk, a directory, an image and volumes in it; all but the pool is removed at last.
+const POOL: Play = Play {
+    program: OurTest { package: NODE, test: "thin_area" },
+    name: "killed::play",
+    variable: "BERTH_TEST_PLAY_KILLED",
+    disks: |host| host.disk("large", GIB),
+};
+
+/// A template that becomes local, with a count of what was flushed.
+const TEMPLATE: Play = Play {
+    program: OurTest { package: DEVICE, test: "thin" },
+    name: "templates::power::play",
+    variable: "BERTH_TEST_PLAY_TEMPLATE",
+    disks: two_disks,
+};
+
+/// After each power cut the program is run again, and at last to its end.
+fn goes_on_after_power_cuts(play: &Play) -> anyhow::Result<()> {
+    let program = play.program.obtain()?;
     let dir = tempfile::tempdir()?;
     let share = dir.path().join("share");
-    let host = KernelHost::at(dir.path()).memory(768 * MIB).share(&share).disk("large", GIB).boot()?;
+    let host = (play.disks)(KernelHost::at(dir.path()).memory(768 * MIB).share(&share)).boot()?;
     eprintln!("runs on {}", host.description());
     let program = program.to_str().context("the path of the test program is text")?;
-    let play = || {
-        let command = host.command([program, "--exact", "killed::play", "--nocapture"]);
-        command.env("BERTH_TEST_PLAY_KILLED", &share).limit(TESTS_LIMIT)
+    let run = || {
+        let command = host.command([program, "--exact", play.name, "--nocapture"]);
+        command.env(play.variable, &share).limit(TESTS_LIMIT)
     };
     let mut cuts = 0;
     for moment in POWER_CUTS {
-        let playing = play().start()?;
+        let playing = run().start()?;
         if playing.ends_within(moment) {
             playing.wait_success()?;
             break;
@@ -108,7 +144,7 @@ fn a_pool_goes_on_after_power_cuts() -> anyhow::Result<()> {
         cuts += 1;
         host.boot_again()?;
     }
-    play().run()?;
+    run().run()?;
     let left = host.run(["dmsetup", "ls"])?.text();
     ensure!(left == "No devices found", "{left}");
     ensure!(cuts > 0, "the power was never cut");

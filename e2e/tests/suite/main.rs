@@ -8,6 +8,8 @@ mod books;
 mod cluster;
 mod data_plane;
 mod files;
+mod full_area;
+mod growth;
 mod kernel;
 mod kubectl;
 mod manifests;
@@ -16,10 +18,12 @@ mod minio;
 mod operator;
 mod outage;
 mod process;
+mod references;
 mod remains;
 mod round_trip;
 mod safety;
 mod sanity;
+mod scale;
 mod scenario;
 mod scene;
 mod thin_cluster;
@@ -44,11 +48,15 @@ fn scenarios() -> Vec<Scenario> {
         thin_cluster::scenarios(),
         sanity::scenarios(),
         files::scenarios(),
+        references::scenarios(),
         bad_input::scenarios(),
+        full_area::scenarios(),
+        growth::scenarios(),
         outage::scenarios(),
         memory::scenarios(),
         kernel::scenarios(),
         data_plane::scenarios(),
+        scale::scenarios(),
         safety::scenarios(),
     ]
     .into_iter()

@@ -29,6 +29,9 @@ struct Refused {
     update: bool,
     #[serde(default)]
     status: bool,
+    /// What the field holds before, for rules about changes.
+    #[serde(default)]
+    before: Option<Value>,
 }
 
 /// A constraint of a CRD: kind, path in the schema (`{}` and `[]` for any entry), and what it is.
@@ -36,12 +39,74 @@ type Constraint = (String, String, String);
 
 /// The scenarios of this file.
 pub fn scenarios() -> Vec<Scenario> {
-    vec![Scenario::new("manifests::every_constraint_refuses", CONTROL_PLANE, || async {
-        let dir = tempfile::tempdir()?;
-        let cluster = Cluster::start(dir.path()).await?;
-        cluster.install_crds(&repository().join("crds")).await?;
-        every_constraint_refuses(cluster.admin()).await
-    })]
+    vec![
+        Scenario::new("manifests::every_constraint_refuses", CONTROL_PLANE, || async {
+            let dir = tempfile::tempdir()?;
+            let cluster = Cluster::start(dir.path()).await?;
+            cluster.install_crds(&repository().join("crds")).await?;
+            every_constraint_refuses(cluster.admin()).await
+        }),
+        Scenario::new("manifests::states_change_only_as_their_tables_say", CONTROL_PLANE, || async {
+            let dir = tempfile::tempdir()?;
+            let cluster = Cluster::start(dir.path()).await?;
+            cluster.install_crds(&repository().join("crds")).await?;
+            let pairs = states_of(&cluster.admin(), "stagingreservation", "## Reservations").await?
+                + states_of(&cluster.admin(), "templateimport", "## Imports").await?
+                + states_of(&cluster.admin(), "stagedimage", "## Staged images").await?;
+            println!("states: {pairs} pairs tried");
+            ensure!(pairs == 36 + 36 + 9, "{pairs} pairs");
+            Ok(())
+        }),
+    ]
+}
+
+/// Tries to change the state of an object from each to each other, and compares with the documented table. Returns how many
+/// were tried.
+async fn states_of(client: &kube::Client, manifest: &str, heading: &str) -> anyhow::Result<usize> {
+    let good = read(&folder().join(format!("good/{manifest}.yaml")))?;
+    let api = api(client, &good)?;
+    let table = documented(heading)?;
+    let state = |state: &str| Patch::Merge(json!({"status": {"state": state}}));
+    let mut tried = 0;
+    for (from, followers) in &table {
+        let created = api.create(&PostParams::default(), &serde_json::from_value(good.clone())?).await?;
+        let name = created.metadata.name.context("an object without a name")?;
+        api.patch_status(&name, &PatchParams::default(), &state(from)).await?;
+        for to in table.keys() {
+            let dry = PatchParams { dry_run: true, ..PatchParams::default() };
+            let outcome = api.patch_status(&name, &dry, &state(to)).await;
+            // To stay as it is is no change.
+            match (outcome, from == to || followers.contains(to)) {
+                (Ok(_), true) => {}
+                (Err(kube::Error::Api(refusal)), false) if refusal.code == 422 => {}
+                (Ok(_), false) => anyhow::bail!("{manifest}: {from} became {to}"),
+                (Err(error), _) => return Err(error).with_context(|| format!("{manifest}: {from} to {to}")),
+            }
+            tried += 1;
+        }
+        api.delete(&name, &DeleteParams::default()).await?;
+    }
+    Ok(tried)
+}
+
+/// The states of the table in this part of the documentation, and those that may follow each. The API has no name for what
+/// nothing has been said of.
+fn documented(heading: &str) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
+    let page = std::fs::read_to_string(repository().join("docs/semantics.md"))?;
+    let part = page.split_once(heading).with_context(|| format!("no part {heading}"))?.1;
+    let table = part
+        .lines()
+        .skip_while(|line| !line.starts_with("| state |") || line.contains("| means |"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'));
+    let cells = |line: &str| -> Vec<String> {
+        line.split('|').map(|cell| cell.trim().to_owned()).filter(|cell| !cell.is_empty()).collect()
+    };
+    let rows = table.map(cells).filter_map(|row| {
+        let (state, followers) = row.split_first()?;
+        (state != "New").then(|| (state.clone(), followers.iter().cloned().collect()))
+    });
+    Ok(rows.collect())
 }
 
 fn repository() -> PathBuf {
@@ -137,6 +202,11 @@ async fn refuse(client: &kube::Client, row: &Refused) -> anyhow::Result<kube::co
     let outcome = if row.status || row.update {
         let created = api.create(&PostParams::default(), &serde_json::from_value(good.clone())?).await?;
         let name = created.metadata.name.clone().context("an object without a name")?;
+        if let Some(before) = &row.before {
+            let mut patch = json!({});
+            set(&mut patch, &row.path, before.clone());
+            api.patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+        }
         let outcome = if row.status {
             let mut patch = json!({});
             set(&mut patch, &row.path, changed(row));

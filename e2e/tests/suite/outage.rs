@@ -17,6 +17,7 @@ use berth_e2e::wait::{self, Look};
 use berth_e2e::{drive, image};
 use berth_testkit::s3::fault::{FaultAction, FaultRule, write_rules};
 use kube::Api;
+use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
 use crate::scenario::{Need, Scenario};
@@ -29,8 +30,77 @@ const FAILURES: usize = RETRIES + 3;
 
 pub fn scenarios() -> Vec<Scenario> {
     let needs = [Need::SITE, &["casync", "mkfs.xfs"].map(Need::Command)].concat();
-    let body = an_import_waits_for_its_store;
-    vec![Scenario::new("outage::an_import_waits_for_its_store", &needs, body).limited(Duration::from_mins(6))]
+    let retried = a_failed_import_is_tried_again;
+    vec![
+        Scenario::new("outage::an_import_waits_for_its_store", &needs, an_import_waits_for_its_store)
+            .limited(Duration::from_mins(6)),
+        Scenario::new("outage::a54_a_failed_import_is_tried_again", &needs, retried),
+    ]
+}
+
+/// A source that is not there fails its import; the annotation brings it back to work, once for each of its values, on a source
+/// that is there by then.
+async fn a_failed_import_is_tried_again() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut site = Site::start(SiteOptions::new(&dir.path().join("site"))).await?;
+    drive::make_pool(&site, "work", "1Gi").await?;
+    drive::make_store(&site, "default", "images").await?;
+    begin(&site).await?;
+    let imports: Api<TemplateImport> = Api::namespaced(site.client(), "default");
+    let failed = |generation: i64| {
+        move |status: &TemplateImportStatus| {
+            let error = status.last_error.as_ref();
+            status.state == Some(ImportState::Failed)
+                && status.failed_generation == Some(generation)
+                && error.is_some_and(|error| error.reason == "SourceNotFound" && !error.retryable)
+        }
+    };
+    let first = until(&imports, "it to fail", failed(1)).await?;
+    ensure!(first.retried.is_none(), "{first:?}");
+    retry(&imports, "one").await?;
+    let again = until(&imports, "it to fail again", failed(2)).await?;
+    ensure!(again.retried.as_deref() == Some("one"), "{again:?}");
+    site.node_mut(0).kill9();
+    site.node_mut(0).start_agent()?;
+    site.nodes()[0].wait_ready().await?;
+    let same = imports.get("disk").await?.status.context("no status")?;
+    ensure!(same.assignment == again.assignment, "the same value has acted twice: {same:?}");
+
+    fs::write(site.files().join("disk.raw"), vec![7; 8 << 20])?;
+    retry(&imports, "two").await?;
+    let ready = |status: &TemplateImportStatus| status.state == Some(ImportState::Ready);
+    let status = until(&imports, "it to be ready", ready).await?;
+    let made = status.durable.clone().context("ready without an image")?;
+    ensure!(status.last_error.is_none() && status.failed_generation.is_none(), "{status:?}");
+    ensure!(status.attempts == Some(1), "attempts count anew: {:?}", status.attempts);
+    same_as(&site, &made.digest, &dir.path().join("restored"))?;
+    let left = site.stop();
+    ensure!(left.is_empty(), "loop devices: {left:?}");
+    Ok(())
+}
+
+async fn retry(imports: &Api<TemplateImport>, value: &str) -> anyhow::Result<()> {
+    let body = json!({ "metadata": { "annotations": { "staging.berth.dev/retry": value } } });
+    imports.patch("disk", &PatchParams::default(), &Patch::Merge(&body)).await?;
+    Ok(())
+}
+
+/// Waits until the import's status is as wanted.
+async fn until(
+    imports: &Api<TemplateImport>,
+    what: &str,
+    wanted: impl Fn(&TemplateImportStatus) -> bool,
+) -> anyhow::Result<TemplateImportStatus> {
+    let looked = wait::until(what, STEP_LIMIT, || async {
+        match imports.get("disk").await {
+            Ok(import) => {
+                let status = import.status.unwrap_or_default();
+                if wanted(&status) { Look::Done(status) } else { Look::NotYet(format!("{status:?}")) }
+            }
+            Err(error) => Look::Failed(error),
+        }
+    });
+    Ok(looked.await?)
 }
 
 async fn an_import_waits_for_its_store() -> anyhow::Result<()> {

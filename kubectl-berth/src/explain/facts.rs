@@ -4,7 +4,8 @@ use berth_api::conditions::{ConditionType, Truth, find};
 use berth_api::staging_reservation::{CandidatePlace, StagingReservationStatus};
 use berth_api::{StagedImage, StagingReservation};
 use berth_core::ids::{ObjectName, Uid};
-use berth_core::ledger::LedgerRecord as _;
+use berth_core::ledger::{Class, LedgerRecord as _};
+use berth_core::overcommit::Percent;
 use berth_core::reservation::{Candidate, Need, candidates, is_waiting};
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{Placement, PoolChoice, ReservationView, View};
@@ -146,6 +147,9 @@ pub struct PromiseLine {
     pub generation: u64,
     /// True if the node says that it has recorded it, and not given it back.
     pub obeyed: bool,
+    /// In how many percent of what is there volumes are promised space, where that is more than all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overcommitted_percent: Option<u32>,
 }
 
 /// The image that a volume starts from.
@@ -313,6 +317,8 @@ fn promises(view: &View, uid: &Uid) -> Vec<PromiseLine> {
     held.map(|(ledger, promise)| {
         let report = view.report_of(&ledger.pool, &ledger.node);
         let obeyed = report.is_some_and(|report| report.held().any(|(held, _)| held == uid));
+        let percent = ledger.capacity.overcommit.percent;
+        let over = promise.class == Class::Volumes && percent > Percent::WHOLE;
         PromiseLine {
             ledger: ledger.name.clone(),
             pool: ledger.pool.to_string(),
@@ -322,6 +328,7 @@ fn promises(view: &View, uid: &Uid) -> Vec<PromiseLine> {
             metadata_bytes: promise.charge.metadata,
             generation: promise.generation.0,
             obeyed,
+            overcommitted_percent: over.then(|| percent.get()),
         }
     })
     .collect()

@@ -189,3 +189,15 @@ fn programs_get_bytes_seconds_and_no_empty_fields() {
         serde_json::json!({"position": 1, "bytesAhead": 0, "waitedSeconds": 3600, "atMostSeconds": 3600})
     );
 }
+
+#[test]
+fn d46_a_volume_that_is_overcommitted_says_so() {
+    let mut seen = led(seen_with_volume());
+    let over = serde_json::from_str(r#"{"percent": 300, "attainBytes": 0}"#).expect("readable");
+    seen.ledgers[0].spec.capacity.volume_overcommit = Some(over);
+    let volume = told(&seen, "csi-vol");
+    assert_eq!(volume.promises[0].overcommitted_percent, Some(300));
+    let text = as_text(&volume).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(text.contains("overcommitted to 300 %: that all of it can be written is not promised"), "{text}");
+    assert_eq!(told(&seen, "ready").promises[0].overcommitted_percent, None, "staging never is");
+}

@@ -13,7 +13,7 @@ fn ask(view: &View, flags: &[&str]) -> Answer {
     else {
         panic!("another command")
     };
-    answer(view, reservation_view(&request(&args, "team").expect("a request")), NOW)
+    answer(view, &reservation_view(&request(&args, "team").expect("a request")), NOW)
 }
 
 /// Without the one that waits.

@@ -197,13 +197,18 @@ impl<S: ObjectStore> ChunkStore<S> {
 
     /// Gives up a name. One that `owner` does not have is left alone; false says so.
     pub async fn forget(&self, name: &ObjectName, owner: &Uid) -> Result<bool, PublishError> {
-        match self.manifest(name).await? {
-            Some((found, _)) if found.owner == *owner => {
+        match self.manifest(name).await {
+            Ok(Some((found, _))) if found.owner == *owner => {
                 self.store().delete(&self.layout().manifest(name)?).await?;
                 Ok(true)
             }
-            Some(_) => Ok(false),
-            None => Ok(true),
+            Ok(Some(_)) => Ok(false),
+            Ok(None) => Ok(true),
+            Err(PublishError::Corrupt { key, source }) => {
+                tracing::warn!(key, error = %source, "a damaged manifest is left alone: nobody can be told to own it");
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::caibx::{self, HEAD, ITEM, IndexError, LONGEST, TAIL};
+use super::caibx::{self, ChunkSize, HEAD, ITEM, IndexError, LONGEST, TAIL};
 use super::frame::{self, Damage};
 use super::local_index::{local_digest, take_index};
 use super::store::ChunkStore;
@@ -406,18 +406,28 @@ impl<S: ObjectStore> ImageReader<S> {
         .map_err(|source| ReadError::Worker { digest, source })?
     }
 
-    /// Checks that an item is one that Berth can have written.
     fn item(&self, number: u64, start: u64, end: u64, id: ChunkId) -> Result<Item, ReadError> {
-        let zero_of = zero_size(&id);
-        let len = end.saturating_sub(start);
-        let longest = if zero_of.is_some() { LONGEST } else { self.chunks.chunk_size().bytes() };
-        let fits = zero_of.is_none_or(|size| size.0 == len);
-        if len == 0 || len > longest || !fits {
-            let source = IndexError::Item { item: number, start, end };
-            return Err(ReadError::Index { digest: self.digest, source });
-        }
-        Ok(Item { number, start, len: Size(len), id, zero: zero_of.is_some() })
+        possible_item(self.chunks.chunk_size(), number, start, end, id)
+            .map_err(|source| ReadError::Index { digest: self.digest, source })
     }
+}
+
+/// Checks that an item is one that Berth can have written.
+pub(super) fn possible_item(
+    chunk_size: ChunkSize,
+    number: u64,
+    start: u64,
+    end: u64,
+    id: ChunkId,
+) -> Result<Item, IndexError> {
+    let zero_of = zero_size(&id);
+    let len = end.saturating_sub(start);
+    let longest = if zero_of.is_some() { LONGEST } else { chunk_size.bytes() };
+    let fits = zero_of.is_none_or(|size| size.0 == len);
+    if len == 0 || len > longest || !fits {
+        return Err(IndexError::Item { item: number, start, end });
+    }
+    Ok(Item { number, start, len: Size(len), id, zero: zero_of.is_some() })
 }
 
 /// The items of an image, in order.

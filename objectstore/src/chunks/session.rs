@@ -7,11 +7,10 @@
 //! 4. A session is taken over by a higher generation with a conditional write; the older writer meets
 //!    [`SessionError::Superseded`] at its next checkpoint and stops.
 
-use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use berth_core::ids::{ChunkId, NodeName, Sha256Sum, Uid};
+use berth_core::ids::{NodeName, Sha256Sum, Uid};
 use berth_core::units::{Generation, Timestamp};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -20,14 +19,17 @@ use thiserror::Error;
 use super::caibx::{ITEM, decode_item, encode_item};
 use super::index_file::{IndexFile, IndexFileError, entries};
 use super::store::ChunkStore;
+use super::tombstones::Tombstones;
 use super::upload::{Checkpoint, ChunkUploader, UploadError};
-use crate::layout::{Key, LayoutError};
+use crate::layout::LayoutError;
 use crate::{Body, ETag, ObjectStore, PutCondition, StoreError, small};
 
 /// Items in a piece of an unfinished index: at most 88 KiB are written again with every checkpoint.
 const SEGMENT: u64 = 2048;
 /// An item in a piece: as in the index, then the stored size.
 const ENTRY: usize = ITEM + 4;
+/// The version of the format of sessions that is written, and the newest that is read.
+const FORMAT: u32 = 1;
 /// How often a session that changes under our hands is tried.
 const TRIES: usize = 4;
 
@@ -58,7 +60,13 @@ pub enum SessionError {
         /// The session.
         uid: Uid,
     },
-    /// The session, or a piece of its index, is not readable: start over.
+    /// A newer version has written it.
+    #[error("{key} was written by a newer version of Berth: upgrade this one")]
+    Newer {
+        /// The object.
+        key: String,
+    },
+    /// A piece of its index is not readable: start over.
     #[error("{key} of the session is damaged")]
     Corrupt {
         /// The object.
@@ -111,6 +119,13 @@ pub struct Writer {
     pub started: Timestamp,
 }
 
+/// What every version of a session's object holds.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FormatVersion {
+    format_version: u32,
+}
+
 /// What a session's object holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -153,22 +168,6 @@ pub struct Span {
     pub to: u64,
 }
 
-/// The chunks that are candidates for removal. Holds 8 bytes of each id: one that is taken for a candidate by mistake
-/// is sent once more, nothing worse.
-#[derive(Debug, Default)]
-pub struct Tombstones(HashSet<u64>);
-
-impl Tombstones {
-    /// True if the chunk may be removed soon.
-    pub fn contains(&self, id: &ChunkId) -> bool {
-        self.0.contains(&short(id))
-    }
-}
-
-fn short(id: &ChunkId) -> u64 {
-    (&id.0.0[..]).get_u64()
-}
-
 /// An open session.
 pub struct Session<S> {
     chunks: ChunkStore<S>,
@@ -195,7 +194,7 @@ impl<S: ObjectStore> Session<S> {
     async fn open(chunks: ChunkStore<S>, writer: Writer, may_begin: bool) -> Result<Self, SessionError> {
         let key = chunks.layout().session(&writer.uid)?;
         let record = SessionRecord {
-            format_version: 1,
+            format_version: FORMAT,
             uid: writer.uid,
             generation: writer.generation,
             node: writer.node,
@@ -211,7 +210,9 @@ impl<S: ObjectStore> Session<S> {
                 return Err(SessionError::Gone { uid: session.record.uid });
             }
             if session.try_write().await? {
-                session.tombstones = Arc::new(session.list_tombstones().await?);
+                let listed =
+                    Tombstones::list(&session.chunks).await.map_err(|source| session.failed(source))?;
+                session.tombstones = Arc::new(listed);
                 return Ok(session);
             }
         }
@@ -322,8 +323,18 @@ impl<S: ObjectStore> Session<S> {
         match small(self.chunks.store(), &self.key).await {
             Ok((bytes, etag)) => {
                 self.etag = etag;
-                let corrupt = |_| SessionError::Corrupt { key: self.key.clone() };
-                serde_json::from_slice(&bytes).map(Some).map_err(corrupt)
+                let version = serde_json::from_slice::<FormatVersion>(&bytes);
+                if version.is_ok_and(|found| found.format_version > FORMAT) {
+                    return Err(SessionError::Newer { key: self.key.clone() });
+                }
+                match serde_json::from_slice(&bytes) {
+                    Ok(found) => Ok(Some(found)),
+                    // As if it were not there: what it told of is sent again, where the store lacks it.
+                    Err(error) => {
+                        tracing::warn!(key = self.key, %error, "a damaged session is begun anew");
+                        Ok(None)
+                    }
+                }
             }
             Err(StoreError::NotFound { .. }) => {
                 self.etag = None;
@@ -392,30 +403,6 @@ impl<S: ObjectStore> Session<S> {
         match self.read().await? {
             Some(found) => self.refuse_later(&found),
             None => Err(SessionError::Gone { uid: self.record.uid.clone() }),
-        }
-    }
-
-    async fn list_tombstones(&self) -> Result<Tombstones, SessionError> {
-        let prefix = self.chunks.layout().tombstones();
-        let mut found = HashSet::new();
-        let mut after: Option<String> = None;
-        loop {
-            let page = self
-                .chunks
-                .store()
-                .list(&prefix, after.as_deref())
-                .await
-                .map_err(|source| self.failed(source))?;
-            found.extend(page.objects.iter().filter_map(
-                |object| match self.chunks.layout().parse(&object.key) {
-                    Some(Key::Tombstone(id)) => Some(short(&id)),
-                    _ => None,
-                },
-            ));
-            match page.objects.last() {
-                Some(last) if page.more => after = Some(last.key.clone()),
-                _ => return Ok(Tombstones(found)),
-            }
         }
     }
 

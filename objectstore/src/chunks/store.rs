@@ -254,7 +254,7 @@ async fn try_everything<S: ObjectStore>(store: &S, key: &str) -> Result<Capabili
     let absent = refused(put(b"again", PutCondition::IfAbsent).await)?;
     let stale = refused(put(b"stale", PutCondition::IfMatch(ETag("\"0123456789abcdef\"".to_owned()))).await)?;
     let current = match first {
-        Some(etag) if absent && stale => put(b"second", PutCondition::IfMatch(etag)).await.is_ok(),
+        Some(etag) if absent && stale => !refused(put(b"second", PutCondition::IfMatch(etag)).await)?,
         _ => false,
     };
     let wrong = Some(Sha256Sum::of(b"something else"));

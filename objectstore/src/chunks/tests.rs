@@ -25,6 +25,7 @@ use crate::layout::StoreLayout;
 use crate::memory::{Fault, Lacks, MemoryStore};
 
 mod reading;
+mod remote;
 
 const C: usize = 64 << 10;
 
@@ -291,6 +292,29 @@ async fn a_session_with_damaged_pieces_starts_over() {
     let mut uploader = session.uploader(&dir.path().join("b")).await.unwrap();
     push(&mut uploader, &content).await.unwrap();
     assert_eq!(uploader.finish().await.unwrap().counters.chunks_reused, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_session_is_begun_anew_and_can_be_ended() {
+    let (store, dir) = (MemoryStore::new(), tempfile::tempdir().unwrap());
+    let chunks = open(&store).await;
+    let mut session = Session::begin(chunks.clone(), writer(1, "n1")).await.unwrap();
+    let mut uploader = session.uploader(&dir.path().join("a")).await.unwrap();
+    push(&mut uploader, &image(&[1, 2], 0)).await.unwrap();
+    session.checkpoint(&mut uploader, serde_json::Value::Null).await.unwrap();
+    let key = "p/sessions/import-1";
+    store.set(key, Bytes::from_static(br#"{"formatVersion":2,"what":"else"}"#));
+    let refused = Session::begin(chunks.clone(), writer(1, "n1")).await.err().unwrap();
+    assert!(matches!(&refused, SessionError::Newer { key: found } if found == key), "{refused}");
+    store.set(key, Bytes::from_static(b"{"));
+    assert!(matches!(session.confirm().await, Err(SessionError::Gone { .. })));
+    let gone = Session::resume(chunks.clone(), writer(1, "n1")).await.err().unwrap();
+    assert!(matches!(gone, SessionError::Gone { .. }), "{gone}");
+    let anew = Session::begin(chunks.clone(), writer(1, "n1")).await.unwrap();
+    assert!(anew.saved().is_none());
+    store.set(key, Bytes::from_static(b"{"));
+    Session::begin(chunks, writer(1, "n1")).await.unwrap().end().await.unwrap();
+    assert_eq!(store.keys("p/sessions/"), Vec::<String>::new(), "nothing is left behind");
 }
 
 /// Zeros that no item stands for yet lie in the session's object alone, where others may write.

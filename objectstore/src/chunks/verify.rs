@@ -240,7 +240,11 @@ async fn read_back<S: ObjectStore>(
     let all: Vec<(ChunkId, u64)> = expected.iter().map(|(id, chunk)| (*id, chunk.len)).collect();
     futures::stream::iter(all)
         .map(|(id, len)| async move {
-            let frame = chunks.get_frame(&id, Size(len)).await?;
+            let frame = chunks.get_frame(&id, Size(len)).await.map_err(|source| match source {
+                StoreError::NotFound { .. } => VerifyError::Missing { id },
+                StoreError::TooLarge { .. } => VerifyError::Damaged { id },
+                source => source.into(),
+            })?;
             let sound = tokio::task::spawn_blocking(move || is_sound(&frame, len, &id))
                 .await
                 .map_err(VerifyError::Worker)?;

@@ -1,13 +1,14 @@
 //! Why a change did not go through.
 
 use std::fmt::Display;
+use std::sync::Arc;
 use std::time::Duration;
 
 use kube::Error;
 use thiserror::Error;
 
 /// Why a change did not go through.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum ApplyError {
     /// Somebody else wrote the object since it was seen: decide anew.
     #[error("could not {operation} {object}: it has changed since it was seen")]
@@ -25,7 +26,7 @@ pub enum ApplyError {
         /// Kind and name.
         object: String,
         /// What it said.
-        source: Box<Error>,
+        source: Arc<Error>,
     },
     /// The API server did not answer in time. Whether it went through shows in the watches.
     #[error("the API server did not answer within {0:?}")]
@@ -59,7 +60,7 @@ pub fn answer<T>(
             Ok(Answer::Exists)
         }
         Err(Error::Api(status)) if status.code == 409 => Err(ApplyError::Conflict { operation, object }),
-        Err(source) => Err(ApplyError::Request { operation, object, source: Box::new(source) }),
+        Err(source) => Err(ApplyError::Request { operation, object, source: Arc::new(source) }),
     }
 }
 

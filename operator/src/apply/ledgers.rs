@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use berth_api::parse::to_ledger_capacity;
 use berth_api::staging_ledger::{
-    Holder as ApiHolder, HolderKind, LedgerBytes, LedgerCapacity as ApiCapacity, LedgerPromise, LedgerScope,
-    PromiseClass, StagingLedger, StagingLedgerSpec,
+    Holder as ApiHolder, HolderKind, LedgerPromise, LedgerScope, PromiseClass, StagingLedger,
+    StagingLedgerSpec,
 };
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
-use berth_core::ledger::{Charge, Class, Holder, Promise};
+use berth_core::ledger::{Class, Holder, Promise};
 use berth_core::metric::Metric;
 use berth_core::view::{LedgerCapacity, ObjectVersion};
 use kube::{Api, ResourceExt as _};
@@ -34,7 +35,7 @@ impl Applier {
             lineage: Uuid::new_v4().to_string(),
             revision: 1,
             rebuilt_from: None,
-            capacity: capacity_of(capacity),
+            capacity: to_ledger_capacity(&capacity),
             promises: BTreeMap::new(),
         };
         let api: Api<StagingLedger> = Api::all(self.client.clone());
@@ -67,7 +68,7 @@ impl Applier {
         let mut ledger = StagingLedger::clone(&seen);
         ledger.metadata.managed_fields = None;
         ledger.spec.revision = revision.try_into().unwrap_or(i64::MAX);
-        ledger.spec.capacity = capacity_of(capacity);
+        ledger.spec.capacity = to_ledger_capacity(&capacity);
         ledger.spec.promises =
             promises.iter().map(|(uid, promise)| (uid.0.clone(), promise_of(promise))).collect();
         let api: Api<StagingLedger> = Api::all(self.client.clone());
@@ -85,18 +86,6 @@ impl Applier {
         self.observer.absorb(result?);
         Ok(true)
     }
-}
-
-pub(super) fn capacity_of(capacity: LedgerCapacity) -> ApiCapacity {
-    ApiCapacity {
-        images: bytes_of(capacity.images),
-        volumes: bytes_of(capacity.volumes),
-        total: bytes_of(capacity.total),
-    }
-}
-
-fn bytes_of(charge: Charge) -> LedgerBytes {
-    LedgerBytes { data_bytes: charge.data.as_i64(), metadata_bytes: charge.metadata.as_i64() }
 }
 
 pub(super) fn promise_of(promise: &Promise) -> LedgerPromise {

@@ -30,7 +30,7 @@ impl Applier {
         let seen = self.observer.stored::<StagingReservation>(name);
         if let Some(place) = seen.as_ref().and_then(|one| one.status.as_ref()?.assignment.as_ref())
             && let Some(pool) = &place.pool
-            && self.is_promised(pool, &place.node, uid).await?
+            && self.promised(pool, &place.node, uid).await? != Promised::Nothing
         {
             let object = format!("StagingReservation {name}");
             return Err(ApplyError::Conflict { operation: "release", object });
@@ -51,7 +51,7 @@ impl Applier {
 
     pub(super) async fn unguard_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
         if let Some(seen) = self.observer.stored::<StagedImage>(&ObjectName::new("", name))
-            && self.is_promised(&seen.spec.pool_name, &seen.spec.node_name, uid).await?
+            && self.promised(&seen.spec.pool_name, &seen.spec.node_name, uid).await? == Promised::Space
         {
             return Err(ApplyError::Conflict { operation: "release", object: format!("StagedImage {name}") });
         }
@@ -59,15 +59,20 @@ impl Applier {
         self.finalizer(api, &ObjectName::new("", name), uid, RELEASE_FINALIZER, false).await
     }
 
-    /// Asks the API server itself whether a ledger has a promise to this holder. Each kind comes by a watch of its own: an
-    /// entry that the watch of ledgers does not show may be one that it does not show yet.
-    async fn is_promised(&self, pool: &str, node: &str, uid: &Uid) -> Result<bool, ApplyError> {
+    /// Asks the API server itself what a ledger has promised this holder. Each kind comes by a watch of its own: an entry that
+    /// the watch of ledgers does not show may be one that it does not show yet.
+    async fn promised(&self, pool: &str, node: &str, uid: &Uid) -> Result<Promised, ApplyError> {
         let name = ledger_name(&PoolName::from(pool), &NodeName::from(node));
         let api: Api<StagingLedger> = Api::all(self.client.clone());
-        match answer("read", format!("StagingLedger {name}"), api.get(&name).await)? {
-            Answer::Done(ledger) => Ok(ledger.spec.promises.contains_key(uid.as_str())),
-            Answer::Gone | Answer::Exists => Ok(false),
-        }
+        let Answer::Done(ledger) = answer("read", format!("StagingLedger {name}"), api.get(&name).await)?
+        else {
+            return Ok(Promised::Nothing);
+        };
+        Ok(match ledger.spec.promises.get(uid.as_str()) {
+            None => Promised::Nothing,
+            Some(promise) if promise.revoked_revision.is_some() => Promised::Revoked,
+            Some(_) => Promised::Space,
+        })
     }
 
     /// Asks the API server itself whether the holder of a promise is gone: no object of its name, or a later one.
@@ -191,7 +196,13 @@ impl Applier {
         Ok(false)
     }
 
+    /// Not while its ledger promises it space, whatever the view says: a ledger may have been made or rebuilt since.
     pub(super) async fn delete_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
+        if let Some(seen) = self.observer.stored::<StagedImage>(&ObjectName::new("", name))
+            && self.promised(&seen.spec.pool_name, &seen.spec.node_name, uid).await? == Promised::Space
+        {
+            return Err(ApplyError::Conflict { operation: "delete", object: format!("StagedImage {name}") });
+        }
         let api: Api<StagedImage> = Api::all(self.client.clone());
         let result = api.delete(name, &this_one(uid)).await;
         #[allow(clippy::redundant_closure_for_method_calls)]
@@ -205,6 +216,14 @@ impl Applier {
     }
 }
 
+/// What a ledger says of a holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Promised {
+    Nothing,
+    Space,
+    Revoked,
+}
+
 /// Only the metadata is read: an object that cannot be understood is there all the same.
 async fn gone<K: Observed>(api: Api<K>, name: &ObjectName, uid: &Uid) -> Result<bool, ApplyError> {
     let found = api.get_metadata(&name.name).await;
@@ -216,7 +235,7 @@ async fn gone<K: Observed>(api: Api<K>, name: &ObjectName, uid: &Uid) -> Result<
 }
 
 /// Deletes the object with this UID, and no later one of the same name.
-fn this_one(uid: &Uid) -> DeleteParams {
+pub(super) fn this_one(uid: &Uid) -> DeleteParams {
     DeleteParams {
         preconditions: Some(Preconditions { uid: Some(uid.0.clone()), resource_version: None }),
         ..DeleteParams::default()

@@ -3,13 +3,15 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use berth_api::conditions::timestamp;
+use berth_api::conditions::{ConditionType, Truth, condition, timestamp};
 use berth_api::fields::Assignment;
-use berth_api::staging_reservation::AssignedImage as ApiImage;
+use berth_api::staging_reservation::{AssignedImage as ApiImage, ReservationState, StagingReservationStatus};
+use berth_api::template_import::ImportState;
 use berth_api::{ImageStore, StagingReservation, TemplateImport};
 use berth_core::change::Considered;
 use berth_core::ids::{NodeName, ObjectName};
 use berth_core::metric::Metric;
+use berth_core::reservation::promised;
 use berth_core::units::Generation;
 use berth_core::view::{AssignedImage, ObjectVersion, Placement};
 use kube::ResourceExt as _;
@@ -35,6 +37,7 @@ impl Applier {
     ) -> Result<bool, ApplyError> {
         let waited = self.waited(name);
         self.assign(name, version, |reservation: &mut StagingReservation| {
+            let generation = reservation.metadata.generation;
             let status = reservation.status.get_or_insert_default();
             status.assignment = Some(assignment_of(placement));
             status.image = image.map(|(image, _)| ApiImage {
@@ -44,10 +47,15 @@ impl Applier {
             });
             status.reused = image.map(|(_, reused)| reused);
             status.candidates = considered.iter().map(candidate_place).collect();
+            promise(status, generation, placement);
         })
         .await?;
         tracing::info!(reservation = %name, pool = %placement.pool, node = %placement.node,
             generation = %placement.generation, "reservation assigned");
+        if let Some(seen) = self.observer.stored::<StagingReservation>(name) {
+            let (reason, message) = promised(placement);
+            self.events.say(&*seen, "Promised", reason, &message);
+        }
         let labels = [("pool", placement.pool.as_str())];
         self.metrics.add(Metric::AdmissionsTotal, &labels, 1);
         self.metrics.add(Metric::QueueWaitSecondsTotal, &labels, waited.as_secs());
@@ -61,15 +69,22 @@ impl Applier {
         Duration::from_millis(made.map_or(0, |made| now().millis_since(made)))
     }
 
-    /// Which node works on an import.
+    /// Which node works on an import. If it is tried again, what asked for that is recorded in the same write, and it has not
+    /// failed any more.
     pub(super) async fn assign_import(
         &self,
         name: &ObjectName,
         version: &ObjectVersion,
         placement: &Placement,
+        retried: Option<&str>,
     ) -> Result<bool, ApplyError> {
         self.assign(name, version, |import: &mut TemplateImport| {
-            import.status.get_or_insert_default().assignment = Some(assignment_of(placement));
+            let status = import.status.get_or_insert_default();
+            status.assignment = Some(assignment_of(placement));
+            if let Some(value) = retried {
+                status.retried = Some(value.to_owned());
+                status.state = Some(ImportState::Pending);
+            }
         })
         .await?;
         tracing::info!(import = %name, node = %placement.node, generation = %placement.generation, "import assigned");
@@ -121,6 +136,19 @@ impl Applier {
         self.observer.absorb(swapped("assign", object(), result)?);
         Ok(())
     }
+}
+
+/// That it is promised is said in the write that places it. What was said while it waited is over, and from now on whether
+/// it is ready is the node's to say.
+fn promise(status: &mut StagingReservationStatus, generation: Option<i64>, placement: &Placement) {
+    let (reason, message) = promised(placement);
+    let kind = ConditionType::Promised;
+    let told = condition(&status.conditions, kind, Truth::True, reason, message, generation, now());
+    let over = [ConditionType::Promised.as_str(), ConditionType::Ready.as_str()];
+    status.conditions.retain(|condition| !over.contains(&condition.type_.as_str()));
+    status.conditions.push(told);
+    status.state = Some(ReservationState::Promised);
+    (status.queue, status.shortfall_bytes) = (None, None);
 }
 
 fn assignment_of(placement: &Placement) -> Assignment {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use berth_api::parse::to_rebuilt_from;
+use berth_api::parse::{to_ledger_capacity, to_rebuilt_from};
 use berth_api::{StagingLedger, StagingNode};
 use berth_core::ids::{NodeName, ObjectName, Uid};
 use berth_core::ledger::{Promise, Rebuilt};
@@ -14,7 +14,7 @@ use kube::{Api, ResourceExt as _};
 use uuid::Uuid;
 
 use super::error::{Answer, answer, swapped};
-use super::ledgers::{capacity_of, promise_of};
+use super::ledgers::promise_of;
 use super::{Applier, ApplyError};
 use crate::observe::Observed;
 
@@ -52,7 +52,7 @@ impl Applier {
         ledger.metadata.managed_fields = None;
         ledger.spec.lineage = Uuid::new_v4().to_string();
         ledger.spec.revision = new.revision.try_into().unwrap_or(i64::MAX);
-        ledger.spec.capacity = capacity_of(new.capacity);
+        ledger.spec.capacity = to_ledger_capacity(&new.capacity);
         ledger.spec.promises =
             new.promises.iter().map(|(uid, promise)| (uid.0.clone(), promise_of(promise))).collect();
         ledger.spec.rebuilt_from = Some(to_rebuilt_from(new.rebuilt));

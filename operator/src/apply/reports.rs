@@ -116,6 +116,7 @@ impl Applier {
             capacity: PoolCapacity {
                 total: report.total.as_i64(),
                 promised: report.promised.as_i64(),
+                promised_to_volumes: report.volumes.as_i64(),
                 used: report.used.as_i64(),
                 unreferenced: report.unreferenced.as_i64(),
                 available: report.total.saturating_sub(report.promised).as_i64(),

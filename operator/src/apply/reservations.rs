@@ -39,6 +39,25 @@ struct ReservationFields {
     conditions: Vec<Condition>,
 }
 
+impl ReservationFields {
+    /// What a report says; the places that were looked at only if they are to be told.
+    fn of(report: &ReservationReport, places: bool, conditions: Vec<Condition>) -> Self {
+        Self {
+            state: Some(reservation_state(report.state)),
+            queue: report.queue.map(|(position, ahead)| QueuePlace {
+                position: position.try_into().unwrap_or(i32::MAX),
+                bytes_ahead: ahead.as_i64(),
+                reason: report.reason.as_str().to_owned(),
+            }),
+            shortfall_bytes: report.shortfall.map(Bytes::as_i64),
+            candidates: places.then(|| report.considered.iter().map(candidate_place).collect()),
+            expires_at: report.expires.map(time),
+            dry_run: report.dry_run.as_ref().map(dry_run_answer),
+            conditions,
+        }
+    }
+}
+
 impl Applier {
     /// `Promised` is the operator's for ever; `Ready` only until the reservation has a place: then it is the node's.
     pub(super) async fn report_reservation(
@@ -75,19 +94,7 @@ impl Applier {
         }
         // With a place they were told together with that.
         let told = status.assignment.is_none();
-        let wanted = ReservationFields {
-            state: Some(reservation_state(report.state)),
-            queue: report.queue.map(|(position, ahead)| QueuePlace {
-                position: position.try_into().unwrap_or(i32::MAX),
-                bytes_ahead: ahead.as_i64(),
-                reason: report.reason.as_str().to_owned(),
-            }),
-            shortfall_bytes: report.shortfall.map(Bytes::as_i64),
-            candidates: told.then(|| report.considered.iter().map(candidate_place).collect()),
-            expires_at: report.expires.map(time),
-            dry_run: report.dry_run.as_ref().map(dry_run_answer),
-            conditions,
-        };
+        let wanted = ReservationFields::of(report, told, conditions);
         let is = ReservationFields {
             state: status.state,
             queue: status.queue,

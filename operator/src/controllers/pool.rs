@@ -1,19 +1,26 @@
 //! Pools: their ledgers, and what they hold.
 
+use std::time::Duration;
+
 use berth_api::StagingPool;
 use berth_core::change::Change;
-use berth_core::ids::{ObjectName, PoolName, Uid};
-use berth_core::ledger::{Holder, Promise};
+use berth_core::ids::{ObjectName, PoolName};
+use berth_core::ledger::Holder;
 use berth_core::units::Timestamp;
-use berth_core::view::{PoolChoice, ReservationView, View};
+use berth_core::view::{LedgerView, PoolChoice, ReservationView, View};
 use kube::ResourceExt as _;
 use kube::runtime::reflector::ObjectRef;
 
 use super::{Controlled, reference};
+use crate::context::Context;
 use crate::observe::Touched;
 
 impl Controlled for StagingPool {
     const KIND: &'static str = "StagingPool";
+
+    fn pause(&self, context: &Context) -> Option<Duration> {
+        context.wait_for_turn(&self.name_any())
+    }
 
     fn decide(&self, view: &View, now: Timestamp) -> Vec<Change> {
         berth_core::pool::decide(view, &PoolName(self.name_any()), now)
@@ -29,11 +36,11 @@ impl Controlled for StagingPool {
             }
             Touched::Reservation(_, uid) => match view.reservations.get(uid) {
                 Some(reservation) => pools_of(view, reservation),
-                None => promised(view, |holder, _| holder == uid),
+                None => view.ledgers_of(uid).map(|ledger| &ledger.pool).collect(),
             },
             Touched::Image(image) => match view.images.get(image) {
                 Some(image) => vec![&image.pool],
-                None => promised(view, |_, promise| promise.holder == Holder::Image(image.clone())),
+                None => promised(view, &Holder::Image(image.clone())),
             },
             _ => Vec::new(),
         };
@@ -41,12 +48,10 @@ impl Controlled for StagingPool {
     }
 }
 
-/// The pools with a promise like this: its holder is gone, and it may have to be swept.
-fn promised(view: &View, like: impl Fn(&Uid, &Promise) -> bool) -> Vec<&PoolName> {
-    let ledgers = view
-        .ledgers
-        .values()
-        .filter(|ledger| ledger.promises.iter().any(|(uid, promise)| like(uid, promise)));
+/// The pools with a promise to this holder: it is gone, and its promise may have to be swept.
+fn promised<'v>(view: &'v View, holder: &Holder) -> Vec<&'v PoolName> {
+    let holds = |ledger: &&LedgerView| ledger.promises.values().any(|promise| promise.holder == *holder);
+    let ledgers = view.ledgers.values().filter(holds);
     ledgers.map(|ledger| &ledger.pool).collect()
 }
 

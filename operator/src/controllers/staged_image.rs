@@ -1,8 +1,9 @@
-//! Staged images: swept when nothing refers to them, released.
+//! Staged images: retired when nothing refers to them, deleted, released.
 
 use berth_api::StagedImage;
 use berth_core::change::Change;
 use berth_core::ids::ObjectName;
+use berth_core::retire::is_leaving;
 use berth_core::units::Timestamp;
 use berth_core::view::View;
 use kube::ResourceExt as _;
@@ -25,7 +26,11 @@ impl Controlled for StagedImage {
         };
         let releasing = view.images.values().filter(|image| match touched {
             Touched::Node(node) => image.deleting && image.node == *node,
-            Touched::Ledger(pool, node) => image.deleting && image.node == *node && image.pool == *pool,
+            Touched::Ledger(pool, node) => {
+                image.node == *node
+                    && image.pool == *pool
+                    && view.ledgers.get(&(pool.clone(), node.clone())).is_some_and(|l| is_leaving(l, image))
+            }
             _ => false,
         });
         releasing.map(|image| reference(&ObjectName::new("", &image.name))).chain(own).collect()

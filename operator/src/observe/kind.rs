@@ -5,20 +5,21 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use berth_api::parse;
 use berth_core::ids::ObjectName;
+use berth_core::reason::Reason;
 use futures::TryStreamExt as _;
 use futures::channel::mpsc;
 use kube::api::ObjectMeta;
-use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
 use kube::runtime::controller::ReconcileRequest;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store};
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
+use kube::runtime::watcher::Event;
 use kube::{Api, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 
-use super::{Observer, State, Touched};
+use super::guarded::{Bad, Guarded};
+use super::{Observer, State, Touched, history};
 use crate::telemetry::chain;
 
 /// A kind that is watched.
@@ -27,8 +28,8 @@ pub trait Observed:
 {
     /// Where its objects are kept.
     fn objects(observer: &Observer) -> &Kind<Self>;
-    /// Enters this object into the view, in place of an older form of it.
-    fn enter(&self, state: &mut State);
+    /// Enters this object into the view, in place of an older form of it. False if the view is as it was before.
+    fn enter(&self, state: &mut State) -> bool;
     /// Takes this object out of the view.
     fn leave(&self, state: &mut State);
     /// What a change of this object is to the controllers.
@@ -108,8 +109,8 @@ impl<K: Resource<DynamicType = ()> + Clone + 'static> Kind<K> {
 
 /// Watches a kind for ever. Errors are logged and tried again with growing pauses, as the server asks for.
 pub async fn watch<K: Observed>(observer: &Observer) {
-    let api: Api<DeserializeGuard<K>> = Api::all(observer.client.clone());
-    let events = watch_objects(api, watcher::Config::default()).default_backoff();
+    let api: Api<Guarded<K>> = Api::all(observer.client.clone());
+    let events = history::events(observer, api);
     let mut events = std::pin::pin!(events);
     let mut listed = false;
     loop {
@@ -128,21 +129,21 @@ pub async fn watch<K: Observed>(observer: &Observer) {
     }
 }
 
-fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
+fn take<K: Observed>(observer: &Observer, event: Event<Guarded<K>>) {
     match event {
-        Event::Apply(DeserializeGuard(Ok(object))) => enter(observer, object, Source::Watch),
-        Event::Apply(DeserializeGuard(Err(bad))) => unreadable::<K>(observer, &bad),
-        Event::Delete(DeserializeGuard(object)) => leave(observer, &object),
+        Event::Apply(Guarded(Ok(object))) => enter(observer, object, Source::Watch),
+        Event::Apply(Guarded(Err(bad))) => unreadable::<K>(observer, &bad),
+        Event::Delete(Guarded(object)) => leave(observer, &object),
         Event::Init => {
             // What could not be read stays so until the list is whole: sweeps need all of the truth.
             let _state = observer.write();
             K::objects(observer).write(&Event::Init);
             *K::objects(observer).relist() = Some(Relist::default());
         }
-        Event::InitApply(DeserializeGuard(Ok(object))) => {
-            K::objects(observer).write(&Event::InitApply(object));
+        Event::InitApply(Guarded(Ok(object))) => {
+            K::objects(observer).write(&Event::InitApply(slim(object)));
         }
-        Event::InitApply(DeserializeGuard(Err(bad))) => {
+        Event::InitApply(Guarded(Err(bad))) => {
             // The last readable form goes through the new list.
             if let Some(last) = observer.stored::<K>(&name_of(&bad.metadata)) {
                 K::objects(observer).write(&Event::InitApply(K::clone(&last)));
@@ -154,6 +155,12 @@ fn take<K: Observed>(observer: &Observer, event: Event<DeserializeGuard<K>>) {
         }
         Event::InitDone => replace_all::<K>(observer),
     }
+}
+
+/// Without what nothing here reads: who wrote which field is often most of an object.
+fn slim<K: Observed>(mut object: K) -> K {
+    object.meta_mut().managed_fields = None;
+    object
 }
 
 /// Where the form of an object comes from.
@@ -168,9 +175,10 @@ pub enum Source {
 
 /// Takes one object in, unless a newer form of it is known: watches lag behind the answers to our own writes.
 pub fn enter<K: Observed>(observer: &Observer, object: K, source: Source) {
+    let object = slim(object);
     let name = name_of(object.meta());
     let touched = object.touched();
-    {
+    let changed = {
         let mut state = observer.write();
         let before = observer.stored::<K>(&name);
         if source == Source::Answer && before.as_ref().is_none_or(|before| before.uid() != object.uid()) {
@@ -186,26 +194,27 @@ pub fn enter<K: Observed>(observer: &Observer, object: K, source: Source) {
                 before.leave(&mut state);
             }
         }
-        state.unreadable.remove(&(K::kind(&()).into_owned(), name.clone()));
-        object.enter(&mut state);
-        state.settle_leader();
+        state.show(&K::kind(&()), &name);
+        let changed = object.enter(&mut state);
         if let Some(relist) = &mut *K::objects(observer).relist() {
             let form = Arc::new(object.clone());
             let entered = relist.entered.entry(name).or_insert_with(|| (Arc::clone(&form), version_before));
             entered.0 = form;
         }
         K::objects(observer).write(&Event::Apply(object));
+        changed
+    };
+    if changed {
+        observer.touch(&touched);
     }
-    observer.touch(&touched);
 }
 
-fn leave<K: Observed>(observer: &Observer, object: &Result<K, InvalidObject>) {
+fn leave<K: Observed>(observer: &Observer, object: &Result<K, Bad>) {
     let name = name_of(object.as_ref().map_or_else(|bad| &bad.metadata, K::meta));
     let mut gone = None;
     {
         let mut state = observer.write();
-        state.unreadable.remove(&(K::kind(&()).into_owned(), name.clone()));
-        state.settle_leader();
+        state.show(&K::kind(&()), &name);
         if let Some(last) = observer.stored::<K>(&name) {
             last.leave(&mut state);
             K::objects(observer).write(&Event::Delete(K::clone(&last)));
@@ -217,12 +226,15 @@ fn leave<K: Observed>(observer: &Observer, object: &Result<K, InvalidObject>) {
     }
 }
 
-fn unreadable<K: Observed>(observer: &Observer, bad: &InvalidObject) {
-    let name = name_of(&bad.metadata);
-    tracing::error!(kind = %K::kind(&()), object = %name, error = bad.error, "object cannot be read; sweeps pause");
-    let mut state = observer.write();
-    state.unreadable.insert((K::kind(&()).into_owned(), name));
-    state.settle_leader();
+fn unreadable<K: Observed>(observer: &Observer, bad: &Bad) {
+    let object = parse::unreadable(&K::kind(&()), &bad.metadata, bad.problem.clone());
+    tracing::error!(%object, "sweeps pause");
+    if let Some(events) = observer.events.get() {
+        let named = Guarded::<K>(Err(bad.clone()));
+        let message = format!("{object}. Nothing is decided about it, and sweeps and reclaim rest");
+        events.say(&named, "Read", Reason::ObjectUnreadable, &message);
+    }
+    observer.write().hide(object);
 }
 
 /// A complete list has arrived: what it does not name is gone. If any object is older in it than it was, the API server
@@ -250,16 +262,14 @@ fn replace_all<K: Observed>(observer: &Observer) {
                 objects.write(&Event::Apply(K::clone(&newer)));
             }
         }
-        let stays = |(kind, name): &(String, ObjectName)| *kind != K::kind(&()) || unreadable.contains(name);
-        state.unreadable.retain(stays);
+        let kind = K::kind(&());
+        state.view.unreadable.retain(|one| one.kind != kind || unreadable.contains(&one.name));
         for object in K::objects(observer).reader.state() {
             object.enter(&mut state);
         }
-        state.settle_leader();
-        if backwards {
-            tracing::warn!(kind = %K::kind(&()), "the API server went back in time: every node has to report anew");
-            super::nodes::forget_reports(&mut state);
-        }
+    }
+    if backwards {
+        observer.went_back();
     }
     observer.touch(&Touched::Everything);
 }
@@ -271,7 +281,7 @@ pub fn name_of(meta: &ObjectMeta) -> ObjectName {
 
 /// Resource versions of one resource are numbers that rise, as the API server writes them to etcd; `None` for anything
 /// else, which counts as older than every number.
-fn version(meta: &ObjectMeta) -> Option<u128> {
+pub fn version(meta: &ObjectMeta) -> Option<u128> {
     meta.resource_version.as_deref().and_then(|text| text.parse().ok())
 }
 
@@ -281,14 +291,16 @@ mod tests {
     use axum::http::{Request, Response};
     use berth_api::StagingPool;
     use berth_core::ids::NodeName;
+    use berth_core::view::View;
     use kube::Client;
     use kube::client::Body;
+    use std::time::Duration;
 
     fn observer() -> Observer {
         let nobody = tower::service_fn(|_: Request<Body>| async {
             Err::<Response<Body>, _>(std::io::Error::other("nobody listens"))
         });
-        Observer::new(Client::new(nobody, "berth-system"), "berth-system".to_owned()).0
+        Observer::new(Client::new(nobody, "berth-system"), "berth-system".to_owned(), Duration::ZERO).0
     }
 
     fn pool(name: &str, version: u64) -> StagingPool {
@@ -303,7 +315,7 @@ mod tests {
     fn list(observer: &Observer, pools: &[(&str, u64)], meanwhile: impl FnOnce(&Observer)) {
         take::<StagingPool>(observer, Event::Init);
         for (name, version) in pools {
-            take(observer, Event::InitApply(DeserializeGuard(Ok(pool(name, *version)))));
+            take(observer, Event::InitApply(Guarded(Ok(pool(name, *version)))));
         }
         meanwhile(observer);
         take::<StagingPool>(observer, Event::InitDone);
@@ -313,8 +325,36 @@ mod tests {
     fn trusted() -> Observer {
         let observer = observer();
         observer.write().confirmed.insert(NodeName::from("n"));
+        observer.write().view.kube_nodes = Some([NodeName::from("n")].into());
         list(&observer, &[("a", 10), ("b", 11)], |_| ());
         observer
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_not_heard_yet_is_told_of_until_it_reports_or_is_lost() {
+        let observer = trusted();
+        let name = NodeName::from("n");
+        let node = berth_core::view::NodeState {
+            name: name.clone(),
+            version: berth_core::view::ObjectVersion::default(),
+            live: true,
+            reported: false,
+            silent: false,
+            zone: None,
+            pools: std::collections::BTreeMap::new(),
+        };
+        observer.write().view.nodes.insert(name.clone(), node);
+        let unheard = || {
+            observer.judge_unheard();
+            observer.view(|view| view.unheard)
+        };
+        assert!(unheard());
+        observer.write().view.nodes.values_mut().for_each(|node| node.reported = true);
+        assert!(!unheard());
+        observer.went_back();
+        assert!(observer.view(|view| view.unheard) && unheard(), "at once, and until it reports anew");
+        observer.write().view.nodes.values_mut().for_each(|node| node.silent = true);
+        assert!(!unheard(), "it is lost");
     }
 
     fn version_of(observer: &Observer, name: &str) -> Option<u128> {
@@ -346,6 +386,11 @@ mod tests {
                 }
             });
             assert!(!trusts(&observer), "{meanwhile}");
+            assert_eq!(
+                observer.view(|view| view.kube_nodes.clone()),
+                None,
+                "nor is any node known to be gone"
+            );
             assert_eq!(version_of(&observer, "a"), Some(9));
         }
     }
@@ -354,14 +399,17 @@ mod tests {
     async fn sweeps_pause_until_a_new_list_is_whole() {
         let observer = trusted();
         observer.set_leader(true);
-        let sweeps = |observer: &Observer| observer.view(|view| view.leader);
+        let sweeps = |observer: &Observer| observer.view(View::sweeps);
         assert!(sweeps(&observer));
         let bad = || {
             let text = r#"{"metadata": {"name": "bad", "resourceVersion": "12"}, "spec": 7}"#;
-            serde_json::from_str::<DeserializeGuard<StagingPool>>(text).expect("guarded")
+            serde_json::from_str::<Guarded<StagingPool>>(text).expect("guarded")
         };
         take(&observer, Event::Apply(bad()));
         assert!(!sweeps(&observer));
+        let said = observer.view(|view| view.unreadable[0].to_string());
+        assert!(said.starts_with("StagingPool bad cannot be read: spec: invalid type"), "{said}");
+        assert!(observer.view(|view| view.leader), "it still admits");
         take::<StagingPool>(&observer, Event::Init);
         assert!(!sweeps(&observer), "the list that may still name it is not there");
         take(&observer, Event::InitApply(bad()));

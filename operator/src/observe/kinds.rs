@@ -15,9 +15,11 @@ impl Observed for StagingPool {
         &observer.pools
     }
 
-    fn enter(&self, state: &mut State) {
+    fn enter(&self, state: &mut State) -> bool {
         let pool = parse::pool_view(self);
-        state.view.pools.insert(pool.name.clone(), pool);
+        // What is said of it in its status is for people.
+        let before = state.view.pools.insert(pool.name.clone(), pool);
+        before.as_ref() != state.view.pools.get(&PoolName(self.name_any()))
     }
 
     fn leave(&self, state: &mut State) {
@@ -34,13 +36,13 @@ impl Observed for StagingReservation {
         &observer.reservations
     }
 
-    fn enter(&self, state: &mut State) {
-        let reservation = parse::reservation_view(self);
-        state.view.reservations.insert(reservation.uid.clone(), reservation);
+    fn enter(&self, state: &mut State) -> bool {
+        state.view.enter_reservation(parse::reservation_view(self));
+        true
     }
 
     fn leave(&self, state: &mut State) {
-        state.view.reservations.remove(&uid_of(self.uid()));
+        state.view.remove_reservation(&uid_of(self.uid()));
     }
 
     fn touched(&self) -> Touched {
@@ -53,9 +55,10 @@ impl Observed for TemplateImport {
         &observer.imports
     }
 
-    fn enter(&self, state: &mut State) {
+    fn enter(&self, state: &mut State) -> bool {
         let import = parse::import_view(self);
         state.view.imports.insert(import.name.clone(), import);
+        true
     }
 
     fn leave(&self, state: &mut State) {
@@ -72,7 +75,7 @@ impl Observed for StagedImage {
         &observer.images
     }
 
-    fn enter(&self, state: &mut State) {
+    fn enter(&self, state: &mut State) -> bool {
         match parse::image_view(self) {
             Ok(image) => {
                 state.view.images.insert(image.name.clone(), image);
@@ -80,9 +83,10 @@ impl Observed for StagedImage {
             Err(error) => {
                 tracing::error!(image = self.name_any(), %error, "staged image cannot be used; sweeps pause");
                 state.view.images.remove(&self.name_any());
-                state.unreadable.insert((Self::kind(&()).into_owned(), name_of(self.meta())));
+                state.hide(parse::unreadable(&Self::kind(&()), self.meta(), error.to_string()));
             }
         }
+        true
     }
 
     fn leave(&self, state: &mut State) {
@@ -99,9 +103,10 @@ impl Observed for ImageStore {
         &observer.stores
     }
 
-    fn enter(&self, state: &mut State) {
+    fn enter(&self, state: &mut State) -> bool {
         let store = parse::store_view(self);
         state.view.stores.insert(store.name.clone(), store);
+        true
     }
 
     fn leave(&self, state: &mut State) {
@@ -118,13 +123,13 @@ impl Observed for StagingLedger {
         &observer.ledgers
     }
 
-    fn enter(&self, state: &mut State) {
-        let ledger = parse::ledger_view(self);
-        state.view.ledgers.insert((ledger.pool.clone(), ledger.node.clone()), ledger);
+    fn enter(&self, state: &mut State) -> bool {
+        state.view.enter_ledger(parse::ledger_view(self));
+        true
     }
 
     fn leave(&self, state: &mut State) {
-        state.view.ledgers.remove(&place_of(self));
+        state.view.remove_ledger(&place_of(self));
     }
 
     fn touched(&self) -> Touched {
@@ -138,11 +143,12 @@ impl Observed for StagingNode {
         &observer.nodes
     }
 
-    fn enter(&self, state: &mut State) {
+    fn enter(&self, state: &mut State) -> bool {
         let node = parse::node_state(self);
         let name = node.name.clone();
         state.view.nodes.insert(name.clone(), node);
         nodes::judge(state, &name);
+        true
     }
 
     fn leave(&self, state: &mut State) {
@@ -159,7 +165,9 @@ impl Observed for ImageTransfer {
         &observer.transfers
     }
 
-    fn enter(&self, _: &mut State) {}
+    fn enter(&self, _: &mut State) -> bool {
+        true
+    }
 
     fn leave(&self, _: &mut State) {}
 

@@ -1,7 +1,8 @@
 //! Which nodes Kubernetes has: by their metadata alone.
 //!
 //! **Guarantees.** Nothing is said of them until a node that is alive would have renewed its Lease since this operator began
-//! to watch, so that one which is missing here and silent there is gone. An error of the watch changes nothing.
+//! to watch, so that one which is missing here and silent there is gone. An error of the watch changes nothing. After the API
+//! server went back in time, all of this begins anew, with a new list.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,26 +30,41 @@ pub fn spawn(observer: &Arc<Observer>, tasks: &TaskTracker, stop: &CancellationT
 }
 
 async fn watch(observer: &Observer) {
+    let mut restarts = observer.restarts.subscribe();
+    loop {
+        let times = *restarts.borrow_and_update();
+        tokio::select! {
+            () = watch_until_restart(observer, times) => return,
+            changed = restarts.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn watch_until_restart(observer: &Observer, times: u64) {
     let api: Api<PartialObjectMeta<Node>> = Api::all(observer.client.clone());
     let events = watch_objects(api, watcher::Config::default()).default_backoff();
     let mut events = std::pin::pin!(events);
     let mut nodes = Nodes::default();
     let lease = Duration::from_secs(u64::from(NODE_LEASE_DURATION_SECONDS.unsigned_abs()));
-    let settled = Instant::now() + lease;
+    let mut settled = Instant::now() + lease;
     let mut told = false;
     loop {
         let event = tokio::select! {
             event = events.try_next() => event,
             () = tokio::time::sleep_until(settled), if !told && nodes.listed => {
                 told = true;
-                publish(observer, &nodes.present);
+                publish(observer, times, &nodes.present);
                 continue;
             }
         };
+        if told && observer.view(|view| view.kube_nodes.is_none()) {
+            // Forgotten: it counts again once a list has come, and after as long as at the start.
+            (told, nodes.listed, settled) = (false, false, Instant::now() + lease);
+        }
         match event {
             Ok(Some(event)) => {
                 if nodes.take(event) && told {
-                    publish(observer, &nodes.present);
+                    publish(observer, times, &nodes.present);
                 }
             }
             Ok(None) => return,
@@ -57,8 +73,14 @@ async fn watch(observer: &Observer) {
     }
 }
 
-fn publish(observer: &Observer, nodes: &BTreeSet<NodeName>) {
-    observer.write().view.kube_nodes = Some(nodes.clone());
+fn publish(observer: &Observer, times: u64, nodes: &BTreeSet<NodeName>) {
+    {
+        let mut state = observer.write();
+        if *observer.restarts.borrow() != times {
+            return;
+        }
+        state.view.kube_nodes = Some(nodes.clone());
+    }
     // Nodes come and go seldom, and all that is on one may be concerned.
     observer.touch(&Touched::Everything);
 }

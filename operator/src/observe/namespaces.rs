@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use futures::TryStreamExt as _;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::core::PartialObjectMeta;
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
+use kube::runtime::watcher::Event;
 use kube::{Api, ResourceExt as _};
 
-use super::{Observer, Touched};
+use super::{Observer, Touched, history};
 use crate::telemetry::chain;
 
 type Labels = BTreeMap<String, String>;
@@ -17,7 +16,7 @@ type Labels = BTreeMap<String, String>;
 /// Watches for ever. Errors are logged and tried again with growing pauses; what was seen last stays.
 pub async fn watch(observer: &Observer) {
     let api: Api<PartialObjectMeta<Namespace>> = Api::all(observer.client.clone());
-    let events = watch_objects(api, watcher::Config::default()).default_backoff();
+    let events = history::events(observer, api);
     let mut events = std::pin::pin!(events);
     let (mut first, mut listing) = (true, BTreeMap::new());
     loop {

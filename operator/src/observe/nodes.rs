@@ -11,24 +11,25 @@ use std::time::{Duration, Instant};
 use berth_api::StagingNode;
 use berth_api::defaults::NODE_LEASE_DURATION_SECONDS;
 use berth_core::ids::{NodeName, node_lease_name};
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
+use kube::runtime::watcher::Event;
 use kube::{Api, ResourceExt as _};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::kind::Source;
-use super::{Confirmations, Observer, State, Touched, kind};
+use super::{Confirmations, Observer, State, Touched, history, kind};
 use crate::telemetry::chain;
 
 /// What all node Leases' names begin with.
 const PREFIX: &str = "berth-node-";
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How many reports are read at once.
+const READS: usize = 16;
 /// How often it is checked whether a node fell silent.
 const CHECK: Duration = Duration::from_secs(1);
 
@@ -99,10 +100,10 @@ pub fn judge(state: &mut State, node: &NodeName) {
 /// After the API server went back in time: no report counts until it was made anew.
 pub fn forget_reports(state: &mut State) {
     state.confirmed.clear();
-    let now = Instant::now();
-    for heard in state.heard.values_mut() {
-        (heard.at, heard.since) = (None, now);
-    }
+    state.view.kube_nodes = None;
+    state.view.unheard = true;
+    // A Lease that a list shows proves nothing then, though it is not the one that was heard last.
+    state.heard.clear();
     for node in state.view.nodes.values_mut() {
         (node.live, node.reported, node.silent) = (false, false, false);
     }
@@ -110,7 +111,7 @@ pub fn forget_reports(state: &mut State) {
 
 async fn watch(observer: &Observer) {
     let api: Api<Lease> = Api::namespaced(observer.client.clone(), &observer.namespace);
-    let events = watch_objects(api, watcher::Config::default()).default_backoff();
+    let events = history::events(observer, api);
     let mut events = std::pin::pin!(events);
     let (mut first, mut listing) = (true, Vec::new());
     loop {
@@ -148,22 +149,25 @@ fn hear(observer: &Observer, lease: &Lease, listed: bool) {
         let heard = Heard::next(state.heard.get(&name), lease, listed, now);
         state.heard.insert(name, heard);
     }
-    settle(observer);
+    if let Some(node) = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()) {
+        settle(observer, Some(&NodeName::from(node)));
+    }
 }
 
-/// Compares every node with its Lease; tells what changed, and asks for reports to be confirmed.
-fn settle(observer: &Observer) {
+/// Compares nodes with their Leases, all or one; tells what changed, and asks for reports to be confirmed.
+fn settle(observer: &Observer, only: Option<&NodeName>) {
     let now = Instant::now();
     let mut changed = Vec::new();
     {
         let mut state = observer.write();
-        let State { view, heard, confirmed, .. } = &mut *state;
-        for (name, node) in &mut view.nodes {
+        let State { view, heard, confirmed, confirming, .. } = &mut *state;
+        for (name, node) in view.nodes.iter_mut().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
             let heard = heard.get(&node_lease_name(name));
             let live = heard.is_some_and(|heard| heard.is_live(now));
             let silent = heard.is_some_and(|heard| heard.is_silent(now));
-            if live && !confirmed.contains(name) && observer.confirm.try_send(name.clone()).is_err() {
-                tracing::debug!(node = %name, "confirmed a second later");
+            let asks = live && !confirmed.contains(name) && !confirming.contains(name);
+            if asks && observer.confirm.try_send(name.clone()).is_ok() {
+                confirming.insert(name.clone());
             }
             if (node.live, node.silent) != (live, silent) {
                 (node.live, node.silent) = (live, silent);
@@ -182,36 +186,42 @@ async fn check(observer: &Observer) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        settle(observer);
+        settle(observer, None);
     }
 }
 
-async fn confirm(observer: &Observer, mut confirmations: Confirmations) {
+async fn confirm(observer: &Observer, confirmations: Confirmations) {
+    let waiting = stream::unfold(confirmations, async |mut waiting| Some((waiting.recv().await?, waiting)));
+    waiting
+        .for_each_concurrent(READS, async |node| {
+            confirm_one(observer, &node).await;
+            observer.write().confirming.remove(&node);
+        })
+        .await;
+}
+
+/// Reads a node's report from the API server itself: it is no older than the renewal that was heard.
+async fn confirm_one(observer: &Observer, node: &NodeName) {
     let api: Api<StagingNode> = Api::all(observer.client.clone());
-    while let Some(node) = confirmations.recv().await {
-        if observer.read().confirmed.contains(&node) {
-            continue;
+    let times = *observer.restarts.borrow();
+    let answer = match tokio::time::timeout(PATIENCE, api.get(node.as_str())).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(error)) => {
+            return tracing::warn!(%node, error = chain(&error), "the node's report could not be read again");
         }
-        let answer = match tokio::time::timeout(PATIENCE, api.get(node.as_str())).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => {
-                tracing::warn!(%node, error = chain(&error), "the node's report could not be read again");
-                continue;
-            }
-            Err(_) => {
-                tracing::warn!(%node, "the API server did not answer about the node's report");
-                continue;
-            }
-        };
-        kind::enter(observer, answer, Source::Answer);
-        {
-            let mut state = observer.write();
-            state.confirmed.insert(node.clone());
-            judge(&mut state, &node);
+        Err(_) => return tracing::warn!(%node, "the API server did not answer about the node's report"),
+    };
+    kind::enter(observer, answer, Source::Answer);
+    {
+        let mut state = observer.write();
+        if *observer.restarts.borrow() != times {
+            return; // the answer may be of before a restore
         }
-        tracing::info!(%node, "node has reported");
-        observer.touch(&Touched::Node(node));
+        state.confirmed.insert(node.clone());
+        judge(&mut state, node);
     }
+    tracing::info!(%node, "node has reported");
+    observer.touch(&Touched::Node(node.clone()));
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ use tokio_util::task::TaskTracker;
 /// How long the first lists may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What else is watched, by plural.
-const WATCHED_BESIDE: &[&str] = &["leases", "namespaces", "nodes"];
+const WATCHED_BESIDE: &[&str] =
+    &["leases", "namespaces", "nodes", "persistentvolumeclaims", "persistentvolumes"];
 /// Where the kinds are.
 pub const KINDS: &str = "/apis/staging.berth.dev/v1alpha1";
 
@@ -40,6 +41,14 @@ impl ApiServer {
         let asked = self.asked.lock().unwrap();
         let is_write = |one: &&(Method, String, Value)| one.0 != Method::GET && !one.1.contains("/events");
         asked.iter().filter(is_write).cloned().collect()
+    }
+
+    /// The notes of events that were written.
+    pub fn notes(&self) -> Vec<String> {
+        let asked = self.asked.lock().unwrap();
+        let events =
+            asked.iter().filter(|(method, path, _)| *method == Method::POST && path.contains("/events"));
+        events.map(|(.., event)| event["note"].as_str().unwrap_or_default().to_owned()).collect()
     }
 
     /// How often this path was read.
@@ -86,11 +95,12 @@ impl ApiServer {
         });
         let client = Client::new(service, "default");
         let (stop, tasks, metrics) = (CancellationToken::new(), TaskTracker::new(), Arc::default());
-        let (observer, confirmations) = Observer::new(client.clone(), "berth-system".to_owned());
+        let (observer, confirmations) =
+            Observer::new(client.clone(), "berth-system".to_owned(), Duration::ZERO);
         let observer = Arc::new(observer);
-        observer.start(confirmations, &tasks, &stop);
-        tokio::time::timeout(PATIENCE, observer.wait_until_synced()).await.expect("every kind is listed");
         let events = Events::start(client.clone(), "a", Arc::<Metrics>::clone(&metrics), &tasks, &stop);
+        observer.start(events.clone(), confirmations, &tasks, &stop);
+        tokio::time::timeout(PATIENCE, observer.wait_until_synced()).await.expect("every kind is listed");
         let applier = Applier::new(client, Arc::clone(&observer), events, metrics, "a");
         Operator { applier, observer, _stop: stop.drop_guard() }
     }

@@ -62,14 +62,14 @@ pub fn build(root: &Path, profile: Profile) -> anyhow::Result<Ours> {
     Ok(Ours { node: folder.join("berth-node"), s3: folder.join("berth-test-s3") })
 }
 
-fn target(root: &Path) -> anyhow::Result<PathBuf> {
+pub fn target(root: &Path) -> anyhow::Result<PathBuf> {
     let args = ["metadata", "--format-version", "1", "--no-deps"];
     let output = cargo(root).args(args).output().context("running cargo metadata")?;
     let metadata: Value = serde_json::from_slice(&output.stdout).context("reading cargo's metadata")?;
     Ok(metadata["target_directory"].as_str().context("cargo names no target directory")?.into())
 }
 
-fn cargo(root: &Path) -> Command {
+pub fn cargo(root: &Path) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);
     command

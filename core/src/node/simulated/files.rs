@@ -58,7 +58,7 @@ impl Node {
 }
 
 const fn held(generation: Generation, fetched: bool) -> HeldFile {
-    HeldFile { generation, fetched, shown: Shown::ToNone, only_copy: false }
+    HeldFile { generation, fetched, lost: false, shown: Shown::ToNone, only_copy: false }
 }
 
 fn file_uid() -> Uid {
@@ -165,4 +165,28 @@ fn while_it_cannot_be_sent_it_stays_unless_somebody_consents_to_losing_it() {
     node.view.jobs.clear();
     node.settle().unwrap();
     assert!(node.disk.is_empty() && node.sent.is_empty(), "{:?}", node.disk);
+}
+
+#[test]
+fn a_file_whose_directory_is_gone_is_not_begun_again_and_an_only_copy_goes_with_consent() {
+    for only_copy in [false, true] {
+        let mut node = changed();
+        node.disk.clear();
+        let file = node.file(&file_uid());
+        (file.lost, file.only_copy) = (true, only_copy);
+        let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+        pool.area.as_mut().unwrap().work_dirs.get_mut(&file_uid()).unwrap().made = false;
+        for generation in [1, 2] {
+            node.view.reservations.get_mut(&file_uid()).unwrap().generation = Generation(generation);
+            assert_eq!(plan(&node.view, Timestamp(5)), [], "a blank one would pass for it");
+            assert!(!node.view.reservations[&file_uid()].is_prepared(&file_uid(), area(&node)));
+        }
+        delete_all(&mut node);
+        if only_copy {
+            assert_eq!(plan(&node.view, Timestamp(5)), [], "somebody has to know of it");
+            node.asked_file().discards = true;
+        }
+        node.settle().unwrap();
+        assert!(area(&node).files.is_empty() && node.sent.is_empty());
+    }
 }

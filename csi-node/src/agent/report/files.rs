@@ -2,6 +2,7 @@
 
 use berth_api::StagingReservation;
 use berth_api::conditions::{ConditionType, Truth, condition};
+use berth_api::defaults::ANNOTATION_DISCARD;
 use berth_api::fields::Progress;
 use berth_api::staging_reservation::FileResult;
 use berth_core::ids::Uid;
@@ -11,6 +12,7 @@ use berth_record::{FileEntry, FileFetch};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use serde_json::{Map, Value, json};
 
+use crate::agent::files::{FileDir, directory};
 use crate::agent::news::{FileNews, last_error};
 use crate::agent::pools::OpenPool;
 use crate::node::now;
@@ -30,7 +32,7 @@ pub(super) struct FileReport {
 
 /// What the record and the work under way tell of a file. A record that cannot be read tells nothing now.
 pub(super) fn report(pool: &OpenPool, uid: &Uid, object: &StagingReservation, news: &FileNews) -> FileReport {
-    let entry = pool.record.file(uid).ok().flatten();
+    let (entry, dir) = recorded(pool, uid);
     let mut fields = Map::new();
     if let Some((done, total)) = news.progress {
         fields.insert("progress".to_owned(), json!(progress(done, total)));
@@ -57,11 +59,18 @@ pub(super) fn report(pool: &OpenPool, uid: &Uid, object: &StagingReservation, ne
     let make = |kind, (truth, reason, message): (Truth, Reason, String)| {
         condition(&previous, kind, truth, reason, message, object.metadata.generation, now())
     };
-    let mut conditions = vec![make(ConditionType::Staged, staged(entry.as_ref(), news))];
-    conditions
-        .extend(entry.as_ref().and_then(|entry| Some(make(ConditionType::Durable, durable(entry, news)?))));
+    let mut conditions = vec![make(ConditionType::Staged, staged(entry.as_ref(), dir, news))];
+    let durable = entry.as_ref().and_then(|entry| durable(entry, dir, news));
+    conditions.extend(durable.map(|durable| make(ConditionType::Durable, durable)));
     let complete = entry.filter(|entry| entry.fetch == FileFetch::Complete);
     FileReport { conditions, fields, name: complete.map(|entry| entry.name) }
+}
+
+/// What is recorded of a file, and what there is of its directory. What cannot be read tells nothing now.
+pub(super) fn recorded(pool: &OpenPool, uid: &Uid) -> (Option<FileEntry>, FileDir) {
+    let entry = pool.record.file(uid).ok().flatten();
+    let dir = entry.as_ref().and_then(|entry| directory(pool, uid, entry).ok());
+    (entry, dir.unwrap_or(FileDir::Hidden))
 }
 
 fn progress(done: Bytes, total: Bytes) -> Progress {
@@ -76,8 +85,16 @@ fn progress(done: Bytes, total: Bytes) -> Progress {
 }
 
 /// Whether all of the object is in its file; if not, what stands in the way.
-pub(super) fn staged(entry: Option<&FileEntry>, news: &FileNews) -> (Truth, Reason, String) {
+pub(super) fn staged(entry: Option<&FileEntry>, dir: FileDir, news: &FileNews) -> (Truth, Reason, String) {
     match (entry, &news.error) {
+        (Some(entry), _) if dir == FileDir::Lost => {
+            let message = format!("the directory of `{}` is gone, and is not made again", entry.name);
+            (Truth::False, Reason::FileLost, message)
+        }
+        (Some(entry), _) if entry.made && dir == FileDir::Hidden => {
+            let message = format!("the directory of `{}` cannot be shown on this node", entry.name);
+            (Truth::False, Reason::PoolAreaFailed, message)
+        }
         (Some(FileEntry { fetch: FileFetch::Complete, .. }), _) => {
             (Truth::True, Reason::Staged, String::new())
         }
@@ -89,11 +106,18 @@ pub(super) fn staged(entry: Option<&FileEntry>, news: &FileNews) -> (Truth, Reas
 }
 
 /// Whether what pods wrote is in its object store. Nothing to say before any might have written.
-fn durable(entry: &FileEntry, news: &FileNews) -> Option<(Truth, Reason, String)> {
+fn durable(entry: &FileEntry, dir: FileDir, news: &FileNews) -> Option<(Truth, Reason, String)> {
     let (target, name) = (entry.target.as_ref()?, &entry.name);
     let place = format!("s3://{}/{}", target.bucket, target.key);
     if !entry.is_only_copy() {
         return entry.sent.as_ref().map(|_| (Truth::True, Reason::Durable, place));
+    }
+    if dir == FileDir::Lost {
+        let message = format!(
+            "`{name}` was the only copy of what a pod wrote, and is lost with its directory: it never came to {place}; \
+             the annotation {ANNOTATION_DISCARD}=true lets it go"
+        );
+        return Some((Truth::False, Reason::FileLost, message));
     }
     let written = entry.published.values().any(|publication| publication.writer);
     let message = match (&news.error, written) {

@@ -160,7 +160,9 @@ mod tests {
 
     #[test]
     fn everything_without_an_object_is_found_and_said_to_be_what_it_is() {
-        let volume = HeldVolume { generation: Generation::FIRST, ready: true, lost: false, attached: false };
+        let size = Bytes::mib(1);
+        let volume =
+            HeldVolume { generation: Generation::FIRST, size, ready: true, lost: false, attached: false };
         let image = HeldImage { holder: Uid::from("image"), complete: true, last_used: Timestamp(0) };
         let area = AreaView {
             promises: [("volume", false), ("bare", false), ("gone", true)]

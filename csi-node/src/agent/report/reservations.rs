@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use berth_api::StagingReservation;
-use berth_api::conditions::{ConditionType, Truth, condition};
-use berth_core::ids::Uid;
+use berth_api::conditions::{ConditionType, Truth, condition, time};
+use berth_core::ids::{PoolName, Uid};
 use berth_core::node::view::{AreaView, NodeReservation};
 use berth_core::node::{NodeView, behind};
 use berth_core::reason::Reason;
@@ -12,6 +12,8 @@ use kube::ResourceExt as _;
 use serde_json::{Value, json};
 
 use super::{ReportError, Wanted, apply, files, namespaced, shown};
+use crate::agent::files::FileDir;
+use crate::agent::news::without_host_paths;
 use crate::node::{Node, now};
 
 /// Reports a reservation of this node.
@@ -32,7 +34,7 @@ pub(super) async fn report(
         (Truth::True, Reason::Ready, String::new())
     } else {
         let (reason, message) = why_not(node, view, reservation, area, &uid);
-        (Truth::False, reason, message)
+        (Truth::False, reason, without_host_paths(&message))
     };
     let generation = object.metadata.generation;
     let ready = condition(&previous, ConditionType::Ready, truth, reason, message, generation, now());
@@ -48,13 +50,38 @@ pub(super) async fn report(
         }
     }
     status["conditions"] = json!(conditions);
+    if let Some(used) = last_used(node, &uid, &reservation.pool) {
+        status["lastUsed"] = used;
+    }
     if prepared {
         status["preparedGeneration"] = json!(reservation.generation.0);
     }
-    let owned = [&["path", "preparedGeneration"][..], &files::FIELDS].concat();
+    let owned = [&["path", "preparedGeneration", "lastUsed"][..], &files::FIELDS].concat();
     let conditions = &[ConditionType::Ready, ConditionType::Staged, ConditionType::Durable];
     let wanted = Wanted { status, owned: &owned, conditions };
     apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
+}
+
+/// When something last ceased to use a reservation, as its status says it.
+fn last_used(node: &Node, uid: &Uid, pool: &PoolName) -> Option<Value> {
+    let used = node.pools.get(pool)?.record.last_used(uid).ok().flatten()?;
+    Some(json!(time(used)))
+}
+
+/// Reservations of this pool of which a use has ended that their status does not show yet: until then they count as in use, so
+/// that nobody sees one idle without seeing since when.
+pub(super) fn uses_to_tell(node: &Node, pool: &PoolName) -> Vec<Uid> {
+    let to_tell = |object: &Arc<StagingReservation>| {
+        let status = object.status.as_ref()?;
+        let here = status.assignment.as_ref()?.pool.as_deref() == Some(pool.as_str());
+        if !here || object.metadata.deletion_timestamp.is_some() {
+            return None;
+        }
+        let uid = Uid::from(object.uid()?);
+        let used = last_used(node, &uid, pool)?;
+        (Some(used) != status.last_used.as_ref().map(|shown| json!(shown))).then_some(uid)
+    };
+    node.watches.assigned.state().iter().filter_map(to_tell).collect()
 }
 
 fn object(node: &Node, uid: &Uid) -> Option<Arc<StagingReservation>> {
@@ -85,8 +112,9 @@ fn why_not(
         return (Reason::Progressing, format!("waits for the ledger of pool {name}"));
     }
     if let (Some(_), Some(object)) = (reservation.file, object(node, uid)) {
-        let entry = node.pools.get(name).and_then(|pool| pool.record.file(uid).ok().flatten());
-        let (_, reason, message) = files::staged(entry.as_ref(), &node.news.file(uid, &object));
+        let recorded = node.pools.get(name).map(|pool| files::recorded(&pool, uid));
+        let (entry, dir) = recorded.unwrap_or((None, FileDir::Hidden));
+        let (_, reason, message) = files::staged(entry.as_ref(), dir, &node.news.file(uid, &object));
         return (reason, message);
     }
     let Some(digest) = reservation.image else {

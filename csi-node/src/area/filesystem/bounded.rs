@@ -12,8 +12,8 @@ use berth_device::loop_device::{self, LoopOptions};
 use berth_device::mounts::{self, FsType, MountOptions};
 use berth_device::{files, filesystem};
 
-use super::super::DIRECTORIES;
 use super::super::error::{AreaError, io_error};
+use super::super::{BoundedDir, DIRECTORIES};
 
 /// What the files' names end with.
 const IMAGE: &str = "ext4";
@@ -32,6 +32,16 @@ pub fn images(root: &Path, uid: &Uid) -> [PathBuf; 2] {
 pub fn is_shown(root: &Path, uid: &Uid) -> bool {
     let [image, _] = images(root, uid);
     !image.exists() || mounts::is_mounted(&place(root, uid)).is_ok_and(|mount| mount.is_some())
+}
+
+/// What is there of the directory. An empty one in its place is only where it was mounted.
+pub fn state(root: &Path, uid: &Uid) -> Result<BoundedDir, AreaError> {
+    let ([image, _], place) = (images(root, uid), place(root, uid));
+    if mounts::is_mounted(&place)?.is_some() {
+        return Ok(BoundedDir::Shown);
+    }
+    let exists = image.try_exists().map_err(io_error("examine", &image))?;
+    Ok(if exists { BoundedDir::Hidden } else { BoundedDir::Gone })
 }
 
 /// Makes the directory, or shows it if it is made.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use berth_core::ids::Uid;
 use berth_core::ledger::Class;
@@ -21,6 +22,9 @@ use super::group::Inventory;
 use super::{Thin, image_uid};
 use crate::operation::{Finding, FindingKind};
 use crate::telemetry::chain;
+
+/// How long whoever reads a map is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn finding(kind: FindingKind, about: &impl ToString, message: impl Into<String>) -> Finding {
     Finding { kind, about: about.to_string(), message: message.into() }
@@ -223,8 +227,7 @@ impl Thin {
 
 /// What a kernel pool keeps: number and mapped bytes of each thin device.
 fn kept(pool: &KernelPool) -> Result<BTreeMap<u32, Bytes>, AreaError> {
-    pool.release_stale_snapshot()?;
-    let snapshot = pool.metadata_snapshot()?;
+    let snapshot = pool.metadata_snapshot(PATIENCE)?;
     let devices = snapshot.devices()?;
     snapshot.release()?;
     Ok(devices.into_iter().map(|thin| (thin.id.get(), thin.mapped)).collect())

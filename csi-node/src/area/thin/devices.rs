@@ -235,10 +235,18 @@ pub(super) fn thin_id(entry: &ThinEntry) -> Result<ThinId, AreaError> {
     ThinId::new(entry.id).ok_or(AreaError::ThinId { id: entry.id })
 }
 
-/// What is promised to a class and not given back: its kernel pool must have as much.
+/// What is promised to a class and not given back: its kernel pool must have as much, or what that counts for where volumes
+/// are overcommitted.
 fn promised(record: &PoolRecord, class: Class) -> Result<Bytes, AreaError> {
     let promises = record.record().entries(tables::PROMISES).map_err(ChangeError::from)?;
     let held = promises.into_iter().map(|(_, promise)| promise);
     let held = held.filter(|promise| promise.obeyed && !promise.released && promise.class == recorded(class));
-    Ok(held.map(|promise| promise.data).sum())
+    let promised: Bytes = held.map(|promise| promise.data).sum();
+    match class {
+        Class::Images => Ok(promised),
+        Class::Volumes => {
+            let position = record.ledger_position().map_err(ChangeError::from)?;
+            Ok(position.overcommit.target(promised))
+        }
+    }
 }

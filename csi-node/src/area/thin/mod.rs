@@ -8,17 +8,19 @@
 mod check;
 mod devices;
 mod group;
+mod maps;
 mod shown;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use berth_core::ids::{Digest, Uid};
 use berth_core::ledger::{Charge, Class};
-use berth_core::thin::{PoolMode, PoolState, ThinState, Usage, copy_metadata, volume_charge};
+use berth_core::thin::{PoolMode, PoolState, StopReason, ThinState, Usage, copy_metadata, volume_charge};
 use berth_core::units::Bytes;
 use berth_device::filesystem;
 use berth_device::loop_device::{self, LoopOptions};
@@ -30,10 +32,9 @@ use berth_device::{files, thin};
 use berth_record::{ChangeError, PoolRecord, VolumeOrigin, tables};
 use serde::{Deserialize, Serialize};
 
-use self::devices::thin_id;
 use self::group::{Group, KernelPools};
 use super::error::{AreaError, io_error};
-use super::{Area, Copy, Place, has_directories, make_directories, template_device};
+use super::{Area, BoundedDir, Copy, Place, Reading, has_directories, make_directories, template_device};
 use crate::operation::Finding;
 
 /// What a `dmThin` pool is made of.
@@ -75,6 +76,8 @@ pub struct Thin {
     suspender: Arc<dyn Suspender>,
     /// Held while a kernel pool is told something.
     alone: Mutex<()>,
+    /// The size that the kernel pool of volumes was last seen to have.
+    volumes_have: AtomicU64,
 }
 
 impl Thin {
@@ -88,7 +91,8 @@ impl Thin {
     fn with(place: &Place, group: Group) -> Self {
         let (pool, root) = (place.area.clone(), place.mount_point.clone());
         let suspender = place.data_plane.suspender();
-        Self { pool, root, group, kernel: OnceLock::new(), suspender, alone: Mutex::default() }
+        let (kernel, alone) = (OnceLock::new(), Mutex::default());
+        Self { pool, root, group, kernel, suspender, alone, volumes_have: AtomicU64::new(0) }
     }
 
     /// Ends a deletion that was cut off.
@@ -209,6 +213,7 @@ impl Area for Thin {
         let alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
         [Class::Images, Class::Volumes].into_iter().try_for_each(|class| self.reconcile(record, class))?;
         drop(alone);
+        self.release_left_behind();
         self.restore(record)
     }
 
@@ -236,6 +241,16 @@ impl Area for Thin {
         Some(ThinState { images: state(Class::Images), volumes: state(Class::Volumes) })
     }
 
+    fn volumes_lack(&self, size: Bytes) -> Option<Bytes> {
+        if size <= Bytes(self.volumes_have.load(Ordering::Relaxed)) {
+            return None; // none ever shrinks
+        }
+        let state = self.kernel.get()?.of(Class::Volumes).state().ok()?;
+        self.volumes_have.store(state.data.total.0, Ordering::Relaxed);
+        let works = matches!(state.unwritable(), None | Some(StopReason::Data));
+        (works && state.data.total < size).then_some(size)
+    }
+
     fn has_work_dir(&self, reservation: &Uid) -> bool {
         mounts::is_mounted(&self.work_dir(reservation)).is_ok_and(|mount| mount.is_some())
     }
@@ -249,6 +264,14 @@ impl Area for Thin {
             record.thin_made(reservation)?;
         }
         self.mount_directory(record, reservation)
+    }
+
+    fn bounded_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<BoundedDir, AreaError> {
+        Ok(match Self::made(record, reservation)? {
+            _ if self.has_work_dir(reservation) => BoundedDir::Shown,
+            Some(_) => BoundedDir::Hidden,
+            None => BoundedDir::Gone,
+        })
     }
 
     fn remove_work_dir(&self, record: &PoolRecord, reservation: &Uid) -> Result<(), AreaError> {
@@ -352,21 +375,12 @@ impl Area for Thin {
         Ok(())
     }
 
-    fn own_parts(&self, record: &PoolRecord, reservation: &Uid) -> Result<Vec<Extent>, AreaError> {
-        let path = self.volume(reservation);
-        let entry = Self::made(record, reservation)?.ok_or(AreaError::Vanished { device: path })?;
-        let _alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let pool = self.kernel()?.of(Class::Volumes);
-        pool.release_stale_snapshot()?;
-        let snapshot = pool.metadata_snapshot()?;
-        let mut parts = Vec::new();
-        snapshot.mapped(thin_id(&entry)?, |part| parts.push(part))?;
-        snapshot.release()?;
-        Ok(parts)
+    fn map(&self, record: &PoolRecord, reservation: &Uid) -> Result<Reading<'_>, AreaError> {
+        self.keep_map(record, reservation)
     }
 
-    fn reads_origin(&self) -> bool {
-        true
+    fn delta(&self, record: &PoolRecord, old: &Uid, new: &Uid) -> Result<Reading<'_>, AreaError> {
+        self.keep_delta(record, old, new)
     }
 
     fn occupied(&self, reservation: &Uid) -> Option<Bytes> {

@@ -14,53 +14,32 @@ use berth_image::{ProbeError, probe_file};
 use berth_objectstore::chunks::caibx::{ChunkSize, IndexError};
 use berth_objectstore::chunks::store::{ChunkStore, OpenError};
 use berth_objectstore::layout::{LayoutError, StoreLayout};
-use berth_objectstore::s3::{Addressing, ConnectError, Credentials, S3Config, S3Store};
+use berth_objectstore::s3::S3Store;
 use berth_record::{CreateError, NodeRecord, OpenError as RecordOpenError};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::sys::statvfs::statvfs;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Output;
+use crate::commands::object_store::{StoreArgs, StoreArgsError};
 use crate::import::probe::checked;
 use crate::import::{
     Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Reporter, Snapshot, abandon, import,
 };
-
-/// How a bucket is named in requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum AddressingArg {
-    /// In the path.
-    #[default]
-    Path,
-    /// In the host name.
-    VirtualHost,
-}
 
 /// Flags of `berth-node template import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
     /// The image: raw, qcow2, vmdk, vhd or vhdx. It is read where it lies, and never written.
     pub file: PathBuf,
-    /// The object store's URL. Default: AWS.
-    #[arg(long, env = "BERTH_STORE_ENDPOINT")]
-    pub store_endpoint: Option<String>,
-    /// The bucket.
-    #[arg(long, env = "BERTH_STORE_BUCKET")]
-    pub bucket: String,
+    /// Where.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Where in the bucket the image store lies.
     #[arg(long, env = "BERTH_STORE_PREFIX", default_value = "")]
     pub prefix: String,
-    /// The region that signatures name.
-    #[arg(long, env = "AWS_REGION", default_value = "us-east-1")]
-    pub region: String,
-    /// How the bucket is named in requests.
-    #[arg(long, value_enum, default_value_t = AddressingArg::Path)]
-    pub addressing: AddressingArg,
-    /// A file of PEM certificates to trust beside the system's.
-    #[arg(long)]
-    pub ca_bundle: Option<PathBuf>,
     /// The store's chunk size in KiB: a power of two from 64 to 4096.
     #[arg(long, value_name = "KIB", default_value_t = defaults::CHUNK_SIZE_BYTES >> 10)]
     pub chunk_size: u64,
@@ -115,13 +94,8 @@ pub enum TemplateError {
     #[error("--prefix")]
     Prefix(#[from] LayoutError),
     /// The client.
-    #[error("no client for bucket `{bucket}`")]
-    Connect {
-        /// The bucket.
-        bucket: String,
-        /// Why.
-        source: ConnectError,
-    },
+    #[error(transparent)]
+    Connect(#[from] StoreArgsError),
     /// The store.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -230,22 +204,7 @@ fn space(file: &Path, dir: &Path, limits: &Limits, chunk_size: ChunkSize) -> Res
 }
 
 async fn open_store(args: &ImportArgs, chunk_size: ChunkSize) -> Result<ChunkStore<S3Store>, TemplateError> {
-    let ca_bundle = args.ca_bundle.as_ref();
-    let ca_bundle = ca_bundle.map(|path| std::fs::read(path).map_err(failed("read", path))).transpose()?;
-    let config = S3Config {
-        endpoint: args.store_endpoint.clone(),
-        region: args.region.clone(),
-        bucket: args.bucket.clone(),
-        addressing: match args.addressing {
-            AddressingArg::Path => Addressing::Path,
-            AddressingArg::VirtualHost => Addressing::VirtualHost,
-        },
-        credentials: Credentials::Ambient,
-        ca_bundle,
-    };
-    let store = S3Store::connect(config)
-        .await
-        .map_err(|source| TemplateError::Connect { bucket: args.bucket.clone(), source })?;
+    let store = args.store.connect().await?;
     Ok(ChunkStore::open_or_create(store, StoreLayout::new(&args.prefix)?, chunk_size).await?)
 }
 
@@ -325,7 +284,8 @@ impl Observer for Bar {
     }
 }
 
-fn object_name(text: &str) -> Result<ObjectName, String> {
+/// `NAMESPACE/NAME` of a template.
+pub(super) fn object_name(text: &str) -> Result<ObjectName, String> {
     let part = |part: &str| {
         let valid = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
         !part.is_empty() && part.bytes().all(valid)

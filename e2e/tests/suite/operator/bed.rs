@@ -25,6 +25,8 @@ use super::state_of;
 
 /// One GiB.
 pub const GIB: i64 = 1 << 30;
+/// How old a volume is before its claim is looked for.
+pub const CLAIM_GRACE: Duration = Duration::from_secs(2);
 /// How long anything may take to come about.
 pub const MOMENT: Duration = Duration::from_secs(40);
 
@@ -74,6 +76,7 @@ impl Bed {
             .args(["--identity", identity, "--metrics-addr", "127.0.0.1:0", "--kubeconfig"])
             .args([&self.operator_kubeconfig])
             .env("BERTH_SABOTAGE", self.sabotage)
+            .env("BERTH_CLAIM_GRACE_SECONDS", CLAIM_GRACE.as_secs().to_string())
             .env("RUST_LOG", "info,berth_operator=debug");
         self.operators.insert(identity, program.spawn()?);
         Ok(())

@@ -5,23 +5,28 @@ use berth_core::thin::{BlockSize, directory_charge, image_charge, volume_charge}
 use berth_core::units::Bytes;
 use berth_core::view::{Access, DurableImage, LedgerView, ReservationView, View};
 
-use crate::actors::Record;
-use crate::world::NODE_BYTES;
+use super::node::Disk;
+use super::world::NODE_BYTES;
 
 /// What is promised to each class can be had, beside what the other class's kernel pool has grown to or has yet to.
-pub fn overgrown(record: &Record, ledger: &LedgerView) -> Option<String> {
+pub fn overgrown(disk: &Disk, ledger: &LedgerView) -> Option<String> {
     let promised = [Class::Images, Class::Volumes].map(|class| -> u64 {
         let entries = ledger.promises.values().filter(|promise| promise.class == class);
         entries.map(|promise| promise.charge.data.0).sum()
     });
-    let needed: u64 = (0..2).map(|class| record.grown[class].max(promised[class])).sum();
-    let what = || format!("grown to {:?}, {promised:?} promised, of {NODE_BYTES}", record.grown);
-    (record.grown != [0, 0] && needed > NODE_BYTES).then(what)
+    let needed: u64 = (0..2).map(|class| disk.grown[class].max(promised[class])).sum();
+    let what = || format!("grown to {:?}, {promised:?} promised, of {NODE_BYTES}", disk.grown);
+    (disk.grown != [0, 0] && needed > NODE_BYTES).then(what)
 }
 
 /// A place where this request would fit, by plain arithmetic.
 pub fn fitting(objects: &View, request: &ReservationView) -> Option<String> {
-    let image = request.template.as_ref().and_then(|name| objects.imports[name].durable.clone());
+    let template = request.template.as_ref().map(|name| objects.imports.get(name));
+    if template.is_some_and(|import| import.is_none_or(|import| import.deleting || import.durable.is_none()))
+    {
+        return None;
+    }
+    let image = template.flatten().and_then(|import| import.durable.clone());
     let virtual_size = image.as_ref().map_or(0, |image| image.virtual_size.0);
     let asked = request.max_size.max(Bytes(virtual_size));
     let own = |block: Option<BlockSize>| match (request.access, block) {

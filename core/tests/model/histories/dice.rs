@@ -4,12 +4,22 @@
 #[derive(Clone, Debug)]
 pub struct Dice(u64);
 
+/// Mixes a number well.
+const fn mixed(number: u64) -> u64 {
+    let mut mixed = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
 impl Dice {
-    pub fn new(seed: u64) -> Self {
-        let mut mixed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Self((mixed ^ (mixed >> 31)) | 1)
+    pub const fn new(seed: u64) -> Self {
+        Self(mixed(seed) | 1)
+    }
+
+    /// The seed of one history of a run.
+    pub const fn derived(seed: u64, number: u64) -> u64 {
+        mixed(mixed(seed).wrapping_add(number))
     }
 
     /// A number below `bound`, which must not be zero.

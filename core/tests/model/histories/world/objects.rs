@@ -1,0 +1,97 @@
+//! The objects that a world begins with.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_core::ids::{Digest, NodeName, ObjectName, PoolName, Sha256Sum, Uid};
+use berth_core::overcommit::Percent;
+use berth_core::reason::Reason;
+use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
+use berth_core::units::{Bytes, Generation, Timestamp};
+use berth_core::view::{
+    DurableImage, ImportState, ImportView, NodeLossPolicy, NodePoolState, ObjectVersion, Placement,
+    PoolChoice, PoolView, ReclaimPolicy, Service, Strategy, WhenFull,
+};
+
+use super::{METADATA, NODE_BYTES};
+
+pub fn pool(name: &str, when_full: WhenFull) -> PoolView {
+    PoolView {
+        name: PoolName::from(name),
+        uid: Uid(format!("pool-{name}")),
+        labels: BTreeMap::new(),
+        block: None,
+        limit: None,
+        overcommit: Percent::WHOLE,
+        when_full,
+        max_queue_millis: 3_600_000,
+        max_queued: 3,
+        strategy: Strategy::default(),
+        tenant_limits: Vec::new(),
+        reclaim: ReclaimPolicy { ttl_millis: 60_000, ..ReclaimPolicy::default() },
+        node_loss: NodeLossPolicy::default(),
+        service: Service::default(),
+        drain_nodes: BTreeSet::new(),
+        deleting: false,
+        has_finalizer: true,
+        invalid: None,
+    }
+}
+
+pub fn report(thin: bool) -> NodePoolState {
+    NodePoolState {
+        usable: true,
+        reason: Reason::Ready,
+        message: String::new(),
+        total: Bytes(NODE_BYTES),
+        used: Bytes::ZERO,
+        advisory: false,
+        thin: thin.then(|| grown([0, 0])),
+        lineage: None,
+        obeyed_revision: 0,
+        released: BTreeMap::new(),
+        obeyed: BTreeMap::new(),
+        recorded: BTreeMap::new(),
+        in_use: BTreeSet::new(),
+    }
+}
+
+/// What a node says of kernel pools whose data has grown to this.
+pub fn grown(data: [u64; 2]) -> ThinState {
+    let [images, volumes] = data.map(|data| PoolState {
+        mode: PoolMode::ReadWrite,
+        needs_check: false,
+        data: Usage { used: Bytes::ZERO, total: Bytes(data) },
+        metadata: Usage { used: Bytes::ZERO, total: METADATA },
+    });
+    ThinState { images, volumes }
+}
+
+pub fn template(name: &str, size: u64) -> ImportView {
+    ImportView {
+        uid: Uid(format!("import-{name}")),
+        name: ObjectName::new("ns", name),
+        version: ObjectVersion::default(),
+        created: Timestamp(0),
+        deleting: false,
+        has_finalizer: true,
+        pools: PoolChoice::Labelled(BTreeMap::new()),
+        store: ObjectName::new("ns", "store"),
+        allowed_namespaces: vec!["*".to_owned()],
+        state: ImportState::Ready,
+        assignment: Some(Placement {
+            pool: PoolName::from("p"),
+            node: NodeName::from("a"),
+            generation: Generation::FIRST,
+        }),
+        peak: None,
+        durable: Some(DurableImage {
+            digest: Digest(Sha256Sum::of(name.as_bytes())),
+            virtual_size: Bytes(size),
+            real_size: Bytes(size),
+        }),
+        error: None,
+        released: None,
+        retry: None,
+        invalid: None,
+    }
+}
