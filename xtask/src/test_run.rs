@@ -44,12 +44,15 @@ pub fn run(root: &Path, selection: &[String]) -> anyhow::Result<()> {
     let mut child =
         cargo.args(selection).stdout(Stdio::piped()).spawn().context("failed to run cargo test")?;
     let output = child.stdout.take().context("cargo test has no output")?;
-    let mut counts =
+    let (mut counts, failures) =
         pass_on(BufReader::new(output), io::stdout().lock()).context("failed to read cargo test")?;
     let status = child.wait().context("failed to wait for cargo test")?;
     if !status.success() && counts.failed == 0 {
         println!("cargo test ended with {status}: the build failed, or a test program died without a count");
         counts.failed = 1;
+    }
+    for failure in &failures {
+        println!("{}", failure.join("\n    "));
     }
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);
     if counts.failed > 0 || !status.success() {
@@ -86,19 +89,38 @@ fn build_programs(root: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Copies lines, as they come, and adds up the counts among them.
-fn pass_on(mut input: impl BufRead, mut output: impl Write) -> io::Result<Counts> {
-    let mut counts = Counts::default();
+/// Of what a failed test said, the first lines are told again at the end, where only the end of a run is kept.
+const TOLD_AGAIN: usize = 3;
+
+/// The name of a test that failed, and the first lines of what it said.
+type Failure = Vec<String>;
+
+/// Copies lines, as they come, adds up the counts among them, and keeps what failed tests said.
+fn pass_on(mut input: impl BufRead, mut output: impl Write) -> io::Result<(Counts, Vec<Failure>)> {
+    let (mut counts, mut failures) = (Counts::default(), Vec::<Failure>::new());
+    let mut within_failure = false;
     let mut line = Vec::new();
     while input.read_until(b'\n', &mut line)? > 0 {
         output.write_all(&line)?;
         output.flush()?;
-        if let Some(found) = parse(&String::from_utf8_lossy(&line)) {
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end();
+        if let Some(found) = parse(text) {
             counts.add(found);
+        }
+        if let Some(name) = text.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" ----")) {
+            failures.push(vec![name.to_owned()]);
+            within_failure = true;
+        } else if text == "failures:" || text.starts_with("test result: ") {
+            within_failure = false;
+        } else if let Some(failure) = failures.last_mut().filter(|_| within_failure && !text.is_empty())
+            && failure.len() <= TOLD_AGAIN
+        {
+            failure.push(text.to_owned());
         }
         line.clear();
     }
-    Ok(counts)
+    Ok((counts, failures))
 }
 
 /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`.
@@ -124,9 +146,26 @@ mod tests {
                      a line that mentions test result: ok. 7 passed; 7 failed; 7 ignored;\n\
                      \u{fffd} no newline at the end";
         let mut output = Vec::new();
-        let counts = pass_on(input.as_bytes(), &mut output).unwrap();
+        let (counts, failures) = pass_on(input.as_bytes(), &mut output).unwrap();
         assert_eq!(counts, Counts { passed: 12, failed: 2, skipped: 4 });
+        assert_eq!(failures, Vec::<Failure>::new());
         assert_eq!(output, input.as_bytes());
+    }
+
+    #[test]
+    fn what_failed_tests_said_first_is_kept_for_the_end() {
+        let input = "failures:\n\n\
+                     ---- kernel::boots stdout ----\n\n\
+                     thread panicked at a.rs:1:\nno guest\nthird\nfourth\n\n\
+                     ---- volume::mounts ----\n\
+                     no mount\n\n\n\
+                     failures:\n    kernel::boots\n    volume::mounts\n\n\
+                     test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\n\
+                     afterwards\n";
+        let (counts, failures) = pass_on(input.as_bytes(), &mut Vec::new()).unwrap();
+        assert_eq!(counts.failed, 2);
+        let boots = vec!["kernel::boots stdout", "thread panicked at a.rs:1:", "no guest", "third"];
+        assert_eq!(failures, [boots, vec!["volume::mounts", "no mount"]]);
     }
 
     #[test]
