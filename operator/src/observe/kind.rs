@@ -341,7 +341,7 @@ mod tests {
             reported: false,
             silent: false,
             zone: None,
-            pools: std::collections::BTreeMap::new(),
+            pools: BTreeMap::new(),
         };
         observer.write().view.nodes.insert(name.clone(), node);
         let unheard = || {
