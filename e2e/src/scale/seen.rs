@@ -43,6 +43,8 @@ pub struct World {
     /// How many have a place, by node.
     count: BTreeMap<String, i64>,
     dirty: BTreeSet<String>,
+    /// What each node reported last.
+    reported: BTreeMap<String, NodePool>,
     /// When each was first seen to be promised, by name.
     pub promised: BTreeMap<String, Instant>,
     /// How many are ready.
@@ -106,11 +108,16 @@ impl World {
 
     /// What a node reports now, if that has changed since it was last asked.
     pub fn report(&mut self, node: &str) -> Option<NodePool> {
-        self.dirty.remove(node).then(|| self.node_pool(node))
+        let looked_at = self.dirty.remove(node);
+        let report =
+            looked_at.then(|| self.node_pool(node)).filter(|now| self.reported.get(node) != Some(now))?;
+        self.reported.insert(node.to_owned(), report.clone());
+        Some(report)
     }
 
     /// It could not be written: again.
     pub fn report_again(&mut self, node: &str) {
+        self.reported.remove(node);
         self.dirty.insert(node.to_owned());
     }
 
@@ -181,6 +188,18 @@ mod tests {
         assert!(world.overcommitted <= 0, "{}", world.overcommitted);
         place(&mut world, "b");
         assert_eq!((world.overcommitted, world.promised.len()), (REQUEST_BYTES / 2, 2));
+    }
+
+    #[test]
+    fn a_node_reports_what_is_new_or_was_not_written() {
+        let mut world =
+            World::new([("n".to_owned(), ("p".to_owned(), "u".to_owned()))].into(), REQUEST_BYTES);
+        world.report_again("n");
+        assert!(world.report("n").is_some());
+        world.dirty.insert("n".to_owned());
+        assert_eq!(world.report("n"), None, "it is as it was");
+        world.report_again("n");
+        assert!(world.report("n").is_some(), "that was not written");
     }
 
     #[test]
