@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use kind::{Kind, Observed, name_of, version};
-use nodes::Heard;
+use nodes::{Heard, Listening};
 
 use crate::controllers;
 use crate::events::Events;
@@ -66,6 +66,8 @@ pub struct State {
     pub view: View,
     /// Node Leases by name.
     heard: BTreeMap<String, Heard>,
+    /// The clock by which nodes are silent.
+    listening: Listening,
     /// Nodes whose report was read again after their Lease was seen to be renewed.
     confirmed: BTreeSet<NodeName>,
     /// Nodes whose report is being read again, or is to be.

@@ -7,10 +7,11 @@
 use std::fmt::Debug;
 use std::pin::Pin;
 use std::sync::PoisonError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt as _, stream};
-use kube::runtime::watcher::{self, Event};
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, DefaultBackoff, Event};
 use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
 use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
@@ -31,6 +32,28 @@ impl Observer {
     }
 }
 
+/// How long to wait before a watch that failed begins again: as usual, but [`LONGEST_PAUSE`] at most, so that an API server
+/// that was away is heard soon after it is back.
+#[derive(Default)]
+pub struct Pauses(DefaultBackoff);
+
+/// See [`Pauses`].
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
 /// The events of a watch, which begins anew whenever the API server has gone back in time.
 pub fn events<K>(observer: &Observer, api: Api<K>) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
 where
@@ -38,7 +61,7 @@ where
 {
     type Events<K> = Pin<Box<dyn Stream<Item = watcher::Result<Event<K>>> + Send>>;
     let begin = move || -> Events<K> {
-        Box::pin(watch_objects(api.clone(), watcher::Config::default()).default_backoff())
+        Box::pin(watch_objects(api.clone(), watcher::Config::default()).backoff(Pauses::default()))
     };
     let restarts = observer.restarts.subscribe();
     stream::unfold((begin(), begin, restarts), |(mut events, begin, mut restarts)| async move {

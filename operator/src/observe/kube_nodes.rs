@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Observer, Touched};
+use super::{Observer, Touched, history};
 use crate::telemetry::chain;
 
 /// Starts the watch.
@@ -42,7 +42,7 @@ async fn watch(observer: &Observer) {
 
 async fn watch_until_restart(observer: &Observer, times: u64) {
     let api: Api<PartialObjectMeta<Node>> = Api::all(observer.client.clone());
-    let events = watch_objects(api, watcher::Config::default()).default_backoff();
+    let events = watch_objects(api, watcher::Config::default()).backoff(history::Pauses::default());
     let mut events = std::pin::pin!(events);
     let mut nodes = Nodes::default();
     let lease = Duration::from_secs(u64::from(NODE_LEASE_DURATION_SECONDS.unsigned_abs()));

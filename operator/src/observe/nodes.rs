@@ -4,6 +4,8 @@
 //! *reported* once its Lease was seen to be renewed since this operator began to watch, and its report was read again,
 //! from the API server's current state, after that. A node writes its report before it renews its Lease, so what is
 //! read then is at least as new as this operator's start.
+//!
+//! A node falls silent only while this operator listens: see [`Listening`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,7 +35,34 @@ const READS: usize = 16;
 /// How often it is checked whether a node fell silent.
 const CHECK: Duration = Duration::from_secs(1);
 
-/// A node's Lease, as it was heard.
+/// For how long no Lease may change before this operator is taken to hear nothing. The operators' own Lease, which is
+/// among them, changes every 4 s; half of what a node's Lease lasts is left.
+const QUIET: Duration = Duration::from_secs(20);
+
+/// The clock that nodes' silence is measured by. It stands still while no Lease at all is seen to change, not even the
+/// operators' own: then the API server is away, or the way to it, and no node is lost by that.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Listening {
+    last: Option<Instant>,
+    deaf: Duration,
+}
+
+impl Listening {
+    /// `now`, less the time in which nothing was heard.
+    fn at(&self, now: Instant) -> Instant {
+        let heard_until = self.last.map_or(now, |last| now.min(last + QUIET));
+        heard_until.checked_sub(self.deaf).unwrap_or(heard_until)
+    }
+
+    /// A Lease was seen.
+    fn hear(&mut self, now: Instant) {
+        let silence = self.last.map_or(Duration::ZERO, |last| now.duration_since(last));
+        self.deaf += silence.saturating_sub(QUIET);
+        self.last = Some(now);
+    }
+}
+
+/// A node's Lease, as it was heard, by the clock of [`Listening`].
 #[derive(Clone, Debug)]
 pub struct Heard {
     renewed: Option<Timestamp>,
@@ -87,7 +116,7 @@ pub fn spawn(
 
 /// Brings `live` and `reported` of a node that has just been entered up to date.
 pub fn judge(state: &mut State, node: &NodeName) {
-    let now = Instant::now();
+    let now = state.listening.at(Instant::now());
     let State { view, heard, confirmed, .. } = state;
     let heard = heard.get(&node_lease_name(node));
     if let Some(entry) = view.nodes.get_mut(node) {
@@ -123,6 +152,8 @@ async fn watch(observer: &Observer) {
                     .write()
                     .heard
                     .retain(|name, _| listing.iter().any(|lease| lease.name_any() == *name));
+                // A list is heard, too, also an empty one.
+                observer.write().listening.hear(Instant::now());
                 listing.drain(..).for_each(|lease| hear(observer, &lease, true));
                 if std::mem::take(&mut first) {
                     observer.one_synced();
@@ -140,12 +171,14 @@ async fn watch(observer: &Observer) {
 
 fn hear(observer: &Observer, lease: &Lease, listed: bool) {
     let name = lease.name_any();
-    if !name.starts_with(PREFIX) {
-        return;
-    }
-    let now = Instant::now();
     {
+        let now = Instant::now();
         let mut state = observer.write();
+        state.listening.hear(now);
+        if !name.starts_with(PREFIX) {
+            return;
+        }
+        let now = state.listening.at(now);
         let heard = Heard::next(state.heard.get(&name), lease, listed, now);
         state.heard.insert(name, heard);
     }
@@ -156,10 +189,10 @@ fn hear(observer: &Observer, lease: &Lease, listed: bool) {
 
 /// Compares nodes with their Leases, all or one; tells what changed, and asks for reports to be confirmed.
 fn settle(observer: &Observer, only: Option<&NodeName>) {
-    let now = Instant::now();
     let mut changed = Vec::new();
     {
         let mut state = observer.write();
+        let now = state.listening.at(Instant::now());
         let State { view, heard, confirmed, confirming, .. } = &mut *state;
         for (name, node) in view.nodes.iter_mut().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
             let heard = heard.get(&node_lease_name(name));
@@ -257,6 +290,23 @@ mod tests {
         assert!(
             renewed.is_silent(late) && !Heard::next(Some(&renewed), &lease(60), false, late).is_silent(late)
         );
+    }
+
+    #[test]
+    fn nobody_falls_silent_while_nothing_is_heard() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut listening = Listening::default();
+        listening.hear(start);
+        let node = Heard::next(None, &lease(1), false, listening.at(start));
+        assert!(node.is_live(listening.at(after(1000))), "the API server is away");
+        listening.hear(after(1000));
+        assert!(node.is_live(listening.at(after(1000))), "it is back, and the node had no time to say so");
+        for second in (1004..1020).step_by(4) {
+            listening.hear(after(second));
+        }
+        assert!(node.is_live(listening.at(after(1019))));
+        assert!(!node.is_live(listening.at(after(1020))) && node.is_silent(listening.at(after(1020))));
     }
 
     #[test]

@@ -395,7 +395,8 @@ impl Bed {
         Ok((answer.status().as_u16(), answer.text().await?))
     }
 
-    fn log(&self, identity: &str) -> PathBuf {
+    /// Where a replica writes what it does.
+    pub fn log(&self, identity: &str) -> PathBuf {
         self.dir.path().join(format!("operator-{identity}.log"))
     }
 

@@ -1,9 +1,11 @@
-//! An API server that has lost a part of its history, and namespaces that are deleted.
+//! An API server that was away, or has lost a part of its history, and namespaces that are deleted.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use berth_api::StagingReservation;
+use berth_api::defaults::NODE_LEASE_DURATION_SECONDS;
 use berth_api::staging_reservation::ReservationState;
 use berth_e2e::cluster::SYSTEM_NAMESPACE;
 use berth_e2e::wait::{self, Look};
@@ -24,7 +26,38 @@ pub fn scenarios(needs: &[Need]) -> Vec<Scenario> {
             needs,
             a_deleted_namespace_leaves_the_volumes_of_its_claims,
         ),
+        Scenario::new(
+            "operator::no_node_is_lost_by_an_api_server_that_is_away",
+            needs,
+            an_api_server_is_away,
+        ),
     ]
+}
+
+/// For longer than a node's Lease lasts.
+const AWAY: Duration = Duration::from_secs(NODE_LEASE_DURATION_SECONDS.unsigned_abs() as u64 + 5);
+
+/// The API server is away for longer than a Lease lasts, and the node needs some seconds more to find it again. The operator, which
+/// runs on, takes no node for lost.
+async fn an_api_server_is_away() -> anyhow::Result<()> {
+    let mut bed = Bed::start().await?;
+    bed.start_operator("one")?;
+    let node = bed.node("n1", 10 * GIB).await?;
+    bed.reserve("before", 2 * GIB, "Queue").await?;
+    bed.wait_state("before", ReservationState::Ready).await?;
+    node.set_reachable(false);
+    bed.cluster.kill_apiserver();
+    tokio::time::sleep(AWAY).await;
+    bed.cluster.restart().await?;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    node.set_reachable(true);
+    bed.reserve("after", 2 * GIB, "Queue").await?;
+    bed.wait_state("after", ReservationState::Ready).await?;
+    let said = std::fs::read_to_string(bed.log("one"))?;
+    let changes: Vec<&str> = said.lines().filter(|line| line.contains("node liveness changed")).collect();
+    let lost: Vec<&&str> = changes.iter().filter(|line| line.contains("live=false")).collect();
+    ensure!(!changes.is_empty() && lost.is_empty(), "{changes:#?}");
+    Ok(())
 }
 
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
