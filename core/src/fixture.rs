@@ -229,6 +229,17 @@ pub fn image(node: &str, real_size: u64, created: u64) -> ImageView {
     }
 }
 
+/// An object that cannot be read.
+pub fn unreadable(kind: &str, name: ObjectName, uid: &str) -> crate::view::Unreadable {
+    crate::view::Unreadable {
+        kind: kind.to_owned(),
+        name,
+        uid: Uid::from(uid),
+        claim_namespace: "ns".to_owned(),
+        problem: "spec.access: unknown variant `Sideways`".to_owned(),
+    }
+}
+
 pub fn add(view: &mut View, reservation: ReservationView) -> Uid {
     let uid = reservation.uid.clone();
     view.reservations.insert(uid.clone(), reservation);

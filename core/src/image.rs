@@ -74,11 +74,11 @@ fn release(view: &View, image: &ImageView, ledger: Option<&LedgerView>) -> Vec<C
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{HOUR, add, at, image, placed, reservation, template, view};
+    use crate::fixture::{HOUR, add, at, image, placed, reservation, template, unreadable, view};
     use crate::ids::{NodeName, ObjectName, PoolName};
     use crate::retire::retired;
     use crate::units::{Bytes, Generation};
-    use crate::view::{Access, AssignedImage, Unreadable};
+    use crate::view::{Access, AssignedImage};
 
     fn staged() -> View {
         let mut view = view(&[("a", 100)]);
@@ -101,13 +101,7 @@ mod tests {
     fn nothing_is_swept_while_an_object_cannot_be_read() {
         let mut view = staged();
         view.images.values_mut().for_each(|image| image.given_up = true);
-        view.unreadable.push(Unreadable {
-            kind: "StagingReservation".to_owned(),
-            name: ObjectName::new("ns", "r"),
-            uid: "r".into(),
-            claim_namespace: "ns".to_owned(),
-            problem: "spec.access: unknown variant `Sideways`".to_owned(),
-        });
+        view.unreadable.push(unreadable("StagingReservation", ObjectName::new("ns", "r"), "r"));
         assert_eq!(ask(&view, 9 * HOUR), [], "it may need the image");
         view.unreadable.clear();
         assert_eq!(retired(&ask(&view, 9 * HOUR)).len(), 1);

@@ -60,7 +60,7 @@ pub fn give_up(view: &View, reservation: &ReservationView) -> Option<Change> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{add, at, hold, image, placed, reservation, template, view};
+    use crate::fixture::{add, at, hold, image, placed, reservation, template, unreadable, view};
     use crate::ids::Uid;
     use crate::ledger::Class;
     use crate::units::Timestamp;
@@ -145,13 +145,7 @@ mod tests {
             matches!(&about(&view, "volume")[..], [Change::WriteLedger { .. }]),
             "its report is deleted too"
         );
-        view.unreadable.push(crate::view::Unreadable {
-            kind: "StagingNode".to_owned(),
-            name: crate::ids::ObjectName::new("", "a"),
-            uid: Uid::from("node"),
-            claim_namespace: String::new(),
-            problem: "status.pools".to_owned(),
-        });
+        view.unreadable.push(unreadable("StagingNode", crate::ids::ObjectName::new("", "a"), "node"));
         assert!(
             matches!(&about(&view, "volume")[..], [Change::ReportReservation { .. }]),
             "its report is there, and cannot be read"

@@ -152,6 +152,20 @@ fn sizes_are_whole_and_within_bounds() {
 }
 
 #[test]
+fn an_image_beyond_the_limit_is_refused_with_both_sizes() {
+    let mut asked = request();
+    asked.parameters.insert("template".to_owned(), "images/debian".to_owned());
+    asked.capacity_range = Some(CapacityRange { required_bytes: 10 * MIB, limit_bytes: 20 * MIB });
+    let asked = parse(&asked).unwrap();
+    let with = |mib: i64| asked.size_with(Bytes::from_i64(mib * MIB));
+    assert_eq!(with(5).unwrap(), Bytes::from_i64(10 * MIB));
+    assert_eq!(with(20).unwrap(), Bytes::from_i64(20 * MIB));
+    let status = Status::from(&with(21).expect_err("beyond the limit"));
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert_eq!(status.message(), "21 MiB are needed, more than the limit of 20 MiB");
+}
+
+#[test]
 fn everything_that_is_meant_is_understood() {
     let mut asked = request();
     asked.volume_capabilities = vec![mount("")];

@@ -185,7 +185,8 @@ fn release(view: &View, import: &ImportView, reservation: Option<&ReservationVie
     let gone = match &import.assignment {
         None => true,
         Some(place) => {
-            !view.nodes.contains_key(&place.node)
+            // A report that cannot be read is not gone.
+            !view.nodes.contains_key(&place.node) && !view.hides_reports()
                 || import.released.is_some_and(|released| released >= place.generation)
         }
     };
@@ -239,7 +240,7 @@ fn report(import: &ImportView, event: Event, reason: Reason, message: String, re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::{add, placed, reservation, template, view};
+    use crate::fixture::{add, placed, reservation, template, unreadable, view};
     use crate::ids::Uid;
     use crate::view::{ObjectVersion, StoreView, WorkError};
 
@@ -427,6 +428,9 @@ mod tests {
         assert!(matches!(&ask(&view)[..], [Change::DeleteReservation { .. }, Change::UnguardImport { .. }]));
         import(&mut view).released = None;
         view.nodes.clear();
+        view.unreadable.push(unreadable("StagingNode", ObjectName::new("", "a"), "node"));
+        assert_eq!(ask(&view), [], "its report may be the one that cannot be read");
+        view.unreadable.clear();
         assert_eq!(ask(&view).len(), 2, "the node is gone for good");
     }
 

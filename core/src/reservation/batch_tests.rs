@@ -335,13 +335,7 @@ fn a_round_knows_what_cannot_be_read_and_whose_claims_are_gone() {
     for number in 0..2 {
         crate::fixture::add(&mut view, reservation(&format!("r{number}"), 40, number));
     }
-    view.unreadable.push(crate::view::Unreadable {
-        kind: "StagingReservation".to_owned(),
-        name: ObjectName::new("ns", "r0"),
-        uid: Uid::from("r0"),
-        claim_namespace: "ns".to_owned(),
-        problem: "spec.maxSize".to_owned(),
-    });
+    view.unreadable.push(crate::fixture::unreadable("StagingReservation", ObjectName::new("ns", "r0"), "r0"));
     let claim = crate::reservation::Claim {
         name: ObjectName::new("ns", "claim"),
         uid: Uid::from("claim"),

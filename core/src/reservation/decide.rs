@@ -23,7 +23,7 @@ use super::tenant;
 /// How often a request that waits is looked at without any other cause, in milliseconds.
 pub(super) const LOOK_MILLIS: u64 = 10_000;
 /// How soon a request is looked at again that waits until every node has been heard, in milliseconds.
-const HEARD_MILLIS: u64 = 1000;
+pub(super) const HEARD_MILLIS: u64 = 1000;
 /// How soon it is looked at again after an earlier request that is about to be decided, in milliseconds.
 pub(super) const SOON_MILLIS: u64 = 200;
 

@@ -7,7 +7,7 @@ use crate::reason::Reason;
 use crate::retire;
 use crate::view::{LedgerView, Placement, ReservationState, ReservationView, View};
 
-use super::decide::report;
+use super::decide::{HEARD_MILLIS, report};
 use super::held;
 
 /// The write that removes this reservation's promise from the first ledger other than `keep`'s, or of another generation.
@@ -49,6 +49,10 @@ fn take_back(view: &View, reservation: &ReservationView, ledger: &LedgerView) ->
 /// The next steps for a reservation that is being deleted.
 pub(super) fn decide(view: &View, reservation: &ReservationView) -> Vec<Change> {
     let assignment = reservation.assignment.as_ref();
+    if assignment.is_none() && view.unheard {
+        // A node that has not been heard yet may hold its bytes since before the API server went back in time.
+        return vec![Change::RetryAfter { millis: HEARD_MILLIS }];
+    }
     if let Some(stray) = withdraw(view, reservation, assignment) {
         return vec![stray];
     }
@@ -152,7 +156,7 @@ mod tests {
         let mut view = deleted(false);
         hold(&mut view, "a", "r", Class::Images, 10);
         view.unheard = true;
-        assert!(matches!(&decide(&view)[..], [Change::ReportReservation { .. }]), "a node may obey it");
+        assert!(matches!(&decide(&view)[..], [Change::RetryAfter { .. }]), "a node may obey it");
         view.unheard = false;
         let changes = decide(&view);
         assert!(
@@ -160,6 +164,9 @@ mod tests {
             "{changes:?}"
         );
         view.ledgers.values_mut().for_each(|ledger| ledger.promises.clear());
+        view.unheard = true;
+        assert!(matches!(&decide(&view)[..], [Change::RetryAfter { .. }]), "a node may hold its bytes");
+        view.unheard = false;
         assert!(matches!(&decide(&view)[..], [Change::UnguardReservation { .. }]));
         view.reservations.values_mut().for_each(|reservation| reservation.has_finalizer = false);
         assert_eq!(decide(&view), []);

@@ -1,12 +1,12 @@
 use super::*;
 use crate::change::{Change, ReservationReport};
-use crate::fixture::{add, hold, pool, reservation, view};
+use crate::fixture::{add, hold, pool, reservation, unreadable, view};
 use crate::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
 use crate::reservation::decide;
 use crate::units::Timestamp;
-use crate::view::{ReservationState, Unreadable};
+use crate::view::ReservationState;
 
 const NOW: Timestamp = Timestamp(1_000);
 
@@ -25,16 +25,6 @@ fn told(view: &View, name: &str) -> ReservationReport {
 fn decided(name: &str, view: &View) -> (Reason, Option<Bytes>) {
     let report = told(view, name);
     (report.reason, report.shortfall)
-}
-
-fn unreadable(kind: &str, name: ObjectName, uid: &str) -> Unreadable {
-    Unreadable {
-        kind: kind.to_owned(),
-        name,
-        uid: Uid::from(uid),
-        claim_namespace: "ns".to_owned(),
-        problem: "spec.access: unknown variant `Sideways`".to_owned(),
-    }
 }
 
 /// A pool that limits every namespace to 50 bytes.

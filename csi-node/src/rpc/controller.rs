@@ -145,13 +145,7 @@ impl Services {
         let spec = spec(&asked, self.node.name.as_str());
         let uid = self.reserve(&asked, &name, &spec).await?;
         let ready = self.wait_until_decided(&asked, &name, &uid, until).await?;
-        let template = ready.status.as_ref().and_then(|status| status.image.as_ref());
-        let template = template.map(|image| Bytes::from_i64(image.virtual_size)).unwrap_or_default();
-        let size = asked.size.max(template);
-        if let Some(limit) = asked.limit.filter(|limit| size > *limit) {
-            self.withdraw(&name, &uid, until).await?;
-            return Err(RpcError::Size { needed: size, limit });
-        }
+        let size = asked.size_with(image_size(&ready))?;
         Ok(CreateVolumeResponse { volume: Some(self.volume(&asked, &uid, size)) })
     }
 
@@ -241,6 +235,11 @@ impl Services {
         loop {
             let seen = self.made(name).filter(|found| found.metadata.uid.as_deref() == Some(uid.as_str()));
             if let Some(found) = &seen {
+                // Known with the place, before anything is made.
+                if let Err(too_large) = asked.size_with(image_size(found)) {
+                    self.withdraw(name, uid, until).await?;
+                    return Err(too_large);
+                }
                 if is_ready(found, self.node.name.as_str()) {
                     return Ok(Arc::clone(found));
                 }
@@ -393,6 +392,12 @@ fn is_ready(found: &StagingReservation, node: &str) -> bool {
     found.metadata.deletion_timestamp.is_none()
         && assigned.is_some_and(|assignment| status.prepared_generation == Some(assignment.generation))
         && conditions::is_true(&status.conditions, ConditionType::Ready)
+}
+
+/// The size of the image, as soon as that is known; 0 without one.
+fn image_size(found: &StagingReservation) -> Bytes {
+    let image = found.status.as_ref().and_then(|status| status.image.as_ref());
+    image.map(|image| Bytes::from_i64(image.virtual_size)).unwrap_or_default()
 }
 
 fn refusal(found: &StagingReservation) -> Option<RpcError> {

@@ -81,6 +81,18 @@ impl VolumeRequest {
             limit,
         })
     }
+
+    /// The volume's size, where its image has this one.
+    ///
+    /// # Errors
+    /// [`RpcError::Size`] beyond the request's limit.
+    pub fn size_with(&self, image: Bytes) -> Result<Bytes, RpcError> {
+        let needed = self.size.max(image);
+        match self.limit {
+            Some(limit) if needed > limit => Err(RpcError::Size { needed, limit }),
+            _ => Ok(needed),
+        }
+    }
 }
 
 /// The parameters of a `StorageClass`.
