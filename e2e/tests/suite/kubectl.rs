@@ -3,18 +3,20 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use berth_api::StagingPool;
 use berth_api::defaults::ANNOTATION_RENEWED;
+use berth_api::staging_ledger::LedgerPromise;
 use berth_api::staging_pool::Service;
 use berth_api::staging_reservation::ReservationState;
+use berth_api::{StagingLedger, StagingPool};
 use berth_e2e::ours::{KUBECTL, OPERATOR};
-use kube::api::DeleteParams;
+use kube::api::{DeleteParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 
-use crate::operator::bed::{Bed, GIB};
+use crate::operator::bed::{Bed, GIB, MOMENT};
 use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -24,6 +26,8 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("kubectl::renew_puts_the_end_off", &needs, renew_puts_the_end_off),
         Scenario::new("kubectl::drain_names_holders_and_waits_for_them", &needs, drain_names_holders),
         Scenario::new("kubectl::doctor_finds_a_node_that_is_silent", &needs, doctor_finds_a_silent_node),
+        Scenario::new("kubectl::check_names_what_does_not_agree", &needs, check_names_what_does_not_agree),
+        Scenario::new("kubectl::status_shows_pools_promises_and_the_queue", &needs, status_shows_the_queue),
     ]
 }
 
@@ -174,8 +178,152 @@ async fn doctor_finds_a_silent_node() -> anyhow::Result<()> {
     ensure!(sound["ok"] == true && broken(&sound).is_empty(), "{sound}");
 
     ensure!(node.fault().await.is_none(), "the node ended with an error");
-    tokio::time::sleep(std::time::Duration::from_secs(45)).await;
+    tokio::time::sleep(Duration::from_secs(45)).await;
     let told = plugin.json(1, &["doctor"]).await?;
     ensure!(broken(&told) == ["\"node\" \"node n1\""], "{told}");
     Ok(())
+}
+
+/// Everything agrees, until somebody writes into a ledger by hand while no operator is there to take it back: each of it is named
+/// with its object, and by the exit code. Once it is taken back, everything agrees again.
+async fn check_names_what_does_not_agree() -> anyhow::Result<()> {
+    let mut bed = Bed::start().await?;
+    bed.start_operator("one")?;
+    let _nodes = [bed.node("n1", 10 * GIB).await?, bed.node("n2", 10 * GIB).await?];
+    bed.reserve("held", 6 * GIB, "Queue").await?;
+    let held = bed.wait_state("held", ReservationState::Ready).await?;
+    let uid = held.uid().context("uid")?;
+    let place = held.status.unwrap_or_default().assignment.context("no assignment")?;
+    let (here, there) = if place.node == "n1" { ("n1", "n2") } else { ("n2", "n1") };
+    bed.wait_ledger("both ledgers", there, MOMENT, |ledger| ledger.is_some()).await?;
+    let plugin = Plugin::of(&bed).await?;
+    let looked = agrees(&plugin).await?;
+    ensure!(looked["pools"] == 1 && looked["nodes"] == 2 && looked["reservations"] == 1, "{looked}");
+    bed.kill_operator("one")?;
+    let ledger = bed.ledger(here).await?.context("no ledger")?;
+    let promise = ledger.spec.promises.get(&uid).context("no promise")?;
+    let (mine, other) = (ledger.name_any(), bed.ledger(there).await?.context("no ledger")?.name_any());
+
+    write_promise(&bed, there, "nobody", Some(promise)).await?;
+    disagrees(&plugin, "Orphan", &format!("StagingLedger {other} holder nobody")).await?;
+    let ended = plugin.run(&["check"]).await?;
+    let says = format!("ledger {other} has a promise of nobody, which does not exist");
+    ensure!(ended.code == 1 && ended.out.contains(&says), "{} {}", ended.code, ended.out);
+    write_promise(&bed, there, "nobody", None).await?;
+
+    write_promise(&bed, there, &uid, Some(promise)).await?;
+    let message = disagrees(&plugin, "TwoPromises", &format!("holder {uid}")).await?;
+    ensure!(message.contains(&mine) && message.contains(&other), "{message}");
+    write_promise(&bed, there, &uid, None).await?;
+
+    let larger = LedgerPromise { data_bytes: 11 * GIB, ..promise.clone() };
+    write_promise(&bed, here, &uid, Some(&larger)).await?;
+    let message = disagrees(&plugin, "OverCapacity", &format!("StagingLedger {mine}")).await?;
+    ensure!(message.contains("1 GiB"), "{message}");
+    write_promise(&bed, here, &uid, None).await?;
+    let told = plugin.json(1, &["check"]).await?;
+    let unpromised = format!("StagingReservation default/held generation {}", place.generation);
+    ensure!(found(&told).any(|(what, of, _)| (what, of) == ("Unpromised", &unpromised)), "{told}");
+    write_promise(&bed, here, &uid, Some(promise)).await?;
+    agrees(&plugin).await.map(drop)
+}
+
+/// Nothing is found; in how many objects.
+async fn agrees(plugin: &Plugin) -> anyhow::Result<Value> {
+    let told = plugin.json(0, &["check"]).await?;
+    ensure!(told["findings"] == json!([]), "{told}");
+    Ok(told["looked"].clone())
+}
+
+/// This alone is found, of this object; what is said of it.
+async fn disagrees(plugin: &Plugin, finding: &str, object: &str) -> anyhow::Result<String> {
+    let told = plugin.json(1, &["check"]).await?;
+    let mut all = found(&told);
+    match (all.next(), all.next()) {
+        (Some((what, of, message)), None) if (what, of) == (finding, object) => Ok(message.to_owned()),
+        _ => anyhow::bail!("{finding} of {object} is not what was found: {told}"),
+    }
+}
+
+/// What was found, of what, and what is said of it.
+fn found(told: &Value) -> impl Iterator<Item = (&str, &str, &str)> {
+    let findings = told["findings"].as_array().into_iter().flatten();
+    findings.map(|one| {
+        let text = |key| one[key].as_str().unwrap_or_default();
+        (text("finding"), text("object"), text("message"))
+    })
+}
+
+/// Writes a promise to a ledger, or takes it out, as no operator would.
+async fn write_promise(
+    bed: &Bed,
+    node: &str,
+    uid: &str,
+    promise: Option<&LedgerPromise>,
+) -> anyhow::Result<()> {
+    let mut ledger = bed.ledger(node).await?.context("no ledger")?;
+    match promise {
+        Some(promise) => ledger.spec.promises.insert(uid.to_owned(), promise.clone()),
+        None => ledger.spec.promises.remove(uid),
+    };
+    ledger.spec.revision += 1;
+    let ledgers: Api<StagingLedger> = Api::all(bed.cluster.admin());
+    ledgers.replace(&ledger.name_any(), &PostParams::default(), &ledger).await?;
+    Ok(())
+}
+
+/// One table has the pool, its node, what is promised of it, who waits, in which order and for what; of one namespace where asked.
+async fn status_shows_the_queue() -> anyhow::Result<()> {
+    let mut bed = Bed::start().await?;
+    bed.start_operator("one")?;
+    let _node = bed.node("n1", 10 * GIB).await?;
+    bed.reserve("held", 6 * GIB, "Queue").await?;
+    bed.wait_state("held", ReservationState::Ready).await?;
+    for (position, name) in ["next", "last"].into_iter().enumerate() {
+        bed.reserve(name, 5 * GIB, "Queue").await?;
+        let there = |place: i32| usize::try_from(place).is_ok_and(|place| place == position + 1);
+        bed.wait_for("default", name, "to have its place in the queue", |seen| {
+            let status = seen.and_then(|seen| seen.status.clone()).unwrap_or_default();
+            status.queue.is_some_and(|queue| there(queue.position))
+        })
+        .await?;
+        // Their order of arrival is told by whole seconds.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
+    bed.wait_pool("the pool to be ready", MOMENT, |pool| {
+        let total = pool.status.clone().unwrap_or_default().capacity.total;
+        if total == 10 * GIB { Ok(()) } else { Err(format!("{:?}", pool.status)) }
+    })
+    .await?;
+    let plugin = Plugin::of(&bed).await?;
+
+    let told = plugin.json(0, &["status"]).await?;
+    let row = |kind: &str, name: &str| -> anyhow::Result<&Value> {
+        let mut rows = told.as_array().into_iter().flatten();
+        rows.find(|row| row["kind"] == kind && row["name"] == name).with_context(|| format!("{name}: {told}"))
+    };
+    for (kind, name, wanted) in [
+        ("pool", "p", json!({"state": "Ready", "size": 10 * GIB, "promised": 6 * GIB})),
+        ("node", "n1", json!({"state": "Live", "pool": "p", "size": 10 * GIB, "promised": 6 * GIB})),
+        ("reservation", "default/held", json!({"state": "Ready", "node": "n1", "promised": 6 * GIB})),
+        ("reservation", "default/next", json!({"state": "Queued", "progress": "next in queue"})),
+        ("reservation", "default/last", json!({"state": "Queued", "progress": "no. 2 in queue"})),
+    ] {
+        let row = row(kind, name)?;
+        for (key, value) in wanted.as_object().context("an object")? {
+            ensure!(row[key] == *value, "{key} of {kind} {name}: {row}");
+        }
+    }
+    let next = row("reservation", "default/next")?;
+    ensure!(next["reason"] == "InsufficientCapacity" && next.get("promised").is_none(), "{next}");
+
+    let table = plugin.run(&["status"]).await?;
+    let line = |name: &str| table.out.lines().find(|line| line.contains(name)).map(str::to_owned);
+    let (pool, next) = (line("pool "), line("default/next").context("no row")?);
+    ensure!(table.code == 0 && pool.is_some_and(|pool| pool.contains("6 GiB")), "{}", table.out);
+    ensure!(next.contains("next in queue") && next.contains("InsufficientCapacity"), "{}", table.out);
+    let elsewhere = plugin.json(0, &["status", "-n", "elsewhere"]).await?;
+    let kinds = elsewhere.as_array().into_iter().flatten().map(|row| row["kind"].as_str());
+    ensure!(kinds.flatten().eq(["pool", "node"]), "{elsewhere}");
+    bed.no_denials()
 }
