@@ -4,6 +4,7 @@ mod abandoned;
 mod admission;
 pub mod bed;
 mod fake_node;
+mod metrics;
 mod reclaim;
 mod restored;
 
@@ -37,6 +38,11 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("operator::limits_what_a_namespace_holds", &operator, admission::limits),
         Scenario::new("operator::a9_ends_what_nothing_uses", &operator, admission::ends),
         Scenario::new("operator::a29_answers_a_dry_run", &operator, admission::dry_run),
+        Scenario::new(
+            "operator::metrics_say_what_is_promised_refused_and_waited_for",
+            &operator,
+            metrics::counted,
+        ),
         Scenario::new("operator::continues_after_a_kill", &operator, continues_after_a_kill),
         Scenario::new("operator::a61_two_never_promise_too_much", &operator, a61_two_never_promise_too_much),
         Scenario::new("operator::checks_notice_lost_promises", &sabotaged, checks_notice_lost_promises),

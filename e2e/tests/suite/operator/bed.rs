@@ -342,16 +342,40 @@ impl Bed {
 
     /// The sum of a metric of a replica over all labels.
     pub async fn metric(&self, identity: &str, name: &str) -> anyhow::Result<i64> {
+        Ok(self.samples(identity, name).await?.values().sum())
+    }
+
+    /// What a replica says of a metric, by its labels as they stand in its answer: `pool="p",node="n"`.
+    pub async fn samples(&self, identity: &str, name: &str) -> anyhow::Result<BTreeMap<String, i64>> {
         let (code, body) = self.fetch(identity, "metrics").await?;
         ensure!(code == 200, "metrics: {code}");
-        let values = body.lines().filter_map(|line| {
+        let samples = body.lines().filter_map(|line| {
             let rest = line.strip_prefix(name)?;
-            let value = rest
-                .strip_prefix(' ')
-                .or_else(|| rest.starts_with('{').then(|| rest.rsplit(' ').next())?)?;
-            value.parse::<i64>().ok()
+            let bare = rest.strip_prefix(' ').map(|value| ("", value));
+            let (labels, value) = bare.or_else(|| rest.strip_prefix('{')?.split_once("} "))?;
+            Some((labels.to_owned(), value.parse::<i64>().ok()?))
         });
-        Ok(values.sum())
+        Ok(samples.collect())
+    }
+
+    /// Waits until a replica says of a metric just this, by its labels.
+    pub async fn wait_samples(
+        &self,
+        identity: &str,
+        name: &str,
+        wanted: &[(&str, i64)],
+    ) -> anyhow::Result<()> {
+        let wanted: BTreeMap<String, i64> =
+            wanted.iter().map(|(labels, value)| ((*labels).to_owned(), *value)).collect();
+        let what = format!("{name} to be {wanted:?}");
+        let waited = wait::until(&what, MOMENT, || async {
+            match self.samples(identity, name).await {
+                Ok(samples) if samples == wanted => Look::<(), Infallible>::Done(()),
+                Ok(samples) => Look::NotYet(format!("{samples:?}")),
+                Err(error) => Look::NotYet(format!("{error:#}")),
+            }
+        });
+        waited.await.with_context(|| self.logs())
     }
 
     /// Waits until the operators' Lease has this holder.

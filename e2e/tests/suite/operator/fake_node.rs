@@ -1,7 +1,7 @@
 //! A node made of API objects alone: it reports, renews its Lease, obeys its ledger, and releases when told to.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct FakeNode {
     releases: Arc<AtomicBool>,
     in_use: Arc<Mutex<BTreeSet<String>>>,
+    written: Arc<AtomicI64>,
     reachable: Arc<AtomicBool>,
     client: Arc<Mutex<Client>>,
     task: JoinHandle<anyhow::Error>,
@@ -43,6 +44,8 @@ struct Memory {
     obeyed: BTreeMap<String, LedgerPromise>,
     released: BTreeMap<String, i64>,
     in_use: Arc<Mutex<BTreeSet<String>>>,
+    /// Bytes that are written in the pool.
+    written: Arc<AtomicI64>,
     /// Its ledger is older than what it has obeyed, or is gone.
     behind: bool,
 }
@@ -51,8 +54,10 @@ impl FakeNode {
     /// Makes the node's objects and starts it: it carries `pool` with `total` bytes.
     pub async fn start(client: Client, name: &str, pool: &str, total: i64) -> anyhow::Result<Self> {
         let in_use = Arc::new(Mutex::new(BTreeSet::new()));
+        let written = Arc::new(AtomicI64::new(0));
         let mut memory = Memory {
             in_use: in_use.clone(),
+            written: written.clone(),
             client,
             name: name.to_owned(),
             pool: pool.to_owned(),
@@ -90,7 +95,7 @@ impl FakeNode {
                 tokio::time::sleep(PERIOD).await;
             }
         });
-        Ok(Self { releases, in_use, reachable, client, task })
+        Ok(Self { releases, in_use, written, reachable, client, task })
     }
 
     /// Goes on with other credentials: those of a node end with its Node object.
@@ -116,6 +121,11 @@ impl FakeNode {
         } else {
             in_use.remove(uid);
         }
+    }
+
+    /// How many bytes are written in its pool.
+    pub fn set_written(&self, bytes: i64) {
+        self.written.store(bytes, Ordering::SeqCst);
     }
 
     /// The fault that ended it, if one did.
@@ -226,6 +236,7 @@ impl Memory {
             usable: true,
             reason: "Ready".to_owned(),
             total_bytes: self.total,
+            used_bytes: self.written.load(Ordering::SeqCst),
             lineage: self.lineage.clone(),
             obeyed_revision: self.revision,
             released: released
