@@ -28,6 +28,7 @@ mod scenario;
 mod scene;
 mod thin_cluster;
 mod volume;
+mod zone;
 
 use std::process::ExitCode;
 
@@ -57,6 +58,7 @@ fn scenarios() -> Vec<Scenario> {
         kernel::scenarios(),
         data_plane::scenarios(),
         scale::scenarios(),
+        zone::scenarios(),
         safety::scenarios(),
     ]
     .into_iter()
