@@ -5,6 +5,7 @@ mod admission;
 pub mod bed;
 mod fake_node;
 mod metrics;
+mod owned;
 mod reclaim;
 mod restored;
 
@@ -42,6 +43,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "operator::metrics_say_what_is_promised_refused_and_waited_for",
             &operator,
             metrics::counted,
+        ),
+        Scenario::new(
+            "operator::a8_what_belongs_to_something_is_released_with_it",
+            &operator,
+            owned::released,
         ),
         Scenario::new("operator::continues_after_a_kill", &operator, continues_after_a_kill),
         Scenario::new("operator::a61_two_never_promise_too_much", &operator, a61_two_never_promise_too_much),
