@@ -8,6 +8,7 @@ mod metrics;
 mod owned;
 mod reclaim;
 mod restored;
+mod stream;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -36,6 +37,11 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("operator::promises_queues_and_releases", &operator, promises_queues_and_releases),
         Scenario::new("operator::refuses_with_the_shortfall", &operator, refuses_with_the_shortfall),
         Scenario::new("operator::a7_orders_by_priority_and_turns", &operator, admission::orders),
+        Scenario::new(
+            "operator::a_large_request_is_served_in_a_stream_of_small_ones",
+            &operator,
+            stream::served_within_bounds,
+        ),
         Scenario::new("operator::limits_what_a_namespace_holds", &operator, admission::limits),
         Scenario::new("operator::a9_ends_what_nothing_uses", &operator, admission::ends),
         Scenario::new("operator::a29_answers_a_dry_run", &operator, admission::dry_run),
