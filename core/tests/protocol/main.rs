@@ -108,7 +108,7 @@ impl Protocol {
             passed.push(hasher.finish());
             let known = self.ending().contains(&hasher.finish());
             if known || !self.advance(&mut world) {
-                let ends = known || world.is_at_rest() || self.is_bounded(&world);
+                let ends = known || world.is_at_rest(&self.scenario) || self.is_bounded(&world);
                 self.ending().extend(passed.into_iter().filter(|_| ends));
                 return ends;
             }
@@ -362,8 +362,10 @@ fn promises_hold_in_every_order() {
 fn every_sabotage_is_found() {
     for (sabotage, scenario, wrong) in [
         (Sabotage::LedgerWithoutVersion, scenario::room_for_one(), world::NOT_PROMISED),
+        (Sabotage::LedgerWithoutVersion, scenario::two_of_both(), world::NOT_PROMISED),
         (Sabotage::LedgerMerged, scenario::room_for_one(), world::OVERCOMMITTED),
         (Sabotage::AssignWithoutVersion, scenario::two_places(), world::TWO_PLACES),
+        (Sabotage::AssignWithoutVersion, scenario::two_of_both(), world::TWO_PLACES),
         (Sabotage::EarlyRelease, scenario::room_for_one(), world::NOT_PROMISED),
         (Sabotage::ObeyWithoutAssignment, scenario::two_places(), world::NOT_PROMISED),
         (Sabotage::ForgetEarly, scenario::two_places(), world::NOT_PROMISED),

@@ -62,11 +62,12 @@ pub struct Scenario {
 
 impl Scenario {
     /// All that must hold.
-    pub fn all() -> [Self; 8] {
+    pub fn all() -> [Self; 9] {
         [
             two_places(),
             old_ledgers(),
             room_for_one(),
+            two_of_both(),
             idle_image(),
             late_giver(),
             late_node(),
@@ -121,6 +122,21 @@ pub fn room_for_one() -> Scenario {
         prompt: true,
         reached: |world| [State::Ready, State::Queued].into_iter().all(|state| is_any(world, state)),
         ..two_places()
+    }
+}
+
+/// Two reservations and two ledgers, of which each has room for one of them: whoever is promised both keeps the other waiting.
+pub fn two_of_both() -> Scenario {
+    Scenario {
+        name: "two of both",
+        nodes: 2,
+        deletes: false,
+        operators: [vec![Kind::Reservations], vec![Kind::Ledgers]],
+        reached: |world| {
+            let places = world.objects.reservations.map(|one| one.filter(|one| one.prepared)?.assigned);
+            matches!(places, [Some((first, _)), Some((second, _))] if first != second)
+        },
+        ..room_for_one()
     }
 }
 

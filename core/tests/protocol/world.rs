@@ -356,21 +356,27 @@ impl World {
         (0..RESERVATIONS).any(twice).then_some(OBEYED_TWICE)
     }
 
-    /// True if nothing is left to be done: what was deleted is gone, and what is live is served, or waits for space.
-    pub fn is_at_rest(&self) -> bool {
+    /// True if nothing is left to be done: what was deleted is gone, and what is live is served, or waits for space that no
+    /// ledger has.
+    pub fn is_at_rest(&self, scenario: &Scenario) -> bool {
         let objects = &self.objects;
-        let alive = objects.reservations.iter().flatten();
-        let others = alive.clone().count() > 1;
-        let served = |reservation: &Reservation| match reservation.state {
+        let alive = || objects.reservations.iter().enumerate().filter_map(|(at, one)| Some((at, (*one)?)));
+        let free = |bytes: u8| {
+            let usable = (0..NODES).filter(|at| objects.reports[*at].revision > 0);
+            let promised =
+                |at: usize| objects.ledgers[at].entries.iter().flatten().map(|entry| entry.bytes).sum();
+            usable.map(promised).any(|promised: u8| promised + bytes <= CAPACITY)
+        };
+        let served = |(at, reservation): (usize, Reservation)| match reservation.state {
             State::Ready => reservation.prepared,
-            State::Queued => others,
+            State::Queued => alive().count() > 1 && !free(scenario.asked[at].bytes),
             State::Pending | State::Promised | State::Releasing | State::Refused => false,
         };
         let entries = objects.ledgers.iter().flat_map(|ledger| ledger.entries.iter().enumerate());
         let mut orphans = entries.filter(|(holder, entry)| {
             entry.is_some_and(|entry| entry.revoked.is_some() || !self.is_there(*holder))
         });
-        alive.into_iter().all(|reservation| !reservation.deleting && served(reservation))
+        alive().all(|(at, reservation)| !reservation.deleting && served((at, reservation)))
             && objects.images.iter().flatten().all(|image| !image.deleting)
             && orphans.next().is_none()
             && (0..NODES).all(|at| objects.reports[at] == self.nodes[at].record)
