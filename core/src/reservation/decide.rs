@@ -60,6 +60,10 @@ pub fn decide_among(view: &View, backlog: Option<&Backlog>, uid: &Uid, now: Time
     if reservation.dry_run && reservation.invalid.is_none() {
         return fit::dry_run(view, reservation, now);
     }
+    if view.unheard && reservation.invalid.is_none() {
+        // A node that has not been heard yet may hold its bytes since before the API server went back in time.
+        return vec![Change::RetryAfter { millis: HEARD_MILLIS }];
+    }
     let need = match Need::of(view, reservation, now) {
         Ok(need) => need,
         Err(unmet) if unmet.for_ever => return vec![refuse(reservation, unmet.reason, unmet.message, None)],
@@ -138,9 +142,6 @@ fn admit(
     backlog: &Backlog,
     now: Timestamp,
 ) -> Vec<Change> {
-    if view.unheard {
-        return vec![Change::RetryAfter { millis: HEARD_MILLIS }];
-    }
     let all = candidates(view, reservation, need);
     let ahead = backlog.ahead(view, reservation, &all);
     let is_open = |at: usize| !ahead.iter().any(|earlier| earlier.places.contains(&at));

@@ -90,6 +90,25 @@ fn an_operator_that_ended_between_promise_and_assignment_is_continued() {
 }
 
 #[test]
+fn until_every_node_was_heard_nothing_is_assigned_to_a_promise_and_nothing_is_refused() {
+    let waits = |view: &View| matches!(&ask(view, "r")[..], [Change::RetryAfter { .. }]);
+    let mut scene = view(&[("a", 100), ("b", 100)]);
+    add(&mut scene, reservation("r", 40, 0));
+    hold(&mut scene, "b", "r", Class::Images, 40);
+    scene.unheard = true;
+    assert!(waits(&scene), "node a may hold its bytes since before a restore: {:?}", ask(&scene, "r"));
+    scene.unheard = false;
+    assert!(matches!(&ask(&scene, "r")[..], [Change::AssignReservation { .. }]));
+
+    let mut scene = view(&[("a", 100)]);
+    add(&mut scene, clone_of_template("r", 10));
+    scene.unheard = true;
+    assert!(waits(&scene), "what a node holds needs no template: {:?}", ask(&scene, "r"));
+    scene.reservations.values_mut().for_each(|request| request.invalid = Some("no size".to_owned()));
+    assert!(matches!(&ask(&scene, "r")[..], [Change::ReportReservation { .. }]), "no node holds that");
+}
+
+#[test]
 fn a_promise_is_not_assigned_to_a_template_that_changed_since() {
     let mut view = view(&[("a", 100)]);
     let import = template(50, 20);

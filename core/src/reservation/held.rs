@@ -121,18 +121,21 @@ pub(super) fn promise_again(
         );
         return Some(vec![say(reservation, reason, message)]);
     }
-    let need = Need::of(view, reservation, now).ok()?;
+    let (pool, node) = (&place.pool, &place.node);
+    let lost = format!("its promise was lost with the ledger of pool {pool} on node {node}");
+    let need = match Need::of_assigned(view, reservation, now) {
+        Ok(need) => need,
+        Err(unmet) => {
+            return Some(vec![say(reservation, unmet.reason, format!("{lost}: {}", unmet.message))]);
+        }
+    };
     let own = Promise { generation: place.generation, ..need.own_in(view.block_of(&place.pool)) };
     let new = [(uid.clone(), own)];
     Some(match fits(ledger, &new) {
         Ok(()) => vec![ledger.with(&new)],
         Err(shortfall) => {
-            let (pool, node) = (&place.pool, &place.node);
-            let message = format!(
-                "its promise was lost with the ledger of pool {pool} on node {node}, which {shortfall}"
-            );
             let again = Change::RetryAfter { millis: LOOK_MILLIS };
-            vec![say(reservation, Reason::InsufficientCapacity, message), again]
+            vec![say(reservation, Reason::InsufficientCapacity, format!("{lost}, which {shortfall}")), again]
         }
     })
 }

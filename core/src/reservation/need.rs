@@ -47,23 +47,26 @@ impl Need {
     /// # Errors
     /// [`Unmet`] if its fields or its template do not tell, or do not tell yet.
     pub fn of(view: &View, reservation: &ReservationView, now: Timestamp) -> Result<Self, Unmet> {
-        if let Some(message) = &reservation.invalid {
-            return Err(Unmet { reason: Reason::InvalidSpec, message: message.clone(), for_ever: true });
-        }
+        is_valid(reservation)?;
         let image =
             reservation.template.as_ref().map(|name| template(view, reservation, name, now)).transpose()?;
-        let (class, data) = match reservation.access {
-            Access::Stream => (Class::Images, Bytes::ZERO),
-            Access::File => (Class::Images, reservation.max_size),
-            Access::Block => {
-                let virtual_size = image.as_ref().map_or(Bytes::ZERO, |need| need.image.virtual_size);
-                (Class::Volumes, reservation.max_size.max(virtual_size))
+        let virtual_size = image.as_ref().map_or(Bytes::ZERO, |need| need.image.virtual_size);
+        Ok(Self { own: own(reservation, virtual_size), access: reservation.access, image })
+    }
+
+    /// What `reservation` itself needs where it is assigned: by the image that it was assigned, whatever its template has become.
+    ///
+    /// # Errors
+    /// [`Unmet`] if its fields do not tell, or if it was assigned no image and its template does not tell.
+    pub fn of_assigned(view: &View, reservation: &ReservationView, now: Timestamp) -> Result<Self, Unmet> {
+        is_valid(reservation)?;
+        match &reservation.assigned_image {
+            Some(image) => {
+                let own = own(reservation, image.virtual_size);
+                Ok(Self { own, access: reservation.access, image: None })
             }
-        };
-        let charge = Charge { data, metadata: Bytes::ZERO };
-        let holder = Holder::Reservation(reservation.name.clone());
-        let own = Promise { holder, class, charge, generation: Generation::FIRST, revoked: None };
-        Ok(Self { own, access: reservation.access, image })
+            None => Self::of(view, reservation, now),
+        }
     }
 
     /// For the reservation itself, in a pool with such blocks: whole ones, what maps them, and for a directory the file
@@ -146,6 +149,24 @@ pub(super) fn image_promise(
         generation: Generation::FIRST,
         revoked: None,
     }
+}
+
+fn is_valid(reservation: &ReservationView) -> Result<(), Unmet> {
+    reservation.invalid.as_ref().map_or(Ok(()), |message| {
+        Err(Unmet { reason: Reason::InvalidSpec, message: message.clone(), for_ever: true })
+    })
+}
+
+/// For a reservation itself, which starts from an image of this size, or from none.
+fn own(reservation: &ReservationView, virtual_size: Bytes) -> Promise {
+    let (class, data) = match reservation.access {
+        Access::Stream => (Class::Images, Bytes::ZERO),
+        Access::File => (Class::Images, reservation.max_size),
+        Access::Block => (Class::Volumes, reservation.max_size.max(virtual_size)),
+    };
+    let charge = Charge { data, metadata: Bytes::ZERO };
+    let holder = Holder::Reservation(reservation.name.clone());
+    Promise { holder, class, charge, generation: Generation::FIRST, revoked: None }
 }
 
 /// True if `digest` is what this reservation would start from.

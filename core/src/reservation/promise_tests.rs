@@ -228,3 +228,24 @@ fn what_waits_for_an_image_that_cannot_be_made_again_says_so() {
     view.images.insert(staged.name.clone(), staged);
     assert_eq!(told(&view, "r").reason, Reason::Promised, "nor does an image that is on its way");
 }
+
+#[test]
+fn a_lost_promise_is_made_again_by_the_image_that_was_assigned_whatever_the_template_has_become() {
+    let mut view = view(&[("a", 100)]);
+    let mut request = clone_of("gone", "r");
+    request.assignment = Some(placed("p", "a", 1));
+    request.state = ReservationState::Promised;
+    let uid = add(&mut view, request);
+    let lost = told(&view, "r");
+    assert_eq!(lost.reason, Reason::TemplateNotFound, "how large its image was, nobody knows");
+    assert!(lost.message.starts_with("its promise was lost with the ledger of pool p on node a: "));
+    let image = AssignedImage {
+        digest: Digest(Sha256Sum::of(b"image")),
+        staged_image: "staged".to_owned(),
+        virtual_size: Bytes(50),
+    };
+    view.reservations.get_mut(&uid).expect("there").assigned_image = Some(image);
+    let changes = ask(&view, "r");
+    let [Change::WriteLedger { promises, .. }] = &changes[..] else { panic!("{changes:?}") };
+    assert_eq!((promises[&uid].class, promises[&uid].charge.data), (Class::Volumes, Bytes(50)));
+}

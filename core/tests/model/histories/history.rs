@@ -219,6 +219,10 @@ impl History {
         }
         for node in &mut self.nodes {
             node.stale = true;
+            self.world.forget(&node.view.node, node.promised());
+            if node.reach != Reach::Connected {
+                self.world.lost(&node.view.node);
+            }
         }
         self.hear_all();
     }
@@ -261,7 +265,7 @@ impl History {
         }
         let node = &mut self.nodes[node];
         if !returns {
-            self.world.out_of_sight.extend(node.promised(&self.world));
+            self.world.lost(&node.view.node);
         }
         let was = node.reach;
         node.reach = match (returns, down) {

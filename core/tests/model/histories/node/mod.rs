@@ -4,7 +4,7 @@ mod execute;
 mod report;
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use berth_core::ids::ObjectName;
 use berth_core::ids::{Digest, NodeName, PoolName, Uid, import_reservation_name};
@@ -172,13 +172,14 @@ impl Node {
         }
     }
 
-    /// Whatever it obeys, or may obey by its ledgers.
-    pub fn promised(&self, world: &World) -> Vec<Uid> {
-        let mut promised = Vec::new();
+    /// Whatever it obeys, or may obey by its ledgers as it has seen them.
+    pub fn promised(&self) -> BTreeSet<(Uid, PoolName)> {
+        let mut promised = BTreeSet::new();
         for (name, pool) in &self.view.pools {
-            let ledger = world.objects().ledgers.get(&(name.clone(), self.view.node.clone()));
-            promised.extend(ledger.iter().flat_map(|ledger| ledger.promises.keys().cloned()));
-            promised.extend(pool.area.iter().flat_map(|area| area.promises.keys().cloned()));
+            let seen = pool.ledger.iter().flat_map(|ledger| ledger.promises.keys());
+            let area = pool.area.iter().flat_map(|area| &area.promises);
+            let obeyed = area.filter(|(_, promise)| !promise.released).map(|(uid, _)| uid);
+            promised.extend(seen.chain(obeyed).map(|uid| (uid.clone(), name.clone())));
         }
         promised
     }

@@ -22,6 +22,7 @@ impl Node {
             return true;
         }
         let changed = self.report_pools(world) | self.report_reservations(world) | self.report_images(world);
+        world.heard(&self.view.node);
         if answered {
             for area in self.view.pools.values_mut().filter_map(|pool| pool.area.as_mut()) {
                 area.promises.values_mut().for_each(|promise| promise.reported = true);

@@ -68,8 +68,10 @@ pub struct World {
     pub given_up: BTreeSet<Uid>,
     /// Holders whose ledger was restored, deleted by hand or given up, so that it may not promise what they were assigned.
     pub lost_promises: BTreeSet<Uid>,
-    /// Holders that a node had promises of when it was lost. If its ledger is lost as well, nothing tells of them until it is back.
-    pub out_of_sight: BTreeSet<Uid>,
+    /// Where nodes hold something, or may come to obey it, that a restore made everybody forget: see [`World::forget`].
+    pub forgotten: BTreeSet<(Uid, PoolName, NodeName)>,
+    /// The same, of nodes that have not reported since: it counts only if they are lost before they do.
+    untold: BTreeMap<NodeName, BTreeSet<(Uid, PoolName)>>,
     /// The first thing that must not have happened.
     pub wrong: Option<(Wrong, String)>,
     /// The last operations.
@@ -114,7 +116,8 @@ impl World {
             placements: BTreeMap::new(),
             given_up: BTreeSet::new(),
             lost_promises: BTreeSet::new(),
-            out_of_sight: BTreeSet::new(),
+            forgotten: BTreeSet::new(),
+            untold: BTreeMap::new(),
             wrong: None,
             told: VecDeque::new(),
             reports: BTreeMap::new(),
@@ -255,14 +258,47 @@ impl World {
         !lost.is_empty()
     }
 
-    /// A person deletes what `kubectl berth check` names: a reservation that lost its place with a restore, and was given another
-    /// while the node of the first was lost, which is back. True if there was any.
+    /// What a node holds, or may come to obey, after a restore. A reservation that has another place by the restored objects, as
+    /// where one restore follows another to a backup of between them, is known by nobody to be held here. One that has none
+    /// gets this place again, unless the node is lost before it has told.
+    pub fn forget(&mut self, node: &NodeName, held: BTreeSet<(Uid, PoolName)>) {
+        let mut untold = BTreeSet::new();
+        for (uid, pool) in held {
+            let Some(found) = self.objects.reservations.get(&uid) else { continue };
+            match &found.assignment {
+                None => drop(untold.insert((uid, pool))),
+                Some(place) if place.pool == pool && place.node == *node => {}
+                Some(_) => drop(self.forgotten.insert((uid, pool, node.clone()))),
+            }
+        }
+        self.untold.insert(node.clone(), untold);
+    }
+
+    /// The node has reported what it holds.
+    pub fn heard(&mut self, node: &NodeName) {
+        self.untold.remove(node);
+    }
+
+    /// The node is lost: what it has not told by now, it tells when it is back.
+    pub fn lost(&mut self, node: &NodeName) {
+        let untold = self.untold.remove(node).unwrap_or_default();
+        self.forgotten.extend(untold.into_iter().map(|(uid, pool)| (uid, pool, node.clone())));
+    }
+
+    /// A person deletes what `kubectl berth check` names: a reservation that lost a place with a restore, and has another one
+    /// since, while the node of the first still holds it. True if there was any.
     pub fn delete_placed_twice(&mut self) -> bool {
+        let promises = |uid: &Uid, place: &(PoolName, NodeName)| {
+            self.objects.ledgers.get(place).is_some_and(|ledger| ledger.promises.contains_key(uid))
+        };
         let ledgers =
             |uid: &Uid| self.objects.ledgers.values().filter(|l| l.promises.contains_key(uid)).count();
-        let all = self.objects.reservations.values();
-        let twice = all.filter(|found| !found.deleting && self.out_of_sight.contains(&found.uid));
-        let twice: Vec<Uid> = twice.map(|found| found.uid.clone()).filter(|uid| ledgers(uid) > 1).collect();
+        let back = self
+            .forgotten
+            .iter()
+            .filter(|(uid, pool, node)| promises(uid, &(pool.clone(), node.clone())) && ledgers(uid) > 1);
+        let there = |uid: &&Uid| self.objects.reservations.get(*uid).is_some_and(|found| !found.deleting);
+        let twice: BTreeSet<Uid> = back.map(|(uid, ..)| uid).filter(there).cloned().collect();
         twice.iter().for_each(|uid| {
             self.coverage.note("placed twice after a restore");
             self.delete_reservation(uid);
