@@ -429,6 +429,9 @@ pub struct View {
     /// True while a node has not been heard since this operator began to watch, or since the API server went back in time, and is not
     /// known to be lost: it may hold what a reservation that has no place was promised before.
     pub unheard: bool,
+    /// In a part of a view: the requests that may also go to pools which the part lacks. They stand in line, and nothing is decided
+    /// about them by what the part shows.
+    pub elsewhere: BTreeSet<Uid>,
     /// Other keys of reservations and ledgers; `None` in a view that is made by hand.
     pub index: Option<Index>,
     /// The objects that cannot be read. Of one that could be once, the last readable form is shown.

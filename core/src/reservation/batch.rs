@@ -2,6 +2,7 @@
 //!
 //! **Guarantees.** The requests are decided about one after the other in the order in which they wait, each as if those before
 //! it had been carried out: bounds, limits of namespaces, turns and lengths of queues hold among them as they do one by one.
+//! Nothing is decided about a request that may also go to pools which the view lacks: it keeps its turn, and has a round of its own.
 //! Nothing is promised to a request whose finalizer, or whose image's object, has still to be written; its place is kept free
 //! for it meanwhile.
 
@@ -109,7 +110,7 @@ impl Table {
                 if !seen.insert(uid.clone()) || self.is_settled(&uid) {
                     continue;
                 }
-                if self.granted.len() < most {
+                if self.granted.len() < most && !self.view.elsewhere.contains(&uid) {
                     self.visit(&uid);
                 } else if asked.contains(&uid) {
                     left.insert(uid);

@@ -354,3 +354,41 @@ fn a_round_knows_what_cannot_be_read_and_whose_claims_are_gone() {
     let [(_, changes)] = &round.others[..] else { panic!("{round:?}") };
     assert!(matches!(&changes[..], [Change::ConfirmAbandoned { .. }, Change::AbandonReservation { .. }]));
 }
+
+#[test]
+fn a_round_gives_no_place_to_what_may_also_go_to_pools_that_it_does_not_see() {
+    let mut view = view(&[("a", 100)]);
+    let q = PoolName::from("q");
+    view.pools.insert(q.clone(), pool("q"));
+    view.enter_ledger(ledger("q", "a", 50));
+    let carrier = view.nodes.values_mut().next().expect("a");
+    carrier.pools.insert(q.clone(), node_pool(50));
+    // As after a restore: it has no place, and the node holds its bytes in the other pool.
+    let held = carrier.pools.get_mut(&PoolName::from("p")).expect("there");
+    held.obeyed.insert(Uid::from("r"), crate::units::Generation::FIRST);
+    let mut anywhere = reservation("r", 40, 0);
+    anywhere.pools = PoolChoice::Labelled(BTreeMap::new());
+    crate::fixture::add(&mut view, anywhere);
+    let mut here = reservation("s", 10, 1);
+    here.pools = PoolChoice::Named(q.clone());
+    crate::fixture::add(&mut view, here);
+
+    let (r, s) = (Uid::from("r"), Uid::from("s"));
+    let both: BTreeSet<Uid> = [r.clone(), s.clone()].into();
+    let round = decide_all(view.part(&[q.clone()].into()), &both, 100, NOW);
+    assert_eq!(round.commits, [], "{round:?}");
+    assert!(
+        round.first.is_empty() && round.again.contains(&r),
+        "it asks again, with all of its pools: {round:?}"
+    );
+    assert_eq!(round.others.iter().map(|(uid, _)| uid).collect::<Vec<_>>(), [&s], "it keeps its turn");
+    let round = decide_all(view.part(&view.pools.keys().cloned().collect()), &both, 100, NOW);
+    assert!(round.commits.iter().all(|commit| commit.assigned.iter().all(|(uid, _)| *uid != r)), "{round:?}");
+
+    let carrier = view.nodes.values_mut().next().expect("a");
+    carrier.pools.values_mut().for_each(|pool| pool.obeyed.clear());
+    hold(&mut view, "a", "r", Class::Images, 40);
+    let round = decide_all(view.part(&[q].into()), &[s.clone()].into(), 100, NOW);
+    let placed: Vec<&Uid> = round.commits.iter().flat_map(|c| &c.assigned).map(|(uid, _)| uid).collect();
+    assert_eq!(placed, [&s], "what is promised something elsewhere does not wait here: {round:?}");
+}

@@ -36,8 +36,8 @@ pub fn decide(view: &View, uid: &Uid, now: Timestamp) -> Vec<Change> {
 /// where it is needed, which costs a pass over all that wait.
 pub fn decide_among(view: &View, backlog: Option<&Backlog>, uid: &Uid, now: Timestamp) -> Vec<Change> {
     let Some(reservation) = view.reservations.get(uid) else { return Vec::new() };
-    if view.unreadable_object(uid).is_some() {
-        return Vec::new(); // what is shown of it is not what it is
+    if view.unreadable_object(uid).is_some() || view.elsewhere.contains(uid) {
+        return Vec::new(); // what is shown of it is not what it is, or not all that there is
     }
     if reservation.deleting {
         return release::decide(view, reservation);

@@ -20,9 +20,20 @@ impl View {
         promised.chain(allowed).collect()
     }
 
+    /// True if this may go to other pools than these.
+    fn goes_beyond(&self, pools: &BTreeSet<PoolName>, choice: &PoolChoice) -> bool {
+        match choice {
+            PoolChoice::Named(pool) => !pools.contains(pool),
+            PoolChoice::Labelled(_) => {
+                let mut others = self.pools.values().filter(|pool| !pools.contains(&pool.name));
+                others.any(|pool| choice.allows(pool))
+            }
+        }
+    }
+
     /// What decisions about reservations that have no place yet can look at, if they may go to these pools only: the pools,
     /// their nodes and ledgers, what is in them, and everything that waits for them, with its claims; and all that cannot be
-    /// read. It has an index.
+    /// read. What may also go elsewhere is named in `elsewhere`. It has an index.
     #[must_use]
     pub fn part(&self, pools: &BTreeSet<PoolName>) -> Self {
         let mut part = Self {
@@ -40,7 +51,16 @@ impl View {
         for name in pools {
             part.pools
                 .extend(self.pools.get_key_value(name).map(|(name, pool)| (name.clone(), pool.clone())));
-            concerned.extend(self.open_to(Some(name)).map(|waiting| (&waiting.uid, waiting)));
+            for waiting in self.open_to(Some(name)) {
+                // What is promised something elsewhere does not wait here.
+                let promised = self.ledgers_of(&waiting.uid).any(|ledger| !pools.contains(&ledger.pool));
+                if !promised {
+                    concerned.insert(&waiting.uid, waiting);
+                }
+                if promised || self.goes_beyond(pools, &waiting.pools) {
+                    part.elsewhere.insert(waiting.uid.clone());
+                }
+            }
             for ledger in self.ledgers_in(name) {
                 concerned
                     .extend(self.placed_on(&ledger.node, Some(name)).map(|placed| (&placed.uid, placed)));

@@ -338,8 +338,8 @@ impl History {
             kinds.into_iter().for_each(|kind| self.operators[which].look(&self.world, kind));
             let other = self.dice.pick(&new).cloned().unwrap_or_else(|| one.clone());
             let about = if self.dice.once_in(3) { other } else { one.clone() };
-            self.operators[which].left =
-                self.operators[which].about(&Object::Reservation(about), &self.world);
+            let about = Object::Reservation(about);
+            self.operators[which].take_up(&about, &self.world, Some(&mut self.dice));
         }
     }
 
@@ -355,7 +355,7 @@ impl History {
         for operator in self.operators.iter_mut().filter(|operator| operator.seen.leader) {
             operator.look_at_all(&self.world);
             let pool = PoolName::from(POOLS[self.dice.below(2)]);
-            operator.left = operator.about(&Object::Pool(pool), &self.world);
+            operator.take_up(&Object::Pool(pool), &self.world, None);
         }
     }
 }

@@ -9,6 +9,7 @@ mod history;
 mod node;
 mod observer;
 mod operator;
+mod rounds;
 pub mod sabotage;
 mod settle;
 mod sums;

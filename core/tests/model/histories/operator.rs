@@ -11,15 +11,16 @@ use berth_core::{image, import, pool, reservation};
 
 use super::dice::Dice;
 use super::observer::Wrong;
+use super::rounds::{self, Left};
 use super::sabotage::Sabotage;
 use super::world::apply::absorb;
 use super::world::{Epochs, Kind, World};
 
-/// An operator: what it has seen, and what is left of the list that it carries out.
+/// An operator: what it has seen, and what is left of what it carries out.
 #[derive(Debug, Default)]
 pub struct Operator {
     pub seen: View,
-    pub left: Vec<Change>,
+    pub left: Left,
     /// Of what it has seen.
     epochs: Epochs,
     /// How often each node had renewed its Lease when this operator began to watch.
@@ -83,7 +84,7 @@ impl Operator {
 
     /// What it is about to place.
     pub fn placing<'o>(&'o self, world: &'o World) -> impl Iterator<Item = Uid> + 'o {
-        let names = self.left.iter().filter_map(|change| match change {
+        let names = self.left.changes().filter_map(|change| match change {
             Change::AssignReservation { name, .. } => Some(name),
             _ => None,
         });
@@ -99,8 +100,8 @@ impl Operator {
             4 => self.seen.pools.keys().cloned().map(Object::Pool).collect(),
             _ => self.objects(),
         };
-        if let Some(object) = dice.pick(&all) {
-            self.left = self.about(object, world);
+        if let Some(object) = dice.pick(&all).cloned() {
+            self.take_up(&object, world, Some(dice));
         }
     }
 
@@ -113,28 +114,31 @@ impl Operator {
         pools.chain(reservations).chain(images).chain(imports).collect()
     }
 
-    /// What it decides about an object, the last change first.
-    pub fn about(&mut self, object: &Object, world: &World) -> Vec<Change> {
+    /// Decides about an object, and is about to carry that out. A request that has no place yet is decided about in a round,
+    /// together with others that may go nowhere else: all of them, or some of them by the dice.
+    pub fn take_up(&mut self, object: &Object, world: &World, dice: Option<&mut Dice>) {
         let now = Timestamp(world.now.0.saturating_add_signed(self.skew));
         let view = shown(&self.seen, world.sabotage);
-        let mut changes = match object {
-            Object::Pool(name) => pool::decide(&view, name, now),
-            Object::Reservation(uid) => reservation::decide(&view, uid, now),
-            Object::Image(name) => image::decide(&view, name, now),
-            Object::Import(name) => import::decide(&view, name, now),
+        let asked = match object {
+            Object::Reservation(uid) => rounds::asked(&view, uid),
+            _ => None,
         };
-        let ledgers = changes.iter().filter(|change| matches!(change, Change::WriteLedger { .. })).count();
-        assert!(ledgers <= 1, "one ledger write in a pass: {changes:?}");
+        let left = match (asked, object) {
+            (Some(asked), _) => rounds::round(&view, asked, dice, now),
+            (None, Object::Pool(name)) => Left::one(pool::decide(&view, name, now)),
+            (None, Object::Reservation(uid)) => Left::one(reservation::decide(&view, uid, now)),
+            (None, Object::Image(name)) => Left::one(image::decide(&view, name, now)),
+            (None, Object::Import(name)) => Left::one(import::decide(&view, name, now)),
+        };
         drop(view);
-        self.accused = changes.iter().find_map(|change| self.judge(world, change));
-        changes.reverse();
-        changes
+        self.accused = left.changes().find_map(|change| self.judge(world, change));
+        self.left = left;
     }
 
-    /// Carries out the next change; the list ends with the first that is refused. Once in a while one is refused for no
+    /// Carries out the next change; a list ends with the first that is refused. Once in a while one is refused for no
     /// reason of ours, and once in a while the answer to one that was taken is lost.
     pub fn step(&mut self, world: &mut World, fault: Option<Fault>) -> bool {
-        let Some(change) = self.left.pop() else { return false };
+        let Some(change) = self.left.next(&mut world.coverage) else { return false };
         if let Some((wrong, what)) = self.accused.take() {
             world.accuse(wrong, || what);
         }
@@ -146,7 +150,7 @@ impl Operator {
         }
         if matches!(fault, Some(Fault::Refuses)) {
             world.coverage.note("refused by the API server");
-            self.left.clear();
+            self.left.failed(world.sabotage);
             return false;
         }
         let result = world.apply(&change);
@@ -159,9 +163,12 @@ impl Operator {
             world.coverage.note("lost response");
         }
         if result.is_err() || !answered {
-            self.left.clear();
-        } else if matches!(result, Ok(true)) {
-            absorb(&mut self.seen, world.objects(), &change);
+            self.left.failed(world.sabotage);
+        } else {
+            self.left.done();
+            if matches!(result, Ok(true)) {
+                absorb(&mut self.seen, world.objects(), &change);
+            }
         }
         result.unwrap_or(false)
     }

@@ -13,6 +13,8 @@ pub enum Sabotage {
     LedgerWithoutVersion,
     /// Placements are overwritten whatever version was seen.
     AssignWithoutVersion,
+    /// Operators assign what the ledger write of a round was to promise though that was refused.
+    AssignUnpromised,
     /// Operators believe that every node has given everything back.
     EarlyRelease,
     /// Promises are swept at once, without waiting until their nodes know.
@@ -48,6 +50,7 @@ impl Sabotage {
     pub const ALL: &'static [(Self, &'static str, Wrong)] = &[
         (Self::LedgerWithoutVersion, "ledger-without-compare-and-swap", Wrong::Overcommit),
         (Self::AssignWithoutVersion, "assign-without-compare-and-swap", Wrong::Overcommit),
+        (Self::AssignUnpromised, "assign-though-the-ledger-was-refused", Wrong::Overcommit),
         (Self::EarlyRelease, "early-release", Wrong::Overcommit),
         (Self::SweepWithoutRevoking, "sweep-without-revoking", Wrong::Overcommit),
         (Self::GrowthUntold, "growth-untold", Wrong::Overcommit),

@@ -72,7 +72,7 @@ fn operate(operator: &mut Operator, world: &mut super::world::World) -> bool {
     operator.look_at_all(world);
     let mut wrote = false;
     for object in operator.objects() {
-        operator.left = operator.about(&object, world);
+        operator.take_up(&object, world, None);
         let mut moved = false;
         while !operator.left.is_empty() {
             moved |= operator.step(world, None);

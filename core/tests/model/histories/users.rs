@@ -140,7 +140,7 @@ impl History {
         let operator = &mut self.operators[which];
         if operator.left.is_empty() {
             operator.look_at_all(&self.world);
-            operator.left = operator.about(&Object::Pool(pool), &self.world);
+            operator.take_up(&Object::Pool(pool), &self.world, None);
         }
     }
 

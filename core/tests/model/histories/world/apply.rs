@@ -391,9 +391,8 @@ pub fn absorb(seen: &mut View, now: &View, change: &Change) {
             let found = now.reservations.values().find(|found| found.name == *name);
             found.into_iter().for_each(|found| reservation(seen, &found.uid));
         }
-        Change::CreateImage { name, .. }
-        | Change::GiveUpImage { name, .. }
-        | Change::DeleteImage { name, .. } => {
+        // The object of an image that was made is seen when its watch shows it.
+        Change::GiveUpImage { name, .. } | Change::DeleteImage { name, .. } => {
             now.images.get(name).into_iter().for_each(|i| drop(seen.images.insert(name.clone(), i.clone())));
         }
         _ => {}
