@@ -126,6 +126,19 @@ fn a_promise_is_not_assigned_to_a_template_that_changed_since() {
 }
 
 #[test]
+fn a_volume_whose_size_was_changed_after_its_promise_begins_with_what_was_promised() {
+    let mut view = view(&[("a", 100)]);
+    let mut volume = reservation("r", 30, 0);
+    volume.access = Access::Block;
+    add(&mut view, volume);
+    hold(&mut view, "a", "r", Class::Volumes, 30);
+    for size in [30, 40, 20, 1000] {
+        view.reservations.values_mut().for_each(|request| request.max_size = Bytes(size));
+        assert!(matches!(&ask(&view, "r")[..], [Change::AssignReservation { .. }]), "{size}");
+    }
+}
+
+#[test]
 fn what_does_not_fit_waits_in_order_with_numbers() {
     let mut view = view(&[("a", 100)]);
     hold(&mut view, "a", "x", Class::Images, 60);

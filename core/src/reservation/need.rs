@@ -72,22 +72,30 @@ impl Need {
     /// For the reservation itself, in a pool with such blocks: whole ones, what maps them, and for a directory the file
     /// system that it lies in.
     pub fn own_in(&self, block: Option<BlockSize>) -> Promise {
-        let (plain, data) = (self.own.charge, self.own.charge.data);
-        let charge = match (block, self.access) {
-            (None, _) | (Some(_), Access::Stream) => plain,
-            (Some(block), Access::File) => directory_charge(data, block),
-            (Some(block), Access::Block) => volume_charge(data, block),
-        };
-        Promise { charge, ..self.own.clone() }
+        Promise { charge: self.charge_of(self.own.charge.data, block), ..self.own.clone() }
     }
 
-    /// True if `entry` is what would be promised in this pool; of a pool that is gone, if it is enough.
-    pub(super) fn is_met_by(&self, entry: &Promise, pool: Option<&PoolView>) -> bool {
-        let class = entry.class == self.own.class;
-        match pool {
-            Some(pool) => class && entry.charge == self.own_in(pool.block).charge,
-            None => class && entry.charge.data >= self.own.charge.data,
+    fn charge_of(&self, data: Bytes, block: Option<BlockSize>) -> Charge {
+        match (block, self.access) {
+            (None, _) | (Some(_), Access::Stream) => Charge { data, metadata: Bytes::ZERO },
+            (Some(block), Access::File) => directory_charge(data, block),
+            (Some(block), Access::Block) => volume_charge(data, block),
         }
+    }
+
+    /// True if `entry` is what would be promised in this pool; of a pool that is gone, if it is enough. The size of a volume may
+    /// have been changed since it was promised: it begins with that, if its image fits, and grows from there.
+    pub(super) fn is_met_by(&self, entry: &Promise, pool: Option<&PoolView>) -> bool {
+        let image = self.image.as_ref().map_or(Bytes::ZERO, |need| need.image.virtual_size);
+        let data = match self.access {
+            Access::Block => entry.charge.data.max(image),
+            Access::File | Access::Stream => self.own.charge.data,
+        };
+        let enough = match pool {
+            Some(pool) => entry.charge == self.charge_of(data, pool.block),
+            None => entry.charge.data >= data,
+        };
+        enough && entry.class == self.own.class
     }
 
     /// What it counts as.
