@@ -61,6 +61,9 @@ pub(super) fn decide(
     let (reason, message) = where_it_stands(view, reservation, place, state, now);
     let mut told = ReservationReport { expires, ..ReservationReport::new(state, reason, message) };
     let mut look = expires.map(|time| Change::RetryAfter { millis: time.millis_since(now).max(SOON_MILLIS) });
+    if growth == Some(Growth::Leaders) {
+        return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
+    }
     if let Some(Growth::Refused { reason, message, shortfall }) = growth {
         told = ReservationReport { reason, message, shortfall, ..told };
         look = look.or(Some(Change::RetryAfter { millis: LOOK_MILLIS }));

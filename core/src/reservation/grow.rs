@@ -13,7 +13,7 @@ use crate::thin::volume_charge;
 use crate::units::Bytes;
 use crate::view::{Access, LedgerView, Placement, PoolView, ReservationView, View};
 
-use super::place::stopped;
+use super::place::{full, stopped};
 use super::tenant::{self, Holdings};
 
 /// What is done about a volume that is to become larger.
@@ -21,6 +21,8 @@ use super::tenant::{self, Holdings};
 pub(super) enum Growth {
     /// The ledger's entry becomes larger.
     Promise(Box<Change>),
+    /// It is for the operator that leads to say: it alone counts what the limits of a namespace bound.
+    Leaders,
     /// Not now.
     Refused {
         /// Why.
@@ -45,6 +47,9 @@ pub(super) fn decide(view: &View, reservation: &ReservationView, place: &Placeme
     let charge = asked(reservation, pool);
     if charge.data <= held.charge.data {
         return None;
+    }
+    if !view.leader && tenant::is_limited(view, pool, &reservation.claim_namespace) {
+        return Some(Growth::Leaders);
     }
     let larger = Promise { charge, ..held.clone() };
     Some(match refusal(view, reservation, pool, ledger, &larger) {
@@ -85,7 +90,7 @@ fn refusal(
         return Some((Reason::PoolAreaFailed, format!("{at} cannot be used"), None));
     };
     let new = [(reservation.uid.clone(), larger.clone())];
-    if let Some(stopped) = stopped(report, &new) {
+    if let Some(stopped) = stopped(report, &new).or_else(|| full(report, ledger, &new)) {
         return Some((stopped.reason(), format!("{at} {stopped}"), None));
     }
     if let Err(shortfall) = fits_empty(&ledger.capacity, &new) {
@@ -98,7 +103,7 @@ fn refusal(
     })
 }
 
-/// What the limits of its namespace have against it. The leader alone judges them.
+/// What the limits of its namespace have against it.
 fn limited(
     view: &View,
     reservation: &ReservationView,
@@ -109,13 +114,6 @@ fn limited(
     let namespace = &reservation.claim_namespace;
     if !tenant::is_limited(view, pool, namespace) {
         return None;
-    }
-    if !view.leader {
-        return Some((
-            Reason::TenantLimit,
-            "the limits of its namespace are being looked at".to_owned(),
-            None,
-        ));
     }
     if let Some(hidden) = tenant::unjudged(view, pool, namespace) {
         return Some((Reason::ObjectUnreadable, hidden, None));
@@ -135,6 +133,8 @@ mod tests {
     use crate::fixture::{add, at, hold, placed, reservation, view};
     use crate::ids::{NodeName, PoolName, Uid};
     use crate::ledger::Class;
+    use crate::overcommit::Percent;
+    use crate::thin::{PoolMode, PoolState, ThinState, Usage};
     use crate::units::Timestamp;
     use crate::view::{ReservationState, TenantLimit};
 
@@ -211,7 +211,31 @@ mod tests {
         assert_eq!((report.reason, report.shortfall), (Reason::TenantLimit, Some(Bytes(1))));
         let mut other = limited(50);
         other.leader = false;
-        assert_eq!(told(&other).reason, Reason::TenantLimit);
+        assert!(
+            matches!(&changes(&other)[..], [Change::RetryAfter { .. }]),
+            "nothing is said that the leader may deny"
+        );
+    }
+
+    #[test]
+    fn overcommitted_volumes_that_have_written_all_are_promised_no_more() {
+        let mut view = asked_for(70);
+        let usage = |used| Usage { used: Bytes(used), total: Bytes(1000) };
+        let well =
+            PoolState { mode: PoolMode::ReadWrite, needs_check: false, data: usage(0), metadata: usage(0) };
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        ledger.capacity.overcommit.percent = Percent::new(150).expect("in range");
+        let mut written = |used| {
+            let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
+            let volumes = PoolState { data: usage(used), ..well };
+            node.pools.get_mut(&PoolName::from("p")).expect("there").thin =
+                Some(ThinState { images: well, volumes });
+            changes(&view)
+        };
+        assert!(matches!(&written(999)[..], [Change::WriteLedger { .. }]), "{:?}", written(999));
+        let full = written(1000);
+        let [Change::ReportReservation { report, .. }, ..] = &full[..] else { panic!("{full:?}") };
+        assert_eq!(report.reason, Reason::DataAlmostFull);
     }
 
     #[test]

@@ -254,7 +254,7 @@ pub(super) fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<
 }
 
 /// The kernel pool of volumes, if these have to take some of this and are overcommitted and full.
-fn full(report: &NodePoolState, ledger: &LedgerView, all: &[(Uid, Promise)]) -> Option<Stopped> {
+pub(super) fn full(report: &NodePoolState, ledger: &LedgerView, all: &[(Uid, Promise)]) -> Option<Stopped> {
     let volumes =
         |(_, promise): &(Uid, Promise)| promise.class == Class::Volumes && promise.charge.data > Bytes::ZERO;
     let concerned = ledger.capacity.overcommit.is_over() && all.iter().any(volumes);
