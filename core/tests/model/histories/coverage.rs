@@ -57,6 +57,7 @@ const FLOORS: &[(&str, u64)] = &[
     ("restore", 100),
     ("slipped past a finalizer", 10),
     ("volume grown", 10),
+    ("volumes promised more than is there", 50),
     ("write to a file", 50),
 ];
 

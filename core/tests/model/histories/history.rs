@@ -14,6 +14,8 @@ use super::world::{Kind, NODES, POOLS, World};
 
 /// Of the two waves of a history.
 const OPERATIONS: [usize; 2] = [110, 40];
+/// How far volumes are overcommitted in the pool of kernel pools, in one history or another.
+const PERCENTS: [u32; 4] = [100, 100, 150, 400];
 /// How many backups are kept.
 const BACKUPS: usize = 2;
 
@@ -31,11 +33,12 @@ type Result = std::result::Result<(), (Wrong, String)>;
 
 impl History {
     pub fn new(seed: u64, sabotage: Sabotage) -> Self {
-        let mut world = World::new(sabotage);
+        let mut dice = Dice::new(seed);
+        let mut world = World::new(sabotage, PERCENTS[dice.below(PERCENTS.len())]);
         let nodes = NODES.iter().map(|name| Node::new(name, &world)).collect();
         let operators = [Operator::start(&world, true, 0), Operator::start(&world, false, 0)];
         world.beats.values_mut().for_each(|beats| *beats += 1);
-        Self { world, operators, nodes, dice: Dice::new(seed), backups: Vec::new(), excused: Excused::new() }
+        Self { world, operators, nodes, dice, backups: Vec::new(), excused: Excused::new() }
     }
 
     pub fn into_world(self) -> World {

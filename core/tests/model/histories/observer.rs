@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 
 use berth_core::check::{Finding, check};
 use berth_core::ids::{NodeName, PoolName, Uid};
-use berth_core::ledger::Class;
 use berth_core::node::view::AreaView;
 use berth_core::view::{LedgerView, ReservationState, ReservationView, View};
 
-use super::node::{Disk, Node};
-use super::sums::{fitting, overgrown};
-use super::world::{NODE_BYTES, World};
+use super::node::Node;
+use super::sums::{fitting, held_too_much, overgrown, promised_too_much};
+use super::world::World;
 
 /// What must never happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,21 +29,24 @@ pub type Excused = BTreeSet<(PoolName, NodeName)>;
 
 /// The first thing that does not hold now.
 pub fn overcommitted(world: &World, nodes: &[Node], excused: &Excused) -> Option<String> {
-    if let Some(found) = world.objects().ledgers.values().find_map(promised_too_much) {
+    let pools = &world.objects().pools;
+    let mut ledgers = world.objects().ledgers.values();
+    let thin = |ledger: &LedgerView| pools.get(&ledger.pool).is_some_and(|pool| pool.block.is_some());
+    if let Some(found) = ledgers.find_map(|ledger| promised_too_much(ledger, thin(ledger), world.percent)) {
         return Some(found);
     }
     for node in nodes {
         for (pool, disk) in &node.disks {
             let Some(area) = node.view.pools.get(pool).and_then(|pool| pool.area.as_ref()) else { continue };
             let place = (pool.clone(), node.view.node.clone());
-            if let Some(found) = held_too_much(area, disk) {
+            if let Some(found) = held_too_much(area, disk, world.percent) {
                 return Some(format!("node {}, pool {pool}: {found}", place.1));
             }
             let Some(ledger) = world.objects().ledgers.get(&place).filter(|_| !excused.contains(&place))
             else {
                 continue;
             };
-            if let Some(found) = unpromised(area, ledger).or_else(|| overgrown(disk, ledger)) {
+            if let Some(found) = unpromised(area, ledger).or_else(|| overgrown(disk, ledger, world.percent)) {
                 return Some(format!("node {}, pool {pool}: {found}", place.1));
             }
         }
@@ -54,46 +56,14 @@ pub fn overcommitted(world: &World, nodes: &[Node], excused: &Excused) -> Option
         return Some(format!("{uid} was given {places:?}"));
     }
     let lost = |finding: &Finding| match finding {
-        Finding::Unpromised { reservation, .. } => {
+        Finding::Unpromised { reservation, place } => {
             let found = world.objects().reservation_named(reservation);
-            found.is_some_and(|found| world.lost_promises.contains(&found.uid))
+            found.is_some_and(|found| world.has_lost(&found.uid, place))
         }
         _ => false,
     };
     let grave = check(world.objects()).into_iter().find(|finding| !finding.may_pass() && !lost(finding));
     grave.map(|finding| finding.to_string())
-}
-
-fn promised_too_much(ledger: &LedgerView) -> Option<String> {
-    let sum = |class: Option<Class>| -> u64 {
-        let entries = ledger.promises.values().filter(|p| class.is_none_or(|class| p.class == class));
-        entries.map(|promise| promise.charge.data.0).sum()
-    };
-    let capacity = &ledger.capacity;
-    let bounds = [
-        (sum(Some(Class::Images)), capacity.images),
-        (sum(Some(Class::Volumes)), capacity.volumes),
-        (sum(None), capacity.total),
-    ];
-    let over = bounds.into_iter().find(|(sum, bound)| *sum > bound.data.0 || bound.data.0 > NODE_BYTES)?;
-    Some(format!("{}: {} promised of {:?} of {NODE_BYTES}", ledger.name, over.0, over.1))
-}
-
-/// Every byte lies there under a promise that the node obeys, and those are no more than there is room for.
-fn held_too_much(area: &AreaView, disk: &Disk) -> Option<String> {
-    let obeyed: u64 = area.promises.values().filter(|p| !p.released).map(|p| p.data.0).sum();
-    if obeyed > NODE_BYTES {
-        return Some(format!("{obeyed} obeyed of {NODE_BYTES}"));
-    }
-    let used: u64 = disk.bytes.values().map(|bytes| bytes.0).sum();
-    if used > NODE_BYTES {
-        return Some(format!("{used} lie there, of {NODE_BYTES}"));
-    }
-    disk.bytes.iter().find_map(|(uid, bytes)| {
-        let promised = area.promises.get(uid).filter(|promise| !promise.released).map(|promise| promise.data);
-        let what = || format!("{bytes} of {uid} lie there, {promised:?} are promised");
-        promised.is_none_or(|promised| promised < *bytes).then(what)
-    })
 }
 
 /// A promise that the node obeys and its ledger does not have.
@@ -144,16 +114,16 @@ pub fn unsettled(world: &World, nodes: &[Node]) -> Option<String> {
         }
     }
     waiting.sort_by_key(|waiting| (waiting.created, &waiting.uid));
-    waits_for_nothing(objects, &waiting)
+    waits_for_nothing(objects, &waiting, world.percent)
 }
 
 /// A request that fits, and that nobody is ahead of: the only one, or the oldest where all are alike.
-fn waits_for_nothing(objects: &View, waiting: &[&ReservationView]) -> Option<String> {
+fn waits_for_nothing(objects: &View, waiting: &[&ReservationView], percent: u64) -> Option<String> {
     let first = waiting.first()?;
     let alike = waiting
         .iter()
         .all(|other| (other.priority, &other.claim_namespace) == (first.priority, &first.claim_namespace));
-    let fits = if alike { fitting(objects, first) } else { None };
+    let fits = if alike { fitting(objects, first, percent) } else { None };
     fits.map(|place| format!("{} waits although it fits {place}", first.name))
 }
 

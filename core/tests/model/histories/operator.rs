@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use berth_core::change::Change;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
+use berth_core::overcommit::Percent;
 use berth_core::units::Timestamp;
 use berth_core::view::{Access, ImageView, View};
 use berth_core::{image, import, pool, reservation};
@@ -255,6 +256,14 @@ fn shown(seen: &View, sabotage: Sabotage) -> Cow<'_, View> {
                 node.into_iter().for_each(|report| report.released.extend(given_back.clone()));
             }
         }
+        Sabotage::MetadataTwice => reports(view.to_mut(), &|report| {
+            report.thin.iter_mut().flat_map(|thin| [&mut thin.images, &mut thin.volumes]).for_each(|pool| {
+                pool.metadata.total.0 *= 2;
+            });
+        }),
+        Sabotage::OvercommitTwice => view.to_mut().pools.values_mut().for_each(|pool| {
+            pool.overcommit = Percent::from(pool.overcommit.get() * 2);
+        }),
         Sabotage::ExpireInUse => reports(view.to_mut(), &|report| report.in_use.clear()),
         Sabotage::EvictByRecency => view.to_mut().reservations.values_mut().for_each(|reservation| {
             reservation.assigned_image = None;

@@ -21,6 +21,10 @@ pub enum Sabotage {
     SweepWithoutRevoking,
     /// Nodes do not say what their kernel pools have grown to.
     GrowthUntold,
+    /// Operators take metadata devices for twice as large as they are.
+    MetadataTwice,
+    /// Operators overcommit volumes by twice as much as the policy says.
+    OvercommitTwice,
     /// References that something uses end like any other.
     ExpireInUse,
     /// Images go by how long they were not used alone.
@@ -54,6 +58,8 @@ impl Sabotage {
         (Self::EarlyRelease, "early-release", Wrong::Overcommit),
         (Self::SweepWithoutRevoking, "sweep-without-revoking", Wrong::Overcommit),
         (Self::GrowthUntold, "growth-untold", Wrong::Overcommit),
+        (Self::MetadataTwice, "metadata-counted-twice", Wrong::Overcommit),
+        (Self::OvercommitTwice, "overcommit-beyond-the-policy", Wrong::Overcommit),
         (Self::ExpireInUse, "expiry-of-a-live-holder", Wrong::EvictedInUse),
         (Self::EvictByRecency, "eviction-by-recency-alone", Wrong::EvictedInUse),
         (Self::EvictOnlyCopy, "eviction-of-the-only-copy", Wrong::LostOnlyCopy),

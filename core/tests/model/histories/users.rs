@@ -57,6 +57,11 @@ impl History {
         asked.when_full = self.dice.once_in(4).then_some(WhenFull::Reject);
         asked.ttl_millis = self.dice.once_in(4).then_some(60_000);
         asked.priority = i32::from(self.dice.once_in(6));
+        if self.world.percent > 100 && self.dice.once_in(2) {
+            // Where volumes may be promised more than is there, they crowd on one node until they are.
+            (asked.access, asked.pools) = (Access::Block, PoolChoice::Named(PoolName::from("q")));
+            asked.node = Some(NodeName::from("a"));
+        }
         if asked.access == Access::File && self.dice.once_in(2) {
             let file = NodeFile { fetches: self.dice.once_in(2), failed: false, discards: false };
             self.world.files.insert(uid.clone(), file);

@@ -1,7 +1,6 @@
 //! The steps of a plan, carried out in memory, and the work that they start.
 
 use berth_core::ids::{Digest, PoolName, Uid};
-use berth_core::ledger::{Class, Promise};
 use berth_core::node::view::{
     AreaView, HeldFile, HeldImage, HeldVolume, HeldWorkDir, JobKey, JobKind, ObeyedPromise, Shown,
 };
@@ -12,6 +11,7 @@ use berth_core::view::DurableImage;
 use super::{Disk, Node, job};
 use crate::histories::observer::Wrong;
 use crate::histories::sabotage::Sabotage;
+use crate::histories::sums::{charged, obeyed};
 use crate::histories::world::{Kind, UNIT, World};
 
 /// A step that could not be carried out now.
@@ -37,10 +37,15 @@ impl Node {
             Step::PreparePool { pool } => {
                 self.view.pools.get_mut(pool).ok_or(Failed)?.area = Some(AreaView::default());
             }
-            Step::Obey { pool, lineage, revision, promises, .. } => {
+            Step::Obey { pool, lineage, revision, overcommit, promises } => {
                 let place = self.place(pool)?;
                 (place.area.lineage, place.area.revision) = (Some(lineage.clone()), *revision);
-                promises.iter().for_each(|(uid, promise)| place.area.obey(place.disk, uid, promise));
+                promises.iter().for_each(|(uid, promise)| {
+                    place.area.promises.insert(uid.clone(), ObeyedPromise::new(promise));
+                    place.disk.promises.insert(uid.clone(), promise.clone());
+                });
+                place.disk.overcommit = (u64::from(overcommit.percent.get()), overcommit.attain.0);
+                place.disk.grow(place.area);
             }
             Step::MakeWorkDir { pool, reservation, generation, bytes } => {
                 let place = self.place(pool)?;
@@ -280,20 +285,14 @@ impl Node {
     }
 }
 
-/// What an area does with a promise that it obeys from now on.
-trait Obeys {
-    fn obey(&mut self, disk: &mut Disk, uid: &Uid, promise: &Promise);
-}
-
-impl Obeys for AreaView {
-    fn obey(&mut self, disk: &mut Disk, uid: &Uid, promise: &Promise) {
-        self.promises.insert(uid.clone(), ObeyedPromise::new(promise));
-        disk.promises.insert(uid.clone(), promise.clone());
-        if disk.thin {
-            for (at, class) in [Class::Images, Class::Volumes].into_iter().enumerate() {
-                let held = self.promises.values().filter(|p| p.class == class && !p.released);
-                disk.grown[at] = disk.grown[at].max(held.map(|promise| promise.data.0).sum());
-            }
+impl Disk {
+    /// The kernel pools become as large as what is obeyed counts for.
+    fn grow(&mut self, area: &AreaView) {
+        if self.thin {
+            let [images, volumes] = obeyed(area);
+            let (percent, attain) = self.overcommit;
+            let counts = if percent > 100 { charged(volumes, percent).max(attain) } else { volumes };
+            self.grown = [self.grown[0].max(images), self.grown[1].max(counts)];
         }
     }
 }

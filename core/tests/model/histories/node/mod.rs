@@ -31,6 +31,8 @@ pub struct Disk {
     pub origins: BTreeMap<Uid, Digest>,
     /// What the kernel pools have grown to, where the pool has any: they never shrink.
     pub grown: [u64; 2],
+    /// How far the ledger that is obeyed overcommits volumes: its percentage, and what their kernel pool may become anyhow.
+    pub overcommit: (u64, u64),
     pub thin: bool,
 }
 

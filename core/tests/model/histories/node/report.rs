@@ -40,7 +40,7 @@ impl Node {
         for (name, state) in &mut pools {
             let pool = &self.view.pools[name];
             if let Some(area) = &pool.area {
-                tell(state, pool, area, &self.disks[name], world.sabotage);
+                tell(state, pool, area, &self.disks[name], world);
             }
         }
         let differs = pools != known.pools;
@@ -109,11 +109,11 @@ impl Node {
     }
 }
 
-fn tell(state: &mut NodePoolState, pool: &PoolOnNode, area: &AreaView, disk: &Disk, sabotage: Sabotage) {
+fn tell(state: &mut NodePoolState, pool: &PoolOnNode, area: &AreaView, disk: &Disk, world: &World) {
     state.lineage.clone_from(&area.lineage);
     state.obeyed_revision = area.revision;
-    if disk.thin && sabotage != Sabotage::GrowthUntold {
-        state.thin = Some(grown(disk.grown));
+    if disk.thin && world.sabotage != Sabotage::GrowthUntold {
+        state.thin = Some(grown(disk.grown, world.percent));
     }
     let of = |released: bool| {
         let those = area.promises.iter().filter(move |(_, promise)| promise.released == released);

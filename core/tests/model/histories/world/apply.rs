@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use berth_core::change::{Change, ReservationReport};
 use berth_core::ids::{Lineage, ObjectName, Uid, ledger_name};
-use berth_core::ledger::{Holder, Promise};
+use berth_core::ledger::{Class, Holder, Promise};
 use berth_core::units::{Generation, Timestamp};
 use berth_core::view::{
     AssignedImage, ImageView, LedgerCapacity, LedgerView, ObjectVersion, Placement, PoolChoice,
     ReservationState, ReservationView, View, WhenFull,
 };
 
-use super::{Kind, World};
+use super::{Kind, NODE_BYTES, World};
 use crate::histories::sabotage::Sabotage;
 
 /// Another writer was faster, or the object is gone: the list of changes ends.
@@ -112,7 +112,10 @@ impl World {
         if swept {
             ledger.promises.retain(|_, promise| promise.revoked.is_none());
         }
+        let volumes = ledger.promises.values().filter(|promise| promise.class == Class::Volumes);
+        let beyond = volumes.map(|promise| promise.charge.data.0).sum::<u64>() > NODE_BYTES;
         (0..over).for_each(|_| self.coverage.note("orphan swept"));
+        (0..u8::from(beyond)).for_each(|_| self.coverage.note("volumes promised more than is there"));
         Ok(true)
     }
 

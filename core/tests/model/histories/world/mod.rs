@@ -9,11 +9,12 @@ use berth_core::change::ReservationReport;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::ledger::{Holder, Promise};
 use berth_core::node::view::NodeFile;
+use berth_core::overcommit::Percent;
 use berth_core::reason::Reason;
 use berth_core::thin::BlockSize;
 use berth_core::units::{Bytes, Timestamp};
 use berth_core::view::{
-    NodeLossPolicy, NodeState, ObjectVersion, Placement, PoolView, StoreView, View, WhenFull,
+    NodeLossPolicy, NodeState, ObjectVersion, Placement, PoolView, ReservationView, StoreView, View, WhenFull,
 };
 
 use super::coverage::Coverage;
@@ -27,8 +28,11 @@ pub const NAMESPACES: [&str; 2] = ["ns", "shop"];
 /// What sizes are counted in: much more than a block, so that all of them bound and are bounded.
 pub const UNIT: u64 = 64 << 20;
 pub const NODE_BYTES: u64 = 100 * UNIT;
-/// Of each kernel pool's metadata device: enough for most of what its data can hold, but not for all.
-const METADATA: Bytes = Bytes::kib(6500);
+/// Of each kernel pool: enough for most of what its data can hold, but not for all; more where volumes are promised so many
+/// percent of that.
+pub const fn metadata_device(percent: u64) -> Bytes {
+    Bytes::kib(65 * percent)
+}
 /// How many of the last operations are told of a history that fails.
 const TOLD: usize = 40;
 
@@ -66,8 +70,11 @@ pub struct World {
     pub placements: BTreeMap<Uid, BTreeSet<Placement>>,
     /// Holders whose bytes somebody has given up: by deleting them, or by a rule that allows it.
     pub given_up: BTreeSet<Uid>,
-    /// Holders whose ledger was restored, deleted by hand or given up, so that it may not promise what they were assigned.
-    pub lost_promises: BTreeSet<Uid>,
+    /// Holders, each with the place whose ledger was restored, deleted by hand or given up, so that it may not promise them there what
+    /// they were assigned.
+    pub lost_promises: BTreeSet<(Uid, PoolName, NodeName)>,
+    /// The pool of kernel pools promises volumes so many percent of what is there.
+    pub percent: u64,
     /// Where nodes hold something, or may come to obey it, that a restore made everybody forget: see [`World::forget`].
     pub forgotten: BTreeSet<(Uid, PoolName, NodeName)>,
     /// The same, of nodes that have not reported since: it counts only if they are lost before they do.
@@ -81,15 +88,19 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(sabotage: Sabotage) -> Self {
+    pub fn new(sabotage: Sabotage, percent: u32) -> Self {
         let mut objects = View::default();
         objects.pools.insert(PoolName::from("p"), objects::pool("p", WhenFull::Queue));
-        let thin = PoolView { block: Some(BlockSize::DEFAULT), ..objects::pool("q", WhenFull::Reject) };
+        let thin = PoolView {
+            block: Some(BlockSize::DEFAULT),
+            overcommit: Percent::from(percent),
+            ..objects::pool("q", WhenFull::Reject)
+        };
         objects.pools.insert(PoolName::from("q"), thin);
         let release = |pool: &mut PoolView| pool.node_loss = NodeLossPolicy::Release;
         objects.pools.get_mut(&PoolName::from("q")).map(release);
         for name in NODES {
-            let node = node(name);
+            let node = node(name, u64::from(percent));
             objects.nodes.insert(node.name.clone(), node);
         }
         objects.kube_nodes = Some(NODES.into_iter().map(NodeName::from).collect());
@@ -116,6 +127,7 @@ impl World {
             placements: BTreeMap::new(),
             given_up: BTreeSet::new(),
             lost_promises: BTreeSet::new(),
+            percent: u64::from(percent),
             forgotten: BTreeSet::new(),
             untold: BTreeMap::new(),
             wrong: None,
@@ -218,15 +230,21 @@ impl World {
         gone.is_some_and(|gone| gone.assignment.is_some())
     }
 
-    /// Whoever is assigned to this place may have lost the promise.
+    /// Whoever is assigned to this place, or is promised something there, may have lost that.
     pub fn lose_promises(&mut self, pool: &PoolName, node: &NodeName) {
         let all = self.objects.reservations.values();
         let here = all.filter(|found| {
             found.assignment.as_ref().is_some_and(|place| place.pool == *pool && place.node == *node)
         });
-        self.lost_promises.extend(here.map(|found| found.uid.clone()));
         let ledger = self.objects.ledgers.get(&(pool.clone(), node.clone()));
-        self.lost_promises.extend(ledger.iter().flat_map(|ledger| ledger.promises.keys().cloned()));
+        let promised = ledger.iter().flat_map(|ledger| ledger.promises.keys());
+        let lost = here.map(|found| &found.uid).chain(promised);
+        self.lost_promises.extend(lost.map(|uid| (uid.clone(), pool.clone(), node.clone())));
+    }
+
+    /// True if the ledger of the place where this is assigned was lost since it may have promised it, or its image, something.
+    pub fn has_lost(&self, uid: &Uid, place: &Placement) -> bool {
+        self.lost_promises.contains(&(uid.clone(), place.pool.clone(), place.node.clone()))
     }
 
     /// A person deletes images that no template has any more, and that nobody gave up as it went. True if there were any.
@@ -240,22 +258,33 @@ impl World {
         forgotten > 0
     }
 
-    /// A person deletes what an operator says to be lost, to fit no more since its ledger was lost, or to lack an image whose
-    /// template is gone. True if there was any.
+    /// A person deletes what an operator says to be lost, to fit no more since the ledger of its place was lost, or to lack an image
+    /// since then whose template is gone. True if there was any.
     pub fn delete_lost(&mut self) -> bool {
-        let is_lost = |uid: &Uid| {
-            let reason = self.reports.get(uid).map(|report| report.reason);
-            let (space, template) = (Reason::InsufficientCapacity, Reason::TemplateNotFound);
-            reason.is_some_and(|told| [Reason::VolumeLost, Reason::FileLost, space, template].contains(&told))
-        };
-        let all = self.objects.reservations.values();
-        let lost = all.filter(|found| !found.deleting && found.assignment.is_some() && is_lost(&found.uid));
+        let all = self.objects.reservations.values().filter(|found| !found.deleting);
+        let lost =
+            all.filter(|found| found.assignment.as_ref().is_some_and(|place| self.is_lost(found, place)));
         let lost: Vec<Uid> = lost.map(|found| found.uid.clone()).collect();
         lost.iter().for_each(|uid| {
             self.coverage.note("lost with a restore");
             self.delete_reservation(uid);
         });
         !lost.is_empty()
+    }
+
+    fn is_lost(&self, found: &ReservationView, place: &Placement) -> bool {
+        let ledger = self.objects.ledger_at(place);
+        let promised = |uid: &Uid| ledger.is_some_and(|ledger| ledger.promises.contains_key(uid));
+        let image = found.assigned_image.as_ref().map(|image| self.objects.images.get(&image.staged_image));
+        let lacks_image = image.is_some_and(|image| image.is_none_or(|image| !promised(&image.uid)));
+        let told = self.reports.get(&found.uid).map(|report| report.reason);
+        self.has_lost(&found.uid, place)
+            && match told {
+                Some(Reason::VolumeLost | Reason::FileLost) => true,
+                Some(Reason::InsufficientCapacity) => !promised(&found.uid) || lacks_image,
+                Some(Reason::TemplateNotFound) => lacks_image,
+                _ => false,
+            }
     }
 
     /// What a node holds, or may come to obey, after a restore. A reservation that has another place by the restored objects, as
@@ -339,7 +368,7 @@ impl World {
 }
 
 /// A node that carries the pool of directories, except for the last one, and the pool of kernel pools.
-fn node(name: &str) -> NodeState {
+fn node(name: &str, percent: u64) -> NodeState {
     let pools: &[&str] = if name == "c" { &["q"] } else { &POOLS };
     NodeState {
         name: NodeName::from(name),
@@ -348,6 +377,9 @@ fn node(name: &str) -> NodeState {
         reported: true,
         silent: false,
         zone: None,
-        pools: pools.iter().map(|pool| (PoolName::from(*pool), objects::report(*pool == "q"))).collect(),
+        pools: pools
+            .iter()
+            .map(|pool| (PoolName::from(*pool), objects::report((*pool == "q").then_some(percent))))
+            .collect(),
     }
 }

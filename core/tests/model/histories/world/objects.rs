@@ -12,7 +12,7 @@ use berth_core::view::{
     PoolChoice, PoolView, ReclaimPolicy, Service, Strategy, WhenFull,
 };
 
-use super::{METADATA, NODE_BYTES};
+use super::{NODE_BYTES, metadata_device};
 
 pub fn pool(name: &str, when_full: WhenFull) -> PoolView {
     PoolView {
@@ -37,7 +37,8 @@ pub fn pool(name: &str, when_full: WhenFull) -> PoolView {
     }
 }
 
-pub fn report(thin: bool) -> NodePoolState {
+/// What a node says of a new pool; where it is of kernel pools, volumes are promised so many percent.
+pub fn report(thin: Option<u64>) -> NodePoolState {
     NodePoolState {
         usable: true,
         reason: Reason::Ready,
@@ -45,7 +46,7 @@ pub fn report(thin: bool) -> NodePoolState {
         total: Bytes(NODE_BYTES),
         used: Bytes::ZERO,
         advisory: false,
-        thin: thin.then(|| grown([0, 0])),
+        thin: thin.map(|percent| grown([0, 0], percent)),
         lineage: None,
         obeyed_revision: 0,
         released: BTreeMap::new(),
@@ -56,12 +57,12 @@ pub fn report(thin: bool) -> NodePoolState {
 }
 
 /// What a node says of kernel pools whose data has grown to this.
-pub fn grown(data: [u64; 2]) -> ThinState {
+pub fn grown(data: [u64; 2], percent: u64) -> ThinState {
     let [images, volumes] = data.map(|data| PoolState {
         mode: PoolMode::ReadWrite,
         needs_check: false,
         data: Usage { used: Bytes::ZERO, total: Bytes(data) },
-        metadata: Usage { used: Bytes::ZERO, total: METADATA },
+        metadata: Usage { used: Bytes::ZERO, total: metadata_device(percent) },
     });
     ThinState { images, volumes }
 }
