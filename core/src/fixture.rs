@@ -14,7 +14,7 @@ use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy,
     NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy,
-    ReservationState, ReservationView, Service, Strategy, View, WhenFull,
+    ReservationState, ReservationView, Service, StoreView, Strategy, View, WhenFull,
 };
 
 pub const HOUR: u64 = 3_600_000;
@@ -85,9 +85,20 @@ pub fn pool(name: &str) -> PoolView {
     }
 }
 
-/// Nodes that carry pool `p`, with ledgers of these sizes.
+/// The image store of [`template`]: `ns/store`.
+pub fn store() -> StoreView {
+    StoreView {
+        name: ObjectName::new("ns", "store"),
+        version: ObjectVersion("1".to_owned()),
+        assignment: None,
+        deleting: false,
+    }
+}
+
+/// Nodes that carry pool `p`, with ledgers of these sizes, and an image store.
 pub fn view(nodes: &[(&str, u64)]) -> View {
     let mut view = View { leader: true, ..View::default() };
+    view.stores.insert(store().name, store());
     view.pools.insert(PoolName::from("p"), pool("p"));
     for (name, total) in nodes {
         let node = NodeState {

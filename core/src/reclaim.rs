@@ -14,7 +14,7 @@ use crate::lost;
 use crate::reservation::{is_waiting, wants_image};
 use crate::retire::{is_leaving, leaving, retire};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{ImageView, LedgerView, PoolView, ReservationView, Service, View};
+use crate::view::{ImageView, ImportView, LedgerView, PoolView, ReservationView, Service, View};
 
 /// How many images of one ledger are removed in one pass.
 const AT_ONCE: usize = 256;
@@ -91,14 +91,18 @@ impl<'v> Needs<'v> {
     }
 }
 
-/// True if the image may go without being lost: it is durable in an image store, or its template was deleted.
+/// True if the image may go without being lost: it is durable in an image store that is there to stay, or its template was
+/// deleted. Where the store is gone, or goes, nobody could fetch the image again.
 pub fn has_other_copy(view: &View, image: &ImageView) -> bool {
-    let durable = |digest: &Digest| {
-        view.imports.values().any(|import| {
-            !import.deleting && import.durable.as_ref().is_some_and(|durable| durable.digest == *digest)
-        })
-    };
-    image.given_up || durable(&image.digest)
+    let stays = |import: &ImportView| view.stores.get(&import.store).is_some_and(|store| !store.deleting);
+    image.given_up || templates_of(view, &image.digest).any(stays)
+}
+
+/// The templates that stay and have this image.
+pub(crate) fn templates_of<'v>(view: &'v View, digest: &Digest) -> impl Iterator<Item = &'v ImportView> {
+    view.imports.values().filter(move |import| {
+        !import.deleting && import.durable.as_ref().is_some_and(|durable| durable.digest == *digest)
+    })
 }
 
 /// Since when nothing has been made from it.

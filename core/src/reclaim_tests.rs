@@ -1,12 +1,12 @@
 use super::*;
-use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, template, thin_view, view};
+use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, store, template, thin_view, view};
 use crate::ids::{NodeName, ObjectName, PoolName};
 use crate::ledger::Class;
 use crate::reason::Reason;
 use crate::reservation::{self, fit};
 use crate::retire::retired;
 use crate::units::Generation;
-use crate::view::{Access, AssignedImage, ReservationState, WhenFull};
+use crate::view::{Access, AssignedImage, ReservationState, StoreView, WhenFull};
 
 /// A pool of 100 on node `a` with copies of a durable image: name, bytes, last use.
 fn staged(images: &[(&str, u64, u64)]) -> View {
@@ -99,6 +99,28 @@ fn nothing_that_is_needed_warm_or_the_only_copy_goes() {
         pool.drain_nodes.insert(NodeName::from("a"));
     });
     assert_eq!(retired(&of_pool(&view, 100)), ["one"], "which is not placed where the pool drains");
+}
+
+#[test]
+fn an_image_whose_store_is_gone_or_goes_is_the_only_copy_that_can_be_reached() {
+    let mut view = staged(&[("one", 90, 10)]);
+    add(&mut view, reservation("r", 50, 0));
+    assert_eq!((retired(&of_pool(&view, 100)), retired(&of_request(&view, 100))), (vec!["one"], vec!["one"]));
+    view.stores.values_mut().for_each(|store| store.deleting = true);
+    assert_eq!(
+        (retired(&of_pool(&view, 100)), retired(&of_request(&view, 100))),
+        (vec![], vec![]),
+        "it goes"
+    );
+    view.stores.clear();
+    assert_eq!((retired(&of_pool(&view, 100)), retired(&of_request(&view, 100))), (vec![], vec![]), "gone");
+    let mut elsewhere = template(30, 20);
+    (elsewhere.name, elsewhere.store) = (ObjectName::new("ns", "other"), ObjectName::new("ns", "second"));
+    view.imports.insert(elsewhere.name.clone(), elsewhere);
+    assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "of neither");
+    let second = StoreView { name: ObjectName::new("ns", "second"), ..store() };
+    view.stores.insert(second.name.clone(), second);
+    assert_eq!(retired(&of_pool(&view, 100)), ["one"], "it is in another store as well");
 }
 
 #[test]
@@ -233,4 +255,9 @@ fn deleting_a_template_gives_its_last_copies_up() {
     other.name = ObjectName::new("ns", "other");
     view.imports.insert(other.name.clone(), other);
     assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]), "another template has the same image");
+    view.stores.clear();
+    assert!(
+        matches!(&ask(&view)[..], [Change::UnguardImport { .. }]),
+        "and has nothing else where its store is gone"
+    );
 }

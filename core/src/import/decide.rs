@@ -5,7 +5,7 @@ use crate::change::Change;
 use crate::ids::{NodeName, ObjectName, PoolName, import_reservation_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
-use crate::reclaim::has_other_copy;
+use crate::reclaim::templates_of;
 use crate::states::Machine as _;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, ImportState, ImportView, Placement, ReservationState, ReservationView, View};
@@ -202,11 +202,16 @@ fn release(view: &View, import: &ImportView, reservation: Option<&ReservationVie
 }
 
 /// Who deletes a template gives up its image: staged copies that no other template has need not be kept as the last ones.
+/// Another template keeps them also where its store is gone: then they are all that it has.
 fn give_up_copies(view: &View, import: &ImportView) -> Vec<Change> {
     let Some(durable) = import.durable.as_ref().filter(|_| import.has_finalizer) else { return Vec::new() };
-    let copies = view.images.values().filter(|image| {
-        image.digest == durable.digest && !image.deleting && !image.given_up && !has_other_copy(view, image)
-    });
+    if templates_of(view, &durable.digest).next().is_some() {
+        return Vec::new();
+    }
+    let copies = view
+        .images
+        .values()
+        .filter(|image| image.digest == durable.digest && !image.deleting && !image.given_up);
     copies.map(|image| Change::GiveUpImage { name: image.name.clone(), uid: image.uid.clone() }).collect()
 }
 
@@ -242,7 +247,7 @@ mod tests {
     use super::*;
     use crate::fixture::{add, placed, reservation, template, unreadable, view};
     use crate::ids::Uid;
-    use crate::view::{ObjectVersion, StoreView, WorkError};
+    use crate::view::{ObjectVersion, WorkError};
 
     fn fresh() -> View {
         let mut view = view(&[("a", 100), ("b", 200)]);
@@ -252,13 +257,6 @@ mod tests {
         import.peak = None;
         import.durable = None;
         view.imports.insert(import.name.clone(), import);
-        let store = StoreView {
-            name: ObjectName::new("ns", "store"),
-            version: ObjectVersion::default(),
-            assignment: None,
-            deleting: false,
-        };
-        view.stores.insert(store.name.clone(), store);
         view
     }
 

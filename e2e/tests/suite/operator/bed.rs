@@ -153,8 +153,13 @@ impl Bed {
         waited.await.with_context(|| self.logs())
     }
 
-    /// Registers a template that is durable already, of so many bytes.
+    /// Registers a template that is durable already, of so many bytes, and its image store if that is not there yet: without
+    /// one, staged images of it would be the only copies that can be reached.
     pub async fn template(&self, name: &str, size: i64) -> anyhow::Result<()> {
+        let store = "apiVersion: staging.berth.dev/v1alpha1\nkind: ImageStore\n\
+                     metadata: {name: images, namespace: default}\n\
+                     spec: {endpoint: 'http://127.0.0.1:9', bucket: images}\n";
+        self.cluster.apply_yaml(store).await?;
         let yaml = format!(
             "apiVersion: staging.berth.dev/v1alpha1\nkind: TemplateImport\nmetadata: {{name: {name}, namespace: default}}\n\
              spec: {{source: {{http: {{url: 'http://127.0.0.1/{name}'}}}}, store: {{name: images}}}}\n"
