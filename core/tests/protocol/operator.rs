@@ -13,7 +13,7 @@ use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
     Access, AssignedImage, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView,
     NodeLossPolicy, NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy,
-    ReservationView, Service, Strategy, View, WhenFull,
+    ReservationView, Service, StoreView, Strategy, View, WhenFull,
 };
 
 use crate::scenario::Scenario;
@@ -170,6 +170,8 @@ fn view(scenario: &Scenario, seen: &Objects, leader: bool) -> View {
         }
     }
     let import = import();
+    let (name, version) = (import.store.clone(), ObjectVersion::default());
+    view.stores.insert(name.clone(), StoreView { name, version, assignment: None, deleting: false });
     view.imports.insert(import.name.clone(), import);
     view
 }
