@@ -143,7 +143,7 @@ fn admit(
     now: Timestamp,
 ) -> Vec<Change> {
     let all = candidates(view, reservation, need);
-    let ahead = backlog.ahead(view, reservation, &all);
+    let ahead = backlog.ahead(view, reservation, need, &all);
     let is_open = |at: usize| !ahead.iter().any(|earlier| earlier.places.contains(&at));
     let Some(chosen) = choose(&all, is_open) else {
         let line = Line { all: &all, ahead: &ahead, length: backlog.length(view, reservation) };

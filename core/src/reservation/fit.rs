@@ -49,7 +49,7 @@ pub fn fit(view: &View, request: &ReservationView, now: Timestamp) -> Fit {
     let (outcome, told) = outcome(&mut view, &request, now);
     let Ok(need) = Need::of(&view, &request, now) else { return Fit::without_need(&request, outcome, told) };
     let all = candidates(&view, &request, &need);
-    let ahead = Backlog::around(&view, &request, now).ahead(&view, &request, &all);
+    let ahead = Backlog::around(&view, &request, now).ahead(&view, &request, &need, &all);
     let best = choose(&all, |at| !ahead.iter().any(|earlier| earlier.places.contains(&at)));
     let room = if best.is_none() { room::best(&view, &request, &need, &all, &ahead, now) } else { None };
     let fits = || best.map(|at| format!("{} fit: {}", need.bytes(), all[at].chosen_because()));

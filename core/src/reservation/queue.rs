@@ -8,21 +8,24 @@
 //!    of arrival.
 //!
 //! The first rule bounds how long anybody can be overtaken. A request that waits for a limit of its own namespace, or cannot be
-//! read, keeps nobody waiting.
+//! read, keeps nobody waiting. One that takes no room at a place waits for nobody there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::fits_empty;
 use crate::ids::{PoolName, Uid};
+use crate::ledger::{Charge, MAX_PROMISES};
 use crate::units::{Bytes, Timestamp};
 use crate::view::{PoolView, ReservationState, ReservationView, View, WhenFull};
 
 use super::need::Need;
-use super::place::{Candidate, everything, may_use, stopped};
+use super::place::{Candidate, everything, may_use, promises_at, stopped};
 use super::tenant::{self, Holdings};
 
 /// The part of a pool's `maxQueueTime` after which a request is overtaken no more.
 const OVERDUE_PART: u64 = 4;
+/// How many entries of a ledger one request needs at most: its own, and its image's.
+const ENTRIES: usize = 2;
 
 /// An earlier request that waits for a place that a later one could use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,12 +132,20 @@ impl Backlog {
         steady
     }
 
-    /// The earlier requests that wait for one of these places, in order.
-    pub(super) fn ahead(&self, view: &View, reservation: &ReservationView, all: &[Candidate]) -> Vec<Ahead> {
+    /// The earlier requests that wait for one of these places, in order; none where the reservation takes no room.
+    pub(super) fn ahead(
+        &self,
+        view: &View,
+        reservation: &ReservationView,
+        need: &Need,
+        all: &[Candidate],
+    ) -> Vec<Ahead> {
         let mut found: Vec<Ahead> = Vec::new();
         let mut index: BTreeMap<&Uid, usize> = BTreeMap::new();
+        let takes_room = |at: &usize| !takes_no_room(view, reservation, need, &all[*at]);
         for (pool, line) in &self.pools {
-            let places: Vec<usize> = (0..all.len()).filter(|at| all[*at].pool == *pool).collect();
+            let places = (0..all.len()).filter(|at| all[*at].pool == *pool).filter(takes_room);
+            let places: Vec<usize> = places.collect();
             if places.is_empty() {
                 continue;
             }
@@ -213,6 +224,16 @@ fn ordered(
     }
     ranked.sort_by(|(one, _), (two, _)| one.cmp(two));
     ranked.into_iter().map(|(_, waiting)| waiting).collect()
+}
+
+/// True if nothing but entries of no bytes would be made for it there, and whoever is first in the line still finds the entries
+/// that it needs. Then nobody gets its room later for it.
+fn takes_no_room(view: &View, reservation: &ReservationView, need: &Need, place: &Candidate) -> bool {
+    let ledger = view.ledgers.get(&(place.pool.clone(), place.node.clone()));
+    let Some(ledger) = ledger.filter(|_| need.bytes() == Bytes::ZERO) else { return false };
+    let new = promises_at(view, ledger, &reservation.uid, need);
+    let free = MAX_PROMISES.saturating_sub(ledger.promises.len());
+    new.iter().all(|(_, promise)| promise.charge == Charge::default()) && free >= new.len() + ENTRIES
 }
 
 /// True if `other` may use the place, and could if it were empty. It does not wait for space where a kernel pool that it

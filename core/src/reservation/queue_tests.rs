@@ -1,16 +1,17 @@
 use super::*;
-use crate::fixture::{add, hold, pool, reservation, thin_view, view};
-use crate::ids::{NodeName, PoolName};
-use crate::ledger::Class;
-use crate::reservation::candidates;
-use crate::view::{Access, PoolChoice, TenantLimit};
+use crate::change::Change;
+use crate::fixture::{add, hold, pool, reservation, template, thin_view, view};
+use crate::ids::{NodeName, ObjectName, PoolName};
+use crate::ledger::{Class, Promise};
+use crate::reservation::{Outcome, candidates, decide, fit};
+use crate::view::{Access, PoolChoice, Service, TenantLimit};
 use proptest::prelude::*;
 
 fn names_at(view: &View, request: &ReservationView, now: Timestamp) -> Vec<String> {
     let need = Need::of(view, request, now).expect("plain");
     let all = candidates(view, request, &need);
     let backlog = Backlog::around(view, request, now);
-    backlog.ahead(view, request, &all).into_iter().map(|ahead| ahead.uid.0).collect()
+    backlog.ahead(view, request, &need, &all).into_iter().map(|ahead| ahead.uid.0).collect()
 }
 
 fn names(view: &View, request: &ReservationView) -> Vec<String> {
@@ -192,8 +193,9 @@ proptest! {
             let need = Need::of(&view, request, Timestamp(now)).expect("plain");
             let places = candidates(&view, request, &need);
             let around = Backlog::around(&view, request, Timestamp(now));
-            assert_eq!(around.ahead(&view, request, &places), whole.ahead(&view, request, &places));
-            whole.ahead(&view, request, &places).len()
+            let ahead = whole.ahead(&view, request, &need, &places);
+            assert_eq!(around.ahead(&view, request, &need, &places), ahead);
+            ahead.len()
         }).collect();
         let mut sorted = lines;
         sorted.sort_unstable();
@@ -213,4 +215,41 @@ fn a_damaged_kernel_pool_holds_back_nobody_of_the_other_class() {
     let report = node.pools.values_mut().next().expect("one");
     report.thin.as_mut().expect("thin").volumes.needs_check = true;
     assert!(names(&view, &work).is_empty(), "space is not what it waits for");
+}
+
+#[test]
+fn a11_what_takes_no_room_waits_for_nobody() {
+    let mut view = view(&[("a", 100)]);
+    hold(&mut view, "a", "x", Class::Images, 60);
+    let mut large = reservation("large", 90, 0);
+    large.state = ReservationState::Queued;
+    add(&mut view, large);
+    let mut streamed = reservation("s", 1, 1);
+    streamed.access = Access::Stream;
+    let uid = add(&mut view, streamed);
+    let promised = |view: &View| {
+        let changes = decide(view, &uid, Timestamp(1));
+        matches!(&changes[..], [Change::WriteLedger { .. }, Change::AssignReservation { .. }])
+    };
+    let waits = |view: &View| {
+        let changes = decide(view, &uid, Timestamp(1));
+        matches!(&changes[..], [Change::ReportReservation { report, .. }, ..] if report.state == ReservationState::Queued)
+    };
+    assert!(promised(&view));
+    assert_eq!(fit(&view, &view.reservations[&uid], Timestamp(1)).outcome, Outcome::Promised);
+    view.pools.values_mut().for_each(|pool| pool.service = Service::Cordoned);
+    assert!(waits(&view), "other rules are for it, too");
+    view.pools.values_mut().for_each(|pool| pool.service = Service::Open);
+    view.reservations.get_mut(&uid).expect("there").template = Some(ObjectName::new("ns", "template"));
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    assert!(waits(&view), "the image that it starts from takes room");
+    view.reservations.get_mut(&uid).expect("there").template = None;
+    view.ledgers.values_mut().for_each(|ledger| {
+        let one = ledger.promises.values().next().expect("one").clone();
+        let entries = (2..MAX_PROMISES)
+            .map(|n| (Uid(format!("{n}")), Promise { charge: Charge::default(), ..one.clone() }));
+        ledger.promises.extend(entries);
+    });
+    assert!(waits(&view), "the first in the line may need the last entries of the ledger");
 }
