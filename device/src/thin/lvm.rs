@@ -121,12 +121,16 @@ pub(super) fn report<Row: DeserializeOwned>(
     })
 }
 
+/// LVM writes notes into the middle of a report, whatever `log/silent` says: `Retrying metadata scan.` where a power cut has
+/// torn a group's metadata. No line of the report begins like one.
 fn parse_report<Row: DeserializeOwned>(text: &str) -> Result<Vec<Row>, serde_json::Error> {
     #[derive(Deserialize)]
     struct Answer<Row> {
         report: Vec<std::collections::BTreeMap<String, Vec<Row>>>,
     }
-    let answer: Answer<Row> = serde_json::from_str(text)?;
+    let of_report = |line: &&str| line.trim_start().starts_with(['{', '}', '[', ']', '"']);
+    let text: String = text.lines().filter(of_report).collect();
+    let answer: Answer<Row> = serde_json::from_str(&text)?;
     Ok(answer.report.into_iter().flat_map(std::collections::BTreeMap::into_values).flatten().collect())
 }
 
@@ -161,6 +165,8 @@ mod tests {
         let rows: Vec<Row> = parse_report(text).unwrap();
         assert_eq!((rows.len(), rows[0].lv_name.as_str(), rows[1].lv_size), (2, "d", 4_194_304));
         assert!(parse_report::<Row>(r#"{"report":[{"lv":[]}]}"#).unwrap().is_empty());
+        let noted = text.replace(r#""report": ["#, "\"report\": [\n  Retrying metadata scan.\n");
+        assert_eq!(parse_report::<Row>(&noted).unwrap().len(), 2);
         for bad in ["", "{}", r#"{"report":[{"lv":[{"lv_name":"d","lv_size":"4m"}]}]}"#] {
             assert!(parse_report::<Row>(bad).is_err(), "{bad}");
         }
