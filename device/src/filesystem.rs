@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use berth_core::units::Bytes;
 use thiserror::Error;
 
 use crate::mounts::{FsType, MountInfo};
@@ -203,12 +204,17 @@ pub fn mkfs(device: &Path, fs_type: FsType, consent: Consent) -> Result<(), File
     })
 }
 
-/// Makes the file system of a directory of ours on a device that is new, whatever it holds: ext4 that takes as little of it
-/// for itself as [`berth_core::thin::directory_device`] leaves to it.
-pub fn mkfs_directory(device: &Path) -> Result<(), FilesystemError> {
-    let options =
-        ["-q", "-F", "-b", "4096", "-J", "size=16", "-i", "1048576", "-m", "0", "-O", "^resize_inode"];
-    let options = options.into_iter().chain(["-E", "nodiscard"]);
+/// Makes the file system of a directory of ours on a device or file of `size` that is new, whatever it holds: ext4 that takes
+/// as little of it for itself as [`berth_core::thin::directory_device`] leaves to it. Where a journal would take most of it
+/// there is none: after a power cut such a small one may have lost what was written last.
+pub fn mkfs_directory(device: &Path, size: Bytes) -> Result<(), FilesystemError> {
+    let journal: &[&str] = match size {
+        size if size >= Bytes::mib(64) => &["-O", "^resize_inode", "-J", "size=16"],
+        size if size >= Bytes::mib(16) => &["-O", "^resize_inode", "-J", "size=4"],
+        _ => &["-O", "^resize_inode,^has_journal"],
+    };
+    let options = ["-q", "-F", "-b", "4096", "-i", "65536", "-m", "0", "-E", "nodiscard"];
+    let options = options.into_iter().chain(journal.iter().copied());
     let arguments = options.map(AsRef::as_ref).chain([device.as_os_str()]);
     program::run("mkfs.ext4", arguments, MKFS_LIMIT).map(drop).map_err(|source| FilesystemError::Make {
         device: device.to_owned(),
@@ -241,7 +247,6 @@ pub fn grow(mount: &MountInfo) -> Result<(), FilesystemError> {
 mod tests {
     use super::*;
     use crate::files::create_sparse;
-    use berth_core::units::Bytes;
 
     fn image(dir: &Path, at: u64, bytes: &[u8]) -> PathBuf {
         let path = dir.join("image");

@@ -9,8 +9,8 @@ const FILL: Bytes = Bytes::kib(64);
 /// What the file system of a directory keeps for itself besides [`DIRECTORY_PERCENT`]: its journal of 16 MiB, and as much
 /// again.
 const DIRECTORY_FIXED: Bytes = Bytes::mib(32);
-/// Percent of a directory's bytes that its file system needs for bitmaps, inodes and extents. An extent of 12 bytes for
-/// each block of 4 KiB, which is the worst case, takes 0.3 %.
+/// Percent of a directory's bytes that its file system needs for bitmaps, inodes and extents. Inodes take 0.4 %, and an
+/// extent of 12 bytes for each block of 4 KiB, which is the worst case, 0.3 %.
 const DIRECTORY_PERCENT: u64 = 1;
 
 /// A volume of `size`.
@@ -24,8 +24,8 @@ pub fn copy_metadata(size: Bytes, block: BlockSize) -> Bytes {
     blocks(tree(block.blocks(size), COUNTS))
 }
 
-/// The device that a directory for `size` bytes of files lies on: ext4 with blocks of 4 KiB, a journal of 16 MiB, an inode
-/// for each MiB, no reserved share and no room to be resized (`-b 4096 -J size=16 -i 1048576 -m 0 -O ^resize_inode`).
+/// The device that a directory for `size` bytes of files lies on: ext4 with blocks of 4 KiB, a journal of at most 16 MiB,
+/// an inode for each 64 KiB, no reserved share and no room to be resized (`-b 4096 -J size=16 -i 65536 -m 0 -O ^resize_inode`).
 pub fn directory_device(size: Bytes) -> Bytes {
     let share = Bytes((size.0 / 100).saturating_add(1).saturating_mul(DIRECTORY_PERCENT));
     size.saturating_add(share).saturating_add(DIRECTORY_FIXED)

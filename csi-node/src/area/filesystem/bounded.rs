@@ -18,6 +18,8 @@ use super::super::{BoundedDir, DIRECTORIES};
 /// What the files' names end with.
 const IMAGE: &str = "ext4";
 const PARTIAL: &str = "ext4.new";
+/// The least that a file system fits in. Whoever was promised less gets so much, of what the pool keeps back.
+const LEAST: Bytes = Bytes::kib(256);
 
 fn place(root: &Path, uid: &Uid) -> PathBuf {
     root.join(DIRECTORIES.staging).join(uid.as_str())
@@ -49,13 +51,22 @@ pub fn make(root: &Path, uid: &Uid, bytes: Bytes) -> Result<(), AreaError> {
     let [image, partial] = images(root, uid);
     if !image.exists() {
         files::remove_if_there(&partial)?;
-        let file = files::create_sparse(&partial, bytes)?;
-        files::preallocate(&file, &partial, bytes)?;
-        filesystem::mkfs_directory(&partial)?;
-        file.sync_all().map_err(io_error("sync", &partial))?;
+        if let Err(error) = fill(&partial, bytes.max(LEAST)) {
+            // What was allocated of it would be missing to others.
+            files::remove_if_there(&partial)?;
+            return Err(error);
+        }
         files::rename_durably(&partial, &image)?;
     }
     show(root, uid)
+}
+
+/// Makes a file with all its space, and an empty file system in it.
+fn fill(path: &Path, bytes: Bytes) -> Result<(), AreaError> {
+    let file = files::create_sparse(path, bytes)?;
+    files::preallocate(&file, path, bytes)?;
+    filesystem::mkfs_directory(path, bytes)?;
+    file.sync_all().map_err(io_error("sync", path))
 }
 
 /// Shows the directory, if it has a file system of its own.

@@ -259,7 +259,7 @@ impl Area for Thin {
         if Self::made(record, reservation)?.is_none() {
             let entry = self.make(record, reservation, Class::Images, bytes)?;
             let device = self.show(reservation, &entry, None, false)?;
-            filesystem::mkfs_directory(&device)?;
+            filesystem::mkfs_directory(&device, entry.size)?;
             flush(&device)?;
             record.thin_made(reservation)?;
         }
