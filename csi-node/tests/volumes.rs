@@ -1,61 +1,32 @@
-//! Volumes and directories of an area, with their record, through repeats, half-done work and restarts.
+//! Volumes of an area, with their record, through repeats, half-done work and restarts.
 #![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
+
+#[allow(dead_code)] // no test program uses all of it
+mod pools;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::Arc;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use berth_core::ids::{Digest, PoolName, Sha256Sum, Uid};
 use berth_core::node::Origin;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_device::mounts::FsType;
-use berth_node::agent::files::{FileDir, FilesError, directory, make_directory};
-use berth_node::agent::pools::{OpenPool, PoolError, PoolSpec, Pools};
+use berth_node::agent::pools::{OpenPool, PoolError};
 use berth_node::agent::volumes::{self, VolumeError};
-use berth_node::area::{AreaError, Backend};
+use berth_node::area::AreaError;
 use berth_node::rpc::attach;
 use berth_node::rpc::request::Use;
 use berth_node::rpc::status::RpcError;
 use berth_record::{
-    Attachment, AttachmentMode, ChangeError, FileContent, FileEntry, FileFetch, StagingEntry, VolumeEntry,
-    VolumeKind, VolumeOrigin, VolumeState, tables,
+    Attachment, AttachmentMode, ChangeError, VolumeEntry, VolumeKind, VolumeOrigin, VolumeState, tables,
 };
+use pools::{close, free, open, pools, spec, wait_free};
 use tonic::{Code, Status};
 
 const FIRST: Generation = Generation(1);
-
-/// The UID is another one for each test: no two file systems with one UUID can be mounted at once.
-fn spec(dir: &Path, prefix: &str) -> PoolSpec {
-    let uid = format!("{prefix}-{}", dir.file_name().unwrap().display());
-    let backend = Backend::Filesystem { path: dir.join("area"), size: Bytes::mib(512) };
-    PoolSpec::new(uid.into(), backend)
-}
-
-fn pools(dir: &Path) -> Pools {
-    Pools::new("n1".into(), dir.join("mnt"), dir)
-}
-
-/// An area is an XFS image where this machine can make one, and a plain directory where it cannot; both are meant here.
-fn open(dir: &Path) -> (Pools, Arc<OpenPool>) {
-    let pools = pools(dir);
-    let name = PoolName::from("fast");
-    pools.prepare(&name, &spec(dir, "pool-uid")).unwrap();
-    let pool = pools.get(&name).unwrap();
-    (pools, pool)
-}
-
-fn close(pool: Arc<OpenPool>, pools: Pools) {
-    drop(pools);
-    let pool = Arc::into_inner(pool).expect("the last one");
-    let OpenPool { area, record, .. } = pool;
-    drop(record);
-    area.close().unwrap();
-}
 
 fn make(pool: &OpenPool, uid: &Uid, origin: &Origin) -> Result<(), VolumeError> {
     volumes::make(pool, uid, FIRST, Bytes::mib(8), origin, &BTreeMap::new())
@@ -115,62 +86,6 @@ fn a_volume_whose_file_is_gone_is_never_made_again_nor_shown() {
     assert!(status.message().contains("VolumeLost"), "{status}");
     volumes::remove(&pool, &uid).unwrap();
     assert_eq!(volume(&pool, &uid), None);
-    close(pool, pools);
-}
-
-fn file_entry(generation: Generation) -> FileEntry {
-    FileEntry {
-        generation,
-        name: "data".to_owned(),
-        made: false,
-        fetch: FileFetch::Complete,
-        content: FileContent::Unchanged,
-        target: None,
-        published: BTreeMap::new(),
-        sent: None,
-    }
-}
-
-#[test]
-fn a_file_whose_directory_is_gone_is_never_made_blank() {
-    let dir = tempfile::tempdir().unwrap();
-    let (pools, pool) = open(dir.path());
-    let uid = Uid::from("f1");
-    let (size, entry) = (Bytes::mib(64), |pool: &OpenPool| pool.record.file(&uid).unwrap().unwrap());
-    make_directory(&pool, &uid, size, &file_entry(FIRST)).unwrap();
-    assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Shown);
-    fs::write(pool.area.work_dir(&uid).join("data"), b"what a pod wrote").unwrap();
-    make_directory(&pool, &uid, size, &file_entry(Generation(2))).unwrap();
-    assert_eq!(fs::read(pool.area.work_dir(&uid).join("data")).unwrap(), b"what a pod wrote");
-
-    // Its place stays, as after a boot; what was shown there is removed behind our back.
-    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
-    if pool.area.advisory().is_none() {
-        fs::create_dir(pool.area.work_dir(&uid)).unwrap();
-    }
-    assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Lost);
-    for generation in [Generation(2), Generation(3)] {
-        let again = make_directory(&pool, &uid, size, &file_entry(generation));
-        assert!(matches!(again, Err(FilesError::Lost(_))), "{again:?}");
-        assert_eq!(directory(&pool, &uid, &entry(&pool)).unwrap(), FileDir::Lost);
-    }
-    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
-    close(pool, pools);
-}
-
-#[test]
-fn a_directory_whose_making_was_cut_off_is_made() {
-    let dir = tempfile::tempdir().unwrap();
-    let (pools, pool) = open(dir.path());
-    let uid = Uid::from("f2");
-    let wanted = file_entry(FIRST);
-    let staging = StagingEntry { generation: FIRST, dir: "staging/f2".into(), bytes: Bytes::mib(64) };
-    pool.record.begin_file(&uid, &staging, &wanted).unwrap();
-    assert_eq!(directory(&pool, &uid, &wanted).unwrap(), FileDir::Hidden);
-    make_directory(&pool, &uid, Bytes::mib(64), &wanted).unwrap();
-    let entry = pool.record.file(&uid).unwrap().unwrap();
-    assert_eq!(directory(&pool, &uid, &entry).unwrap(), FileDir::Shown);
-    pool.area.remove_work_dir(&pool.record, &uid).unwrap();
     close(pool, pools);
 }
 
@@ -247,23 +162,6 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     assert!(matches!(refused, Err(VolumeError::Area(AreaError::ImageTooLarge { .. }))), "{refused:?}");
     assert!(!pool.area.volume(&small).exists(), "the promise is not exceeded");
     volumes::remove(&pool, &small).unwrap();
-    close(pool, pools);
-}
-
-#[test]
-fn work_directories_come_and_go() {
-    let dir = tempfile::tempdir().unwrap();
-    let (pools, pool) = open(dir.path());
-    let uid = Uid::from("r3");
-    for _ in 0..2 {
-        volumes::make_work_dir(&pool, &uid, FIRST, Bytes::mib(1)).unwrap();
-    }
-    fs::write(pool.area.work_dir(&uid).join("source"), b"x").unwrap();
-    for _ in 0..2 {
-        volumes::remove_work_dir(&pool, &uid).unwrap();
-    }
-    assert!(!pool.area.work_dir(&uid).exists());
-    assert_eq!(pool.record.record().entries(tables::STAGING).unwrap(), []);
     close(pool, pools);
 }
 
@@ -473,12 +371,6 @@ fn a_volume_and_its_file_system_grow_in_use_and_what_was_cut_off_is_ended() {
     }
 }
 
-/// Bytes that nobody has in the file system of an area.
-fn free(pool: &OpenPool) -> u64 {
-    let stat = nix::sys::statvfs::statvfs(pool.area.root()).unwrap();
-    stat.blocks_free() * stat.fragment_size()
-}
-
 #[test]
 fn what_a_deleted_volume_occupied_is_free_when_its_deletion_returns() {
     let dir = tempfile::tempdir().unwrap();
@@ -494,11 +386,6 @@ fn what_a_deleted_volume_occupied_is_free_when_its_deletion_returns() {
     nix::unistd::sync();
     assert!(free(&pool) + (8 << 20) <= empty, "it took space");
     volumes::remove(&pool, &uid).unwrap();
-    // The directory's own blocks stay. The kernel counts what an unlinked file had a moment later.
-    let begun = Instant::now();
-    while free(&pool) + (1 << 20) <= empty {
-        assert!(begun.elapsed() < Duration::from_secs(5), "{} of {empty} are free", free(&pool));
-        sleep(Duration::from_millis(10));
-    }
+    wait_free(&pool, empty - (1 << 20)); // the directory's own blocks stay
     close(pool, pools);
 }

@@ -165,7 +165,14 @@ fn serve(
     let bytes = area.promises.get(uid).map(|promise| promise.data).unwrap_or_default();
     let origin = match (&reservation.access, &reservation.image) {
         (Access::File, _) => {
-            return vec![Step::MakeWorkDir { pool, reservation: reservation_uid, generation, bytes }];
+            let make = |bounded| Step::MakeWorkDir {
+                pool,
+                reservation: reservation_uid,
+                generation,
+                bytes,
+                bounded,
+            };
+            return is_bounded(view, reservation).map(make).into_iter().collect();
         }
         (Access::Block, None) => Origin::Blank,
         (Access::Block, Some(digest)) if area.images.get(digest).is_some_and(|image| image.complete) => {
@@ -176,6 +183,14 @@ fn serve(
     };
     let labels = reservation.labels.clone();
     vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin, labels }]
+}
+
+/// Whether the directory of a reservation has to bound whoever writes in it. An import's does not: its promise is exactly what
+/// its files take, and it checks every byte. `None` while the import that it is for is not shown, or does not need it.
+fn is_bounded(view: &NodeView, reservation: &NodeReservation) -> Option<bool> {
+    let Some(import) = &reservation.import else { return Some(true) };
+    let import = view.imports.get(import)?;
+    (import.reservation == reservation.name && !import.deleting && !import.ended).then_some(false)
 }
 
 /// Makes a volume as large as it is promised.

@@ -243,6 +243,7 @@ fn reservation(name: &str, access: Access, image: Option<Digest>) -> (Uid, NodeR
         access,
         image,
         file: None,
+        import: None,
         labels: BTreeMap::new(),
     };
     (Uid::from(name), reservation)
@@ -329,18 +330,9 @@ fn a_cut_after_any_effect_leads_to_the_same_end() {
     let removals = gone.settle().unwrap();
     assert!(gone.disk.is_empty() && area(&gone).promises.values().all(|p| p.released));
     assert!(effects >= 12 && removals >= 12, "{effects} {removals}");
-    for (first, end, count) in [
-        (&start, &made, effects),
-        (
-            &{
-                let mut n = made.clone();
-                delete_all(&mut n);
-                n
-            },
-            &gone,
-            removals,
-        ),
-    ] {
+    let mut leaving = made.clone();
+    delete_all(&mut leaving);
+    for (first, end, count) in [(&start, &made, effects), (&leaving, &gone, removals)] {
         for cut in 0..count {
             let mut node = first.clone();
             node.left = cut;

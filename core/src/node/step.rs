@@ -50,7 +50,7 @@ pub enum Step {
         /// How large.
         size: Bytes,
     },
-    /// Make the directory that a transfer may work in.
+    /// Make the directory of a reservation.
     MakeWorkDir {
         /// The pool.
         pool: PoolName,
@@ -60,6 +60,9 @@ pub enum Step {
         generation: Generation,
         /// How many bytes it may hold.
         bytes: Bytes,
+        /// True if the directory itself has to hold everybody to that, its file system included; false for an import, which
+        /// checks what it writes.
+        bounded: bool,
     },
     /// Make the directory of a file for pods, which nothing in it can outgrow, and record that it is for one.
     BeginFile {

@@ -199,6 +199,8 @@ pub struct NodeReservation {
     pub image: Option<Digest>,
     /// The file that its directory is for, if it is for one that pods see.
     pub file: Option<NodeFile>,
+    /// The import that works in it, if it was made for one.
+    pub import: Option<Uid>,
     /// What people know its volume by.
     pub labels: BTreeMap<String, String>,
 }

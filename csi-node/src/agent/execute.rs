@@ -6,6 +6,7 @@ use berth_core::ids::{ObjectName, PoolName, Uid};
 use berth_core::ledger::{Class, Holder, Promise};
 use berth_core::node::Step;
 use berth_core::node::view::{JobKey, JobKind};
+use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation};
 use berth_record::{ChangeError, LedgerPosition, PromiseClass, PromiseEntry};
 use kube::ResourceExt as _;
@@ -17,7 +18,7 @@ use super::imports::{self, WorkError};
 use super::jobs::StillRunning;
 use super::pools::{OpenPool, PoolError};
 use super::volumes::{self, VolumeError};
-use super::{observe, stores};
+use super::{observe, space, stores};
 use crate::area::AreaError;
 use crate::node::Node;
 
@@ -72,9 +73,9 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let size = *size;
             on_pool(node, pool, move |pool| Ok(pool.area.grow(Class::Volumes, size)?)).await
         }
-        Step::MakeWorkDir { pool, reservation, generation, bytes } => {
-            let (uid, generation, bytes) = (reservation.clone(), *generation, *bytes);
-            on_pool(node, pool, move |pool| Ok(volumes::make_work_dir(pool, &uid, generation, bytes)?)).await
+        Step::MakeWorkDir { pool, reservation, bytes, .. }
+        | Step::BeginFile { pool, reservation, bytes, .. } => {
+            make_directory(node, step, pool, reservation, *bytes).await
         }
         Step::MakeVolume { pool, reservation, generation, size, origin, labels } => {
             let (uid, generation, size) = (reservation.clone(), *generation, *size);
@@ -85,10 +86,6 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         Step::GrowVolume { pool, reservation, size } => {
             let (uid, size) = (reservation.clone(), *size);
             on_pool(node, pool, move |pool| Ok(volumes::grow(pool, &uid, size)?)).await
-        }
-        Step::BeginFile { pool, reservation, generation, bytes } => {
-            let pool = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
-            Ok(files::begin(node, pool, reservation, *generation, *bytes).await?)
         }
         Step::RemoveWorkDir { .. }
         | Step::RemoveVolume { .. }
@@ -111,6 +108,40 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         | Step::StartImport { .. }
         | Step::ProbeStore { .. } => start(node, step),
     }
+}
+
+/// Makes the directory of a reservation. That there is no space for it, although so much was promised, is told.
+async fn make_directory(
+    node: &Arc<Node>,
+    step: &Step,
+    pool: &PoolName,
+    uid: &Uid,
+    bytes: Bytes,
+) -> Result<(), StepError> {
+    let open = node.pools.get(pool).ok_or_else(|| StepError::NotOpen(pool.clone()))?;
+    let made = match step {
+        Step::BeginFile { generation, .. } => {
+            files::begin(node, Arc::clone(&open), uid, *generation, bytes).await.map_err(StepError::from)
+        }
+        Step::MakeWorkDir { generation, bounded, .. } => {
+            let (uid, generation, bounded) = (uid.clone(), *generation, *bounded);
+            let make = move |pool: &OpenPool| volumes::make_work_dir(pool, &uid, generation, bytes, bounded);
+            on_pool(node, pool, move |pool| Ok(make(pool)?)).await
+        }
+        _ => Ok(()),
+    };
+    match &made {
+        Ok(()) => node.news.has_directory(uid),
+        Err(error) if space::is_out_of_space(error) => {
+            let path = open.area.work_dir(uid);
+            if let Some(defect) = space::defect(node, &open, uid, bytes, path).await {
+                let told = (Reason::SpacePromiseBroken, defect.to_string(), true);
+                node.news.edit_file(uid, |news| news.error = Some(told));
+            }
+        }
+        Err(_) => {}
+    }
+    made
 }
 
 async fn close(node: &Arc<Node>, pool: &PoolName) -> Result<(), StepError> {

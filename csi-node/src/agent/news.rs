@@ -184,6 +184,14 @@ impl News {
         edit(lock(&self.files).entry(uid.clone()).or_default());
     }
 
+    /// Forgets that there was no space for the directory of a reservation: it is there.
+    pub fn has_directory(&self, uid: &Uid) {
+        let broken = |news: &FileNews| matches!(news.error, Some((Reason::SpacePromiseBroken, ..)));
+        if let Some(news) = lock(&self.files).get_mut(uid).filter(|news| broken(news)) {
+            news.error = None;
+        }
+    }
+
     /// Forgets files whose reservations are gone.
     pub fn retain_files(&self, reservations: impl Fn(&Uid) -> bool) {
         lock(&self.files).retain(|uid, _| reservations(uid));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use berth_api::defaults::ANNOTATION_DISCARD;
 use berth_api::parse::{self, PoolArea, generation};
 use berth_api::staging_reservation::Access as ApiAccess;
-use berth_api::{StagingPool, StagingReservation};
+use berth_api::{StagingPool, StagingReservation, TemplateImport};
 use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name};
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::node::NodeView;
@@ -17,7 +17,7 @@ use berth_core::node::view::{
 use berth_core::units::Bytes;
 use berth_core::view::Access;
 use berth_record::{FileEntry, FileFetch, ImageState, ReadError, VolumeState, tables};
-use kube::ResourceExt as _;
+use kube::{Resource as _, ResourceExt as _};
 use thiserror::Error;
 
 use super::files::{FileDir, directory};
@@ -210,9 +210,22 @@ fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeRese
         access,
         image,
         file: file(node, &found.uid()?.into(), found),
+        import: import_of(found),
         labels: found.labels().clone(),
     };
     Some((found.uid()?.into(), reservation))
+}
+
+/// The import that a reservation was made for: that controls it, and after which it is named. What only says so of itself is
+/// told apart by the plan, which knows the imports.
+fn import_of(found: &StagingReservation) -> Option<Uid> {
+    let owners = found.metadata.owner_references.iter().flatten();
+    let mut controllers = owners.filter(|owner| owner.controller == Some(true));
+    let owner = controllers.find(|owner| {
+        owner.kind == TemplateImport::kind(&()) && owner.api_version == TemplateImport::api_version(&())
+    })?;
+    let uid = Uid::from(owner.uid.as_str());
+    (import_reservation_name(&owner.name, &uid) == found.name_any()).then_some(uid)
 }
 
 fn images(node: &Node) -> BTreeMap<Uid, NodeImage> {
@@ -285,5 +298,35 @@ fn invent_promises(view: &mut NodeView) {
         let promise = Promise { holder, class: Class::Volumes, charge, generation, revoked: None };
         let Some(PoolOnNode { ledger: Some(ledger), .. }) = view.pools.get_mut(&pool) else { continue };
         ledger.promises.entry(uid).or_insert(promise);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_reservation_that_an_import_controls_and_named_is_that_imports() {
+        let name = import_reservation_name("debian", &Uid::from("u1"));
+        let reservation = |name: &str, kind: &str, api: &str, controller: bool| -> StagingReservation {
+            serde_json::from_value(serde_json::json!({
+                "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+                "metadata": {"name": name, "namespace": "ns", "uid": "r", "ownerReferences": [{
+                    "apiVersion": api, "kind": kind, "name": "debian", "uid": "u1", "controller": controller,
+                }]},
+                "spec": {"maxSize": "1Gi"},
+            }))
+            .unwrap()
+        };
+        let (kind, api) = ("TemplateImport", "staging.berth.dev/v1alpha1");
+        assert_eq!(import_of(&reservation(&name, kind, api, true)), Some(Uid::from("u1")));
+        for other in [
+            reservation("mine", kind, api, true),
+            reservation(&name, "ConfigMap", api, true),
+            reservation(&name, kind, "example.org/v1", true),
+            reservation(&name, kind, api, false),
+        ] {
+            assert_eq!(import_of(&other), None, "{:?}", other.metadata);
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use berth_core::ids::Uid;
 use berth_core::units::Bytes;
+use berth_device::files::FileError;
 use nix::errno::Errno;
 
 use super::pools::OpenPool;
@@ -69,7 +70,9 @@ pub fn is_out_of_space(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
         let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-        if code.is_some_and(|code| matches!(Errno::from_raw(code), Errno::ENOSPC | Errno::EDQUOT)) {
+        if code.is_some_and(|code| matches!(Errno::from_raw(code), Errno::ENOSPC | Errno::EDQUOT))
+            || matches!(error.downcast_ref(), Some(FileError::NoSpace { .. }))
+        {
             return true;
         }
         next = error.source();
@@ -100,6 +103,8 @@ mod tests {
         assert!(is_out_of_space(&Outer(io::Error::from_raw_os_error(Errno::ENOSPC as i32))));
         assert!(is_out_of_space(&io::Error::from_raw_os_error(Errno::EDQUOT as i32)));
         assert!(!is_out_of_space(&Outer(io::Error::from_raw_os_error(Errno::EIO as i32))));
+        let (path, action) = (PathBuf::from("x"), "preallocate");
+        assert!(is_out_of_space(&FileError::NoSpace { path, action, bytes: Bytes(5) }));
         let own = io::Error::new(io::ErrorKind::StorageFull, "5 bytes are left of what was promised");
         assert!(!is_out_of_space(&Outer(own)), "a bound of our own");
     }

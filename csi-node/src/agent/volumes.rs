@@ -111,15 +111,20 @@ pub fn remove(pool: &OpenPool, uid: &Uid) -> Result<(), VolumeError> {
     Ok(pool.record.forget_volume(uid)?)
 }
 
-/// Makes the directory that a transfer may work in.
+/// Makes the directory of a reservation, `bounded` if nothing in it may outgrow `bytes`. One that is there stays as it is, also
+/// one that an earlier version made without a bound.
 pub fn make_work_dir(
     pool: &OpenPool,
     uid: &Uid,
     generation: Generation,
     bytes: Bytes,
+    bounded: bool,
 ) -> Result<(), VolumeError> {
     let dir = Path::new("staging").join(uid.as_str());
     pool.record.begin_staging(uid, &StagingEntry { generation, dir, bytes })?;
+    if bounded && !pool.area.has_work_dir(uid) {
+        return Ok(pool.area.make_bounded_dir(&pool.record, uid, bytes)?);
+    }
     Ok(pool.area.make_work_dir(&pool.record, uid, bytes)?)
 }
 

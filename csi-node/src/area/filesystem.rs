@@ -202,10 +202,10 @@ impl Area for Filesystem {
     /// Ends what was cut off: a volume that was to become larger.
     fn start(&self, record: &PoolRecord) -> Result<(), AreaError> {
         make_directories(&self.area.root)?;
-        for (uid, _) in record.record().entries(tables::FILES).map_err(ChangeError::from)? {
+        for (uid, _) in record.record().entries(tables::STAGING).map_err(ChangeError::from)? {
             // One that cannot be shown is not there, and is tried again for whoever needs it; the others are.
             if let Err(error) = bounded::show(&self.area.root, &uid) {
-                tracing::warn!(reservation = %uid, error = chain(&error), "the directory of a file is not shown");
+                tracing::warn!(reservation = %uid, error = chain(&error), "a directory is not shown");
             }
         }
         let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;

@@ -194,7 +194,7 @@ fn make(pool: &OpenPool) {
     let (directory, image, clone, blank) = (holder(1), holder(2), holder(3), holder(4));
     let bytes = directory_charge(Bytes::mib(16), BlockSize::DEFAULT).data;
     promise(pool, &directory, PromiseClass::Images, bytes);
-    volumes::make_work_dir(pool, &directory, FIRST, bytes).unwrap();
+    volumes::make_work_dir(pool, &directory, FIRST, bytes, true).unwrap();
     fs::write(pool.area.work_dir(&directory).join("file"), "x").unwrap();
 
     promise(pool, &image, PromiseClass::Images, Bytes::mib(2));

@@ -161,8 +161,8 @@ async fn import(bed: &Bed, pool: &Arc<OpenPool>) -> (PathBuf, Digest, Bytes) {
     let reservation = holder(1);
     let bytes = directory_charge(Bytes::mib(40), BlockSize::DEFAULT).data;
     promise(pool, &reservation, PromiseClass::Images, bytes);
-    volumes::make_work_dir(pool, &reservation, FIRST, bytes).unwrap();
-    volumes::make_work_dir(pool, &reservation, FIRST, bytes).unwrap();
+    volumes::make_work_dir(pool, &reservation, FIRST, bytes, true).unwrap();
+    volumes::make_work_dir(pool, &reservation, FIRST, bytes, true).unwrap();
     let dir = pool.area.work_dir(&reservation);
     let mount = mounts::is_mounted(&dir).unwrap().expect("a file system of its own");
     assert!(["nosuid", "nodev", "noexec"].iter().all(|option| mount.has_option(option)), "{mount:?}");

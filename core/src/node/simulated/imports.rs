@@ -54,3 +54,38 @@ fn an_import_is_probed_then_run_in_its_prepared_directory_then_left_alone() {
     node.view.imports.get_mut(&uid).unwrap().released = Some(Generation(2));
     assert!(!plan(&node.view, Timestamp(5)).contains(&abandon));
 }
+
+#[test]
+fn every_directory_bounds_who_writes_in_it_but_that_of_an_import_that_is_shown() {
+    let bounds = |view: &NodeView| {
+        let steps = plan(view, Timestamp(5));
+        steps.into_iter().find_map(|step| match step {
+            Step::MakeWorkDir { bounded, .. } => Some(bounded),
+            _ => None,
+        })
+    };
+    let mut node = asked();
+    node.view.reservations.retain(|uid, _| *uid == Uid::from("work"));
+    node.view.images.clear();
+    for _ in 0..2 {
+        node.round(plan(&node.view, Timestamp(5))).unwrap();
+    }
+    node.report();
+    assert_eq!(bounds(&node.view), Some(true), "of a user");
+
+    let uid = Uid::from("imp");
+    node.view.reservations.get_mut(&Uid::from("work")).unwrap().import = Some(uid.clone());
+    assert_eq!(bounds(&node.view), None, "its import may yet be shown");
+    node.view.imports.insert(uid.clone(), import(true));
+    assert_eq!(bounds(&node.view), Some(false), "its promise is exactly what its files take");
+    let edits: [fn(&mut NodeImport); 3] = [
+        |import| import.reservation.name = "other".to_owned(),
+        |import| import.ended = true,
+        |import| import.deleting = true,
+    ];
+    for edit in edits {
+        let mut view = node.view.clone();
+        edit(view.imports.get_mut(&uid).unwrap());
+        assert_eq!(bounds(&view), None, "{:?} does not need it", view.imports[&uid]);
+    }
+}

@@ -117,6 +117,10 @@ fn why_not(
         let (_, reason, message) = files::staged(entry.as_ref(), dir, &node.news.file(uid, &object));
         return (reason, message);
     }
+    let news = object(node, uid).map(|object| node.news.file(uid, &object)).unwrap_or_default();
+    if let (None, Some((reason, message, _))) = (reservation.image, news.error) {
+        return (reason, message);
+    }
     let Some(digest) = reservation.image else {
         return (Reason::Progressing, "is being made".to_owned());
     };

@@ -47,7 +47,7 @@ impl Node {
                 place.disk.overcommit = (u64::from(overcommit.percent.get()), overcommit.attain.0);
                 place.disk.grow(place.area);
             }
-            Step::MakeWorkDir { pool, reservation, generation, bytes } => {
+            Step::MakeWorkDir { pool, reservation, generation, bytes, .. } => {
                 let place = self.place(pool)?;
                 let dir = HeldWorkDir { generation: *generation, made: true };
                 place.area.work_dirs.insert(reservation.clone(), dir);

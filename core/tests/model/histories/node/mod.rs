@@ -14,7 +14,7 @@ use berth_core::node::view::{
 };
 use berth_core::node::{Halted, NodeView, plan};
 use berth_core::units::Bytes;
-use berth_core::view::{Access, ImportState, LedgerView};
+use berth_core::view::{Access, ImportState, ImportView, LedgerView};
 
 use super::dice::Dice;
 use super::sabotage::Sabotage;
@@ -200,6 +200,11 @@ fn pick<'t, T>(from: Vec<&'t mut T>, dice: &mut Dice) -> Option<&'t mut T> {
 
 fn reservations(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeReservation> {
     let all = world.objects().reservations.values();
+    let import_of = |name: &ObjectName| {
+        let mut imports = world.objects().imports.values();
+        let made = |import: &ImportView| import_reservation_name(&import.name.name, &import.uid) == name.name;
+        imports.find(|import| made(import)).map(|import| import.uid.clone())
+    };
     let here = all.filter_map(|found| {
         let place = found.assignment.as_ref().filter(|place| place.node == *node)?;
         let reservation = NodeReservation {
@@ -210,6 +215,7 @@ fn reservations(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeReservation
             access: found.access,
             image: found.assigned_image.as_ref().map(|image| image.digest),
             file: world.files.get(&found.uid).copied().filter(|_| found.access == Access::File),
+            import: import_of(&found.name),
             labels: BTreeMap::new(),
         };
         Some((found.uid.clone(), reservation))
@@ -306,6 +312,7 @@ fn assign_all(view: &mut NodeView) {
                 access: Access::File,
                 image: None,
                 file: None::<NodeFile>,
+                import: None,
                 labels: BTreeMap::new(),
             };
             invented.push((uid.clone(), reservation));
