@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use crate::budget::{Area, Sums, fits};
 use crate::change::Change;
 use crate::ids::{Digest, Uid};
-use crate::ledger::Promise;
+use crate::ledger::{Charge, Promise};
 use crate::lost;
-use crate::reservation::{is_waiting, wants_image};
+use crate::reservation::{full, is_waiting, wants_image};
 use crate::retire::{is_leaving, leaving, retire};
 use crate::units::{Bytes, Timestamp};
 use crate::view::{ImageView, ImportView, LedgerView, PoolView, ReservationView, Service, View};
@@ -157,8 +157,9 @@ impl Room<'_> {
     }
 }
 
-/// The images without which `new` fits into the ledger: as few as possible, and rather the longest unused. `None` if it
-/// would not fit without all that may go, if it does not need any to go, or if its node could not give anything back now.
+/// The images without which `new` fits into the ledger, and into its kernel pools: as few as possible, and rather the longest
+/// unused. `None` if it would not fit without all that may go, if it does not need any to go, or if its node could not give
+/// anything back now.
 pub fn for_shortfall<'v>(
     view: &'v View,
     ledger: &'v LedgerView,
@@ -178,7 +179,8 @@ pub fn for_shortfall<'v>(
         let Change::WriteLedger { capacity, promises, .. } = view.without(ledger, &gone) else {
             return false;
         };
-        fits(&LedgerView { capacity, promises, ..ledger.clone() }, new).is_ok()
+        let after = LedgerView { capacity, promises, ..ledger.clone() };
+        fits(&after, new).is_ok() && !stays_stopped(view, ledger, &after, new)
     };
     let mut next: Vec<&ImageView> = Vec::new();
     let mut idle =
@@ -194,6 +196,23 @@ pub fn for_shortfall<'v>(
         }
     }
     (!next.is_empty() || !leaving.is_empty()).then_some(Room { leaving, next })
+}
+
+/// True if a kernel pool takes nothing of `new` although the ledger becomes what `after` is. What is given back of it by that is
+/// at most what was promised to those that the node holds.
+fn stays_stopped(view: &View, ledger: &LedgerView, after: &LedgerView, new: &[(Uid, Promise)]) -> bool {
+    let Some(report) = view.report_of(&ledger.pool, &ledger.node) else { return false };
+    let Some(thin) = &report.thin else { return false };
+    let gone = ledger.promises.iter().filter(|(uid, _)| !after.promises.contains_key(*uid));
+    let held = gone.filter(|(uid, _)| report.obeyed.contains_key(*uid)).map(|(_, promise)| promise.charge);
+    let freed = held.fold(Charge::default(), |sum, charge| Charge {
+        data: sum.data.saturating_add(charge.data),
+        metadata: sum.metadata.saturating_add(charge.metadata),
+    });
+    let mut classes = new.iter().filter(|(_, new)| new.charge.data > Bytes::ZERO).map(|(_, new)| new.class);
+    let attainable = after.attainable_by_volumes();
+    classes.any(|class| thin.stopped_without(class, freed, attainable).is_some())
+        || full(report, after, new).is_some()
 }
 
 /// What the leader retires in the first of the pool's ledgers with anything to retire: everything unneeded where it drains or

@@ -2,11 +2,13 @@ use super::*;
 use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, store, template, thin_view, view};
 use crate::ids::{NodeName, ObjectName, PoolName};
 use crate::ledger::Class;
+use crate::overcommit::Percent;
 use crate::reason::Reason;
 use crate::reservation::{self, fit};
 use crate::retire::retired;
+use crate::thin::{PoolMode, PoolState, ThinState, Usage};
 use crate::units::Generation;
-use crate::view::{Access, AssignedImage, ReservationState, StoreView, WhenFull};
+use crate::view::{Access, AssignedImage, NodePoolState, ReservationState, StoreView, TenantLimit, WhenFull};
 
 /// A pool of 100 on node `a` with copies of a durable image: name, bytes, last use.
 fn staged(images: &[(&str, u64, u64)]) -> View {
@@ -217,6 +219,101 @@ fn what_a_kernel_pool_has_grown_to_for_an_image_is_no_room_for_a_volume() {
     request.access = Access::Block;
     add(&mut view, request);
     assert_eq!(retired(&of_request(&view, 100)), [""; 0]);
+}
+
+/// A pool of kernel pools on node `a` with a copy of 4 GiB, which is there, and a request of 1 GiB.
+fn thin(access: Access) -> View {
+    let mut view = thin_view(&["a"], Bytes::gib(10));
+    let import = template(30, 20);
+    view.imports.insert(import.name.clone(), import);
+    for (name, used) in [("old", 10), ("older", 5)] {
+        stage(&mut view, name, 4 << 30, used);
+        let lineage = view.ledgers[&at("p", "a")].lineage.clone();
+        let report = report(&mut view);
+        report.lineage = Some(lineage);
+        report.obeyed.insert(Uid(format!("uid-{name}")), Generation::FIRST);
+    }
+    let mut request = reservation("r", 1 << 30, 0);
+    request.access = access;
+    add(&mut view, request);
+    view
+}
+
+fn report(view: &mut View) -> &mut NodePoolState {
+    let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
+    node.pools.values_mut().next().expect("one")
+}
+
+fn kernel_pools(view: &mut View) -> &mut ThinState {
+    report(view).thin.as_mut().expect("thin")
+}
+
+#[test]
+fn a51_images_go_where_their_kernel_pool_is_full_and_none_where_that_would_not_help() {
+    let mut view = thin(Access::File);
+    kernel_pools(&mut view).images.metadata.used = Bytes::mib(46); // of 64
+    let changes = of_request(&view, 100);
+    assert_eq!(
+        (reason(&changes).map(|told| told.1), retired(&changes)),
+        (Some(Reason::Reclaiming), vec!["older"])
+    );
+    kernel_pools(&mut view).images.metadata.used = Bytes::mib(48);
+    assert_eq!(retired(&of_request(&view, 100)), ["old", "older"]);
+    let limit = TenantLimit { namespaces: [].into(), bytes: Some(Bytes(1)), reservations: None };
+    view.pools.values_mut().for_each(|pool| pool.tenant_limits = vec![limit.clone()]);
+    let changes = of_request(&view, 100);
+    assert_eq!((reason(&changes).map(|told| told.1), retired(&changes)), (Some(Reason::TenantLimit), vec![]));
+    view.pools.values_mut().for_each(|pool| pool.tenant_limits.clear());
+    kernel_pools(&mut view).images.metadata.used = Bytes::mib(60);
+    let changes = of_request(&view, 100);
+    assert_eq!(
+        (reason(&changes).map(|told| told.1), retired(&changes)),
+        (Some(Reason::MetadataAlmostFull), vec![])
+    );
+    let images = &mut kernel_pools(&mut view).images;
+    (images.metadata.used, images.mode) = (Bytes::ZERO, PoolMode::OutOfDataSpace);
+    assert_eq!(retired(&of_request(&view, 100)), ["older"], "one leaves blocks to it");
+    report(&mut view).obeyed.clear();
+    assert_eq!(retired(&of_request(&view, 100)), [""; 0], "nothing of them is there");
+    for spoil in [
+        (|images: &mut PoolState| images.needs_check = true) as fn(&mut PoolState),
+        |images| images.mode = PoolMode::ReadOnly,
+        |images| images.mode = PoolMode::Failed,
+    ] {
+        let mut view = thin(Access::File);
+        spoil(&mut kernel_pools(&mut view).images);
+        assert_eq!(retired(&of_request(&view, 100)), [""; 0], "a person has to see to it");
+    }
+    let mut view = thin(Access::Block);
+    kernel_pools(&mut view).volumes.metadata.used = Bytes::mib(46);
+    assert_eq!(retired(&of_request(&view, 100)), [""; 0], "no image maps anything there");
+}
+
+#[test]
+fn a51_images_go_where_overcommitted_volumes_can_attain_more_without_them() {
+    let mut view = thin(Access::Block);
+    let volumes = &mut kernel_pools(&mut view).volumes;
+    volumes.data = Usage { used: Bytes::gib(2), total: Bytes::gib(2) };
+    view.pools.values_mut().for_each(|pool| pool.overcommit = Percent::from(200));
+    let pool = view.pools[&PoolName::from("p")].clone();
+    let capacity = |view: &mut View| {
+        let capacity = pool.capacity(report(view));
+        view.ledgers.values_mut().for_each(|ledger| ledger.capacity = capacity.expect("of one backend"));
+    };
+    capacity(&mut view);
+    let changes = of_request(&view, 100);
+    assert_eq!(
+        (reason(&changes).map(|told| told.1), retired(&changes)),
+        (Some(Reason::Reclaiming), vec!["older"])
+    );
+    kernel_pools(&mut view).images.data.total = Bytes::gib(8);
+    capacity(&mut view);
+    let changes = of_request(&view, 100);
+    assert_eq!(
+        (reason(&changes).map(|told| told.1), retired(&changes)),
+        (Some(Reason::DataAlmostFull), vec![]),
+        "the kernel pool of images has grown for them, and keeps that"
+    );
 }
 
 #[test]

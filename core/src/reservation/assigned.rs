@@ -15,6 +15,7 @@ use super::held;
 use super::need::Need;
 use super::place::staged;
 use super::release;
+use super::room;
 use super::state::{Event, next};
 
 /// A reservation that has its place: entries elsewhere go, a lost image comes back, and its state is told.
@@ -134,6 +135,9 @@ fn restore_image(
     }
     let new = [(image.uid.clone(), image.promise(view.block_of(&ledger.pool)))];
     let Err(shortfall) = crate::budget::fits(ledger, &new) else { return Some(vec![ledger.with(&new)]) };
+    if let Some(changes) = room::for_lost(view, reservation, ledger, &new, now) {
+        return Some(changes);
+    }
     let Placement { pool, node, .. } = place;
     let message =
         format!("its image was lost with the ledger of pool {pool} on node {node}, which {shortfall}");

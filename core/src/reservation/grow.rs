@@ -13,7 +13,7 @@ use crate::thin::volume_charge;
 use crate::units::Bytes;
 use crate::view::{Access, LedgerView, Placement, PoolView, ReservationView, View};
 
-use super::place::{full, stopped};
+use super::place::stopped_or_full;
 use super::tenant::{self, Holdings};
 
 /// What is done about a volume that is to become larger.
@@ -90,7 +90,7 @@ fn refusal(
         return Some((Reason::PoolAreaFailed, format!("{at} cannot be used"), None));
     };
     let new = [(reservation.uid.clone(), larger.clone())];
-    if let Some(stopped) = stopped(report, &new).or_else(|| full(report, ledger, &new)) {
+    if let Some(stopped) = stopped_or_full(report, ledger, &new) {
         return Some((stopped.reason(), format!("{at} {stopped}"), None));
     }
     if let Err(shortfall) = fits_empty(&ledger.capacity, &new) {

@@ -2,8 +2,8 @@
 //!
 //! **Guarantees.** What a node holds for a reservation stays where it is: the reservation is given that place and no other,
 //! and the promise is taken back only once the reservation is being deleted, after the node has given the bytes back. What
-//! was assigned and is promised nowhere is promised again, if there is room, but never a volume that was given back: it would
-//! come back empty.
+//! was assigned and is promised nowhere is promised again, if there is room, for which images that nothing needs go, but never a
+//! volume that was given back: it would come back empty.
 
 use crate::budget::fits;
 use crate::change::{Change, Considered, ReservationReport};
@@ -15,6 +15,7 @@ use crate::view::{Access, LedgerView, NodePoolState, Placement, ReservationState
 
 use super::decide::report;
 use super::need::Need;
+use super::room;
 
 /// How often a reservation that waits for a ledger is looked at without any other cause, in milliseconds.
 const LOOK_MILLIS: u64 = 2_000;
@@ -131,12 +132,11 @@ pub(super) fn promise_again(
     };
     let own = Promise { generation: place.generation, ..need.own_in(view.block_of(&place.pool)) };
     let new = [(uid.clone(), own)];
-    Some(match fits(ledger, &new) {
-        Ok(()) => vec![ledger.with(&new)],
-        Err(shortfall) => {
-            let again = Change::RetryAfter { millis: LOOK_MILLIS };
-            vec![say(reservation, Reason::InsufficientCapacity, format!("{lost}, which {shortfall}")), again]
-        }
+    let Err(shortfall) = fits(ledger, &new) else { return Some(vec![ledger.with(&new)]) };
+    room::for_lost(view, reservation, ledger, &new, now).or_else(|| {
+        let again = Change::RetryAfter { millis: LOOK_MILLIS };
+        let message = format!("{lost}, which {shortfall}");
+        Some(vec![say(reservation, Reason::InsufficientCapacity, message), again])
     })
 }
 

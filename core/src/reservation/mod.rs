@@ -28,6 +28,7 @@ pub(crate) use held::was_given_back;
 pub(crate) use need::wants as wants_image;
 pub use need::{ImageNeed, Need, Unmet};
 pub use outcome::Outcome;
+pub(crate) use place::full;
 pub use place::{Candidate, Verdict, candidates, choose};
 pub use queue::{Ahead, Backlog, is_waiting};
 pub use state::{Event, IllegalTransition, next};

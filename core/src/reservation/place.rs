@@ -85,6 +85,15 @@ impl Verdict {
         }
     }
 
+    /// True if it is only room that is missing for now, so that images that go may help.
+    pub(super) const fn is_about_room(&self) -> bool {
+        match self {
+            Self::Short(_) => true,
+            Self::Stopped(stopped) => stopped.is_about_space(),
+            _ => false,
+        }
+    }
+
     /// The documented reason for a place that cannot be used.
     pub const fn reason(&self) -> Reason {
         match self {
@@ -179,7 +188,9 @@ pub fn candidates(view: &View, reservation: &ReservationView, need: &Need) -> Ve
                 continue;
             }
             let verdict = match (judge(view, reservation, need, pool, name), &excess, &unjudged) {
-                (Verdict::Fits { .. } | Verdict::Short(_), Some(excess), _) => {
+                (verdict, Some(excess), _)
+                    if verdict.is_about_room() || matches!(verdict, Verdict::Fits { .. }) =>
+                {
                     Verdict::TenantLimit(excess.clone())
                 }
                 (Verdict::Fits { .. }, None, Some(why)) => Verdict::Unjudged(why.clone()),
@@ -211,7 +222,7 @@ fn judge(
     let Some(ledger) = view.ledgers.get(&(pool.name.clone(), node.clone())) else { return Verdict::NoLedger };
     let all = promises_at(view, ledger, &reservation.uid, need);
     let image = staged(view, ledger, need);
-    let stopped = stopped(report, &all).or_else(|| full(report, ledger, &all));
+    let stopped = stopped_or_full(report, ledger, &all);
     if let Some(stopped) = stopped.filter(|stopped| !stopped.is_about_space()) {
         return Verdict::Stopped(stopped);
     }
@@ -253,8 +264,18 @@ pub(super) fn stopped(report: &NodePoolState, all: &[(Uid, Promise)]) -> Option<
     needed.find_map(|(_, promise)| state.stopped(promise.class))
 }
 
+/// The same, where volumes may be overcommitted: then their kernel pool takes nothing more once they have written all that they
+/// can attain.
+pub(super) fn stopped_or_full(
+    report: &NodePoolState,
+    ledger: &LedgerView,
+    all: &[(Uid, Promise)],
+) -> Option<Stopped> {
+    stopped(report, all).or_else(|| full(report, ledger, all))
+}
+
 /// The kernel pool of volumes, if these have to take some of this and are overcommitted and full.
-pub(super) fn full(report: &NodePoolState, ledger: &LedgerView, all: &[(Uid, Promise)]) -> Option<Stopped> {
+pub(crate) fn full(report: &NodePoolState, ledger: &LedgerView, all: &[(Uid, Promise)]) -> Option<Stopped> {
     let volumes =
         |(_, promise): &(Uid, Promise)| promise.class == Class::Volumes && promise.charge.data > Bytes::ZERO;
     let concerned = ledger.capacity.overcommit.is_over() && all.iter().any(volumes);

@@ -3,9 +3,10 @@
 use super::{decide, place::Verdict};
 use crate::change::{Change, ReservationReport};
 use crate::fixture::{add, at, hold, image, node_pool, placed, pool, reservation, template, view};
-use crate::ids::{Digest, NodeName, ObjectName, PoolName, Sha256Sum, Uid};
+use crate::ids::{Digest, NodeName, ObjectName, PoolName, Sha256Sum, Uid, staged_image_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
+use crate::retire::retired;
 use crate::units::{Bytes, Timestamp};
 use crate::view::{
     Access, AssignedImage, ImageView, PoolChoice, ReservationState, ReservationView, View, WhenFull,
@@ -248,4 +249,59 @@ fn a_lost_promise_is_made_again_by_the_image_that_was_assigned_whatever_the_temp
     let changes = ask(&view, "r");
     let [Change::WriteLedger { promises, .. }] = &changes[..] else { panic!("{changes:?}") };
     assert_eq!((promises[&uid].class, promises[&uid].charge.data), (Class::Volumes, Bytes(50)));
+}
+
+/// Node `a` with 100, of which an image that nothing needs has 60, and a volume of 50 that starts from another one.
+fn crowded() -> View {
+    let mut view = view(&[("a", 100)]);
+    for (name, size) in [("idle", 60), ("t", 10)] {
+        let mut import = template(10, size);
+        import.name = ObjectName::new("ns", name);
+        import.durable.as_mut().expect("done").digest = Digest(Sha256Sum::of(name.as_bytes()));
+        view.imports.insert(import.name.clone(), import);
+    }
+    let mut volume = clone_of("t", "v");
+    (volume.max_size, volume.assignment) = (Bytes(50), Some(placed("p", "a", 1)));
+    volume.state = ReservationState::Promised;
+    let digest = Digest(Sha256Sum::of(b"t"));
+    let staged_image = staged_image_name(&digest, &PoolName::from("p"), &NodeName::from("a"));
+    volume.assigned_image =
+        Some(AssignedImage { digest, staged_image: staged_image.clone(), virtual_size: Bytes(10) });
+    add(&mut view, volume);
+    let idle = Digest(Sha256Sum::of(b"idle"));
+    let idle =
+        ImageView { digest: idle, uid: Uid::from("idle"), name: "idle".to_owned(), ..image("a", 60, 0) };
+    let own = ImageView { digest, uid: Uid::from("own"), name: staged_image, ..image("a", 10, 0) };
+    let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+    ledger.promises.insert(idle.uid.clone(), idle.promise(None));
+    view.images.extend([idle, own].map(|image| (image.name.clone(), image)));
+    view
+}
+
+#[test]
+fn a51_what_was_lost_with_a_ledger_gets_the_room_of_images_that_nothing_needs() {
+    let makes_room = |view: &View| {
+        let changes = ask(view, "v");
+        let again = changes.iter().any(|change| matches!(change, Change::RetryAfter { .. }));
+        assert!(again, "{changes:?}");
+        let report = told(view, "v");
+        assert_eq!(report.state, ReservationState::Promised);
+        (report.reason, retired(&changes).join(" "))
+    };
+    let mut view = crowded();
+    assert_eq!(makes_room(&view), (Reason::Reclaiming, "idle".to_owned()), "for its own promise");
+    let gone = view.images.remove("idle").expect("there");
+    let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+    let entry = ledger.promises.remove(&gone.uid).expect("there");
+    hold(&mut view, "a", "v", Class::Volumes, 35);
+    view.images.insert(gone.name.clone(), gone.clone());
+    view.ledgers
+        .values_mut()
+        .for_each(|ledger| drop(ledger.promises.insert(gone.uid.clone(), entry.clone())));
+    assert_eq!(makes_room(&view), (Reason::Reclaiming, "idle".to_owned()), "for its image's");
+    view.leader = false;
+    assert_eq!(makes_room(&view), (Reason::Reclaiming, String::new()), "the leader does it");
+    view.leader = true;
+    view.imports.remove(&ObjectName::new("ns", "idle"));
+    assert_eq!(makes_room(&view), (Reason::InsufficientCapacity, String::new()), "it is the only copy");
 }

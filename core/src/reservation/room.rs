@@ -1,4 +1,5 @@
-//! Room for a request that would wait or be refused otherwise: images that nothing needs go first.
+//! Room for what would wait or be refused otherwise: images that nothing needs go first. That helps where too much is promised,
+//! and where a kernel pool is full and gains by it; it helps no kernel pool that is damaged.
 
 use crate::change::{Change, ReservationReport};
 use crate::ids::Uid;
@@ -11,12 +12,12 @@ use crate::view::{LedgerView, ReservationState, ReservationView, View};
 
 use super::decide::report;
 use super::need::Need;
-use super::place::{Candidate, Verdict, promises_at};
+use super::place::{Candidate, promises_at};
 use super::queue::{Ahead, Policy};
 use super::state::{Event, next};
 
 /// How soon a request that waits for removals is looked at without any other cause, in milliseconds.
-const LOOK_MILLIS: u64 = 2000;
+pub(super) const LOOK_MILLIS: u64 = 2000;
 /// How many images a message names.
 const NAMED: usize = 4;
 
@@ -40,9 +41,39 @@ pub(super) fn make(
         queue: Some((1, Bytes::ZERO)),
         ..ReservationReport::new(state, Reason::Reclaiming, message(ledger, &room, need.bytes()))
     };
-    let retired = if view.sweeps() { retire(view, ledger, &room.next, Cause::Shortfall) } else { Vec::new() };
     let told = [report(reservation, told), Change::RetryAfter { millis: LOOK_MILLIS }];
-    Some(told.into_iter().chain(retired).collect())
+    Some(told.into_iter().chain(removals(view, ledger, &room)).collect())
+}
+
+fn removals(view: &View, ledger: &LedgerView, room: &Room<'_>) -> Vec<Change> {
+    if view.sweeps() { retire(view, ledger, &room.next, Cause::Shortfall) } else { Vec::new() }
+}
+
+/// The removals that make room in this ledger for what has its place there already, and what is said of them. It stands in no
+/// line. `None` if they would not be enough.
+pub(super) fn in_ledger(
+    view: &View,
+    ledger: &LedgerView,
+    new: &[(Uid, Promise)],
+    now: Timestamp,
+) -> Option<(String, Vec<Change>)> {
+    let room = for_shortfall(view, ledger, new, now)?;
+    let asked = new.iter().map(|(_, promise)| promise.charge.data).sum();
+    Some((message(ledger, &room, asked), removals(view, ledger, &room)))
+}
+
+/// The same for a promise that was lost with its ledger: all that is to be done now.
+pub(super) fn for_lost(
+    view: &View,
+    reservation: &ReservationView,
+    ledger: &LedgerView,
+    new: &[(Uid, Promise)],
+    now: Timestamp,
+) -> Option<Vec<Change>> {
+    let (message, removals) = in_ledger(view, ledger, new, now)?;
+    let told = ReservationReport::new(reservation.state, Reason::Reclaiming, message);
+    let told = [report(reservation, told), Change::RetryAfter { millis: LOOK_MILLIS }];
+    Some(told.into_iter().chain(removals).collect())
 }
 
 /// The place that loses fewest images, then fewest bytes, to make room for the request, and what it loses. `None` if no place
@@ -59,7 +90,7 @@ pub(super) fn best<'v>(
     let places = all
         .iter()
         .enumerate()
-        .filter(|(at, candidate)| matches!(candidate.verdict, Verdict::Short(_)) && !waited_for(*at));
+        .filter(|(at, candidate)| candidate.verdict.is_about_room() && !waited_for(*at));
     let rooms = places.filter_map(|(_, candidate)| {
         let ledger = view.ledgers.get(&(candidate.pool.clone(), candidate.node.clone()))?;
         let new: Vec<(Uid, Promise)> = promises_at(view, ledger, &reservation.uid, need);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::growth::ALARM_PERCENT;
 use super::{ADMISSION_PERCENT, PoolMode, PoolState, StopReason, ThinState, Usage};
-use crate::ledger::Class;
+use crate::ledger::{Charge, Class};
 use crate::reason::Reason;
 use crate::units::Bytes;
 
@@ -116,6 +116,23 @@ impl ThinState {
         full.then_some(Stopped { class: Class::Volumes, why: StopReason::Data, data, metadata })
     }
 
+    /// Why nothing more could be promised to a class once images that hold this much at most were gone, and volumes could attain
+    /// that much. Images that go leave blocks and metadata to the kernel pool of images, which never shrinks. Volumes gain only
+    /// what they can attain by it, and no metadata. A kernel pool that is damaged has to be seen to by somebody.
+    pub fn stopped_without(&self, class: Class, images: Charge, attainable: Bytes) -> Option<Stopped> {
+        let stopped = self.stopped(class)?;
+        let Stopped { data, metadata, .. } = stopped;
+        let metadata = Usage { used: metadata.used.saturating_sub(images.metadata), ..metadata };
+        let passes = match (class, stopped.why) {
+            (Class::Images, StopReason::Metadata) => metadata.percent() <= ADMISSION_PERCENT,
+            (Class::Images, StopReason::Data) => images.data > Bytes::ZERO,
+            (Class::Volumes, StopReason::Data) => attainable > data.total,
+            (Class::Volumes, StopReason::Metadata)
+            | (_, StopReason::Failed | StopReason::NeedsCheck | StopReason::ReadOnly) => false,
+        };
+        (!passes).then_some(stopped)
+    }
+
     /// True if one of the kernel pools has less than a fifth left of what it can attain of `total`.
     pub fn data_runs_low(&self, total: Bytes) -> bool {
         let low = |own: &PoolState, other: &PoolState| {
@@ -182,6 +199,28 @@ mod tests {
             thin.stopped(Class::Volumes).expect("full").to_string(),
             "promises nothing more for volumes: the kernel pool has no data space left: 700 MiB of 700 MiB are written"
         );
+    }
+
+    #[test]
+    fn images_that_go_help_a_full_kernel_pool_and_no_damaged_one() {
+        let images = |data, metadata| Charge { data: Bytes(data), metadata: Bytes(metadata) };
+        let full = PoolState { mode: PoolMode::OutOfDataSpace, ..well() };
+        let metadata = PoolState { metadata: Usage { used: Bytes(750), total: Bytes(1000) }, ..well() };
+        let stays = |state: PoolState, class, gone, attainable| {
+            let thin = ThinState { images: state, volumes: state };
+            thin.stopped_without(class, gone, Bytes::gib(attainable)).map(|stopped| stopped.why)
+        };
+        assert_eq!(stays(metadata, Class::Images, images(1, 50), 0), None);
+        assert_eq!(stays(metadata, Class::Images, images(1, 49), 0), Some(StopReason::Metadata));
+        assert_eq!(stays(metadata, Class::Volumes, images(1, 750), 9), Some(StopReason::Metadata));
+        assert_eq!(stays(full, Class::Images, images(1, 0), 0), None);
+        assert_eq!(stays(full, Class::Images, images(0, 0), 9), Some(StopReason::Data));
+        assert_eq!(stays(full, Class::Volumes, images(1, 0), 2), None);
+        assert_eq!(stays(full, Class::Volumes, images(1, 0), 1), Some(StopReason::Data));
+        let damaged = PoolState { needs_check: true, ..metadata };
+        for class in [Class::Images, Class::Volumes] {
+            assert_eq!(stays(damaged, class, images(1, 750), 9), Some(StopReason::NeedsCheck));
+        }
     }
 
     #[test]
