@@ -31,7 +31,7 @@ pub(super) fn decide(
     if let Some(changes) = held::promise_again(view, reservation, place, now) {
         return changes;
     }
-    let growth = grow::decide(view, reservation, place);
+    let growth = grow::decide(view, reservation, place, now);
     if let Some(Growth::Promise(larger)) = growth {
         return vec![*larger];
     }
@@ -60,15 +60,18 @@ pub(super) fn decide(
         }
     }
     let (reason, message) = where_it_stands(view, reservation, place, state, now);
-    let mut told = ReservationReport { expires, ..ReservationReport::new(state, reason, message) };
-    let mut look = expires.map(|time| Change::RetryAfter { millis: time.millis_since(now).max(SOON_MILLIS) });
     if growth == Some(Growth::Leaders) {
         return vec![Change::RetryAfter { millis: LOOK_MILLIS }];
     }
-    if let Some(Growth::Refused { reason, message, shortfall }) = growth {
-        told = ReservationReport { reason, message, shortfall, ..told };
-        look = look.or(Some(Change::RetryAfter { millis: LOOK_MILLIS }));
+    let told = ReservationReport { expires, ..ReservationReport::new(state, reason, message) };
+    let look = expires.map(|time| time.millis_since(now).max(SOON_MILLIS));
+    if let Some(Growth::Refused { reason, message, shortfall, removals }) = growth {
+        let told = ReservationReport { reason, message, shortfall, ..told };
+        let again = if reason == Reason::Reclaiming { room::LOOK_MILLIS } else { LOOK_MILLIS };
+        let again = Change::RetryAfter { millis: look.map_or(again, |look| look.min(again)) };
+        return [report(reservation, told), again].into_iter().chain(removals).collect();
     }
+    let look = look.map(|millis| Change::RetryAfter { millis });
     std::iter::once(report(reservation, told)).chain(look).collect()
 }
 

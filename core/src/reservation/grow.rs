@@ -2,18 +2,24 @@
 //!
 //! **Guarantees.** The ledger's entry becomes larger in one compared-and-swapped write, and only if all of it fits beside
 //! what others are promised; a promise never becomes smaller. The node enlarges the volume by what it has obeyed and reported,
-//! so what is there never outgrows what is promised. A growth does not stand in line: it takes what is free, or is told why
-//! not and tried again.
+//! so what is there never outgrows what is promised.
+//!
+//! A growth has no place in line, because nothing tells since when it is asked for. It takes what is free, also before requests that
+//! wait, but never before one that has waited so long that nobody overtakes it. Where it is short, images that nothing needs go, as
+//! for a request. Otherwise it is told why not. It is tried again for as long as it is asked for, and keeps nobody waiting.
 
 use crate::budget::{fits, fits_empty};
 use crate::change::Change;
+use crate::ids::Uid;
 use crate::ledger::{Charge, Promise};
 use crate::reason::Reason;
 use crate::thin::volume_charge;
-use crate::units::Bytes;
+use crate::units::{Bytes, Timestamp};
 use crate::view::{Access, LedgerView, Placement, PoolView, ReservationView, View};
 
-use super::place::stopped_or_full;
+use super::place::{stopped, stopped_or_full};
+use super::queue::overdue;
+use super::room;
 use super::tenant::{self, Holdings};
 
 /// What is done about a volume that is to become larger.
@@ -31,11 +37,18 @@ pub(super) enum Growth {
         message: String,
         /// How many bytes are missing, if it is bytes that are missing.
         shortfall: Option<Bytes>,
+        /// What makes room for it.
+        removals: Vec<Change>,
     },
 }
 
 /// What is to be done now for a reservation at its place. `None` if it has what it asks for, or if that is not known.
-pub(super) fn decide(view: &View, reservation: &ReservationView, place: &Placement) -> Option<Growth> {
+pub(super) fn decide(
+    view: &View,
+    reservation: &ReservationView,
+    place: &Placement,
+    now: Timestamp,
+) -> Option<Growth> {
     if reservation.access != Access::Block || reservation.invalid.is_some() {
         return None;
     }
@@ -51,14 +64,16 @@ pub(super) fn decide(view: &View, reservation: &ReservationView, place: &Placeme
     if !view.leader && tenant::is_limited(view, pool, &reservation.claim_namespace) {
         return Some(Growth::Leaders);
     }
-    let larger = Promise { charge, ..held.clone() };
-    Some(match refusal(view, reservation, pool, ledger, &larger) {
-        None => Growth::Promise(Box::new(ledger.with(&[(reservation.uid.clone(), larger)]))),
-        Some((reason, why, shortfall)) => {
-            let message = format!("{} are promised, {} are asked for: {why}", held.charge.data, charge.data);
-            Growth::Refused { reason, message, shortfall }
-        }
-    })
+    let new = [(reservation.uid.clone(), Promise { charge, ..held.clone() })];
+    let Some((reason, why, shortfall)) = refusal(view, reservation, pool, ledger, &new)
+        .or_else(|| short(view, ledger, &new))
+        .or_else(|| behind_others(view, ledger, now))
+    else {
+        return Some(Growth::Promise(Box::new(ledger.with(&new))));
+    };
+    let message = format!("{} are promised, {} are asked for: {why}", held.charge.data, charge.data);
+    let refused = Growth::Refused { reason, message, shortfall, removals: Vec::new() };
+    Some(if is_about_room(reason) { make_room(view, ledger, &new, refused, now) } else { refused })
 }
 
 /// What a volume costs at the size that is asked for now; never less than the image that it starts from.
@@ -75,9 +90,9 @@ fn refusal(
     reservation: &ReservationView,
     pool: &PoolView,
     ledger: &LedgerView,
-    larger: &Promise,
+    new: &[(Uid, Promise)],
 ) -> Option<Why> {
-    let at = format!("pool {} on node {}", ledger.pool, ledger.node);
+    let at = at(ledger);
     let node = view.nodes.get(&ledger.node)?;
     if !node.live || !node.reported {
         return Some((Reason::NodeLost, format!("node {} does not report", ledger.node), None));
@@ -89,18 +104,57 @@ fn refusal(
     let Some(report) = report else {
         return Some((Reason::PoolAreaFailed, format!("{at} cannot be used"), None));
     };
-    let new = [(reservation.uid.clone(), larger.clone())];
-    if let Some(stopped) = stopped_or_full(report, ledger, &new) {
-        return Some((stopped.reason(), format!("{at} {stopped}"), None));
+    if let Some(damaged) = stopped(report, new).filter(|stopped| !stopped.is_about_space()) {
+        return Some((damaged.reason(), format!("{at} {damaged}"), None));
     }
-    if let Err(shortfall) = fits_empty(&ledger.capacity, &new) {
+    if let Err(shortfall) = fits_empty(&ledger.capacity, new) {
         let why = format!("{at} {shortfall} even when empty");
         return Some((Reason::LargerThanPool, why, Some(shortfall.bytes)));
     }
-    limited(view, reservation, pool, ledger, larger).or_else(|| {
-        let shortfall = fits(ledger, &new).err()?;
-        Some((Reason::InsufficientCapacity, format!("{at} {shortfall}"), Some(shortfall.bytes)))
-    })
+    limited(view, reservation, pool, ledger, new)
+}
+
+/// That others have the room that it needs.
+fn short(view: &View, ledger: &LedgerView, new: &[(Uid, Promise)]) -> Option<Why> {
+    let report = view.report_of(&ledger.pool, &ledger.node)?;
+    if let Some(full) = stopped_or_full(report, ledger, new) {
+        return Some((full.reason(), format!("{} {full}", at(ledger)), None));
+    }
+    let shortfall = fits(ledger, new).err()?;
+    let why = format!("{} {shortfall}", at(ledger));
+    Some((Reason::InsufficientCapacity, why, Some(shortfall.bytes)))
+}
+
+/// That nobody overtakes those that wait for that room any more.
+fn behind_others(view: &View, ledger: &LedgerView, now: Timestamp) -> Option<Why> {
+    let (count, bytes) = overdue(view, ledger, now);
+    let why = format!("{} has room, for requests that have waited long: {count} of {bytes}", at(ledger));
+    (count > 0).then_some((Reason::Queued, why, None))
+}
+
+/// With the removals that make room for it, if they are enough. What goes for those that nobody overtakes is theirs to decide.
+fn make_room(
+    view: &View,
+    ledger: &LedgerView,
+    new: &[(Uid, Promise)],
+    refused: Growth,
+    now: Timestamp,
+) -> Growth {
+    let room = room::in_ledger(view, ledger, new, now).filter(|_| overdue(view, ledger, now).0 == 0);
+    match (room, refused) {
+        (Some((message, removals)), Growth::Refused { shortfall, .. }) => {
+            Growth::Refused { reason: Reason::Reclaiming, message, shortfall, removals }
+        }
+        (_, refused) => refused,
+    }
+}
+
+const fn is_about_room(reason: Reason) -> bool {
+    matches!(reason, Reason::InsufficientCapacity | Reason::DataAlmostFull | Reason::MetadataAlmostFull)
+}
+
+fn at(ledger: &LedgerView) -> String {
+    format!("pool {} on node {}", ledger.pool, ledger.node)
 }
 
 /// What the limits of its namespace have against it.
@@ -109,7 +163,7 @@ fn limited(
     reservation: &ReservationView,
     pool: &PoolView,
     ledger: &LedgerView,
-    larger: &Promise,
+    new: &[(Uid, Promise)],
 ) -> Option<Why> {
     let namespace = &reservation.claim_namespace;
     if !tenant::is_limited(view, pool, namespace) {
@@ -119,7 +173,8 @@ fn limited(
         return Some((Reason::ObjectUnreadable, hidden, None));
     }
     let held = ledger.promises.get(&reservation.uid).map(|held| held.charge.data).unwrap_or_default();
-    let more = larger.charge.data.saturating_sub(held);
+    let asked: Bytes = new.iter().map(|(_, larger)| larger.charge.data).sum();
+    let more = asked.saturating_sub(held);
     let excess = Holdings::of(view, pool).excess(view, pool, reservation, more)?;
     Some((Reason::TenantLimit, format!("pool {} {excess}", pool.name), excess.shortfall()))
 }
@@ -130,13 +185,14 @@ mod tests {
 
     use super::*;
     use crate::change::ReservationReport;
-    use crate::fixture::{add, at, hold, placed, reservation, view};
-    use crate::ids::{NodeName, PoolName, Uid};
+    use crate::fixture::{HOUR, add, at, hold, image, placed, reservation, template, thin_view, view};
+    use crate::ids::{NodeName, PoolName};
     use crate::ledger::Class;
     use crate::overcommit::Percent;
-    use crate::thin::{PoolMode, PoolState, ThinState, Usage};
-    use crate::units::Timestamp;
-    use crate::view::{ReservationState, TenantLimit};
+    use crate::retire::retired;
+    use crate::thin::Usage;
+    use crate::units::Generation;
+    use crate::view::{ReservationState, Service, TenantLimit};
 
     /// A ready volume of 40 bytes that is to have `size`, in a ledger of 100 where another one has 30.
     fn asked_for(size: u64) -> View {
@@ -153,7 +209,31 @@ mod tests {
     }
 
     fn changes(view: &View) -> Vec<Change> {
-        crate::reservation::decide(view, &Uid::from("v"), Timestamp(0))
+        changes_at(view, Timestamp(0))
+    }
+
+    fn changes_at(view: &View, now: Timestamp) -> Vec<Change> {
+        crate::reservation::decide(view, &Uid::from("v"), now)
+    }
+
+    /// This, with an image of 25 bytes that nothing needs.
+    fn with_idle_image(mut view: View) -> View {
+        let import = template(30, 20);
+        view.imports.insert(import.name.clone(), import);
+        let idle = image("a", 25, 0);
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        ledger.promises.insert(idle.uid.clone(), idle.promise(None));
+        view.images.insert(idle.name.clone(), idle);
+        view
+    }
+
+    /// A request for 60 bytes that waits since the beginning.
+    fn with_waiting(mut view: View, access: Access) -> View {
+        let mut waits = reservation("waits", 60, 0);
+        (waits.access, waits.state, waits.queued_since) =
+            (access, ReservationState::Queued, Some(Timestamp(0)));
+        add(&mut view, waits);
+        view
     }
 
     fn told(view: &View) -> ReservationReport {
@@ -218,27 +298,6 @@ mod tests {
     }
 
     #[test]
-    fn overcommitted_volumes_that_have_written_all_are_promised_no_more() {
-        let mut view = asked_for(70);
-        let usage = |used| Usage { used: Bytes(used), total: Bytes(1000) };
-        let well =
-            PoolState { mode: PoolMode::ReadWrite, needs_check: false, data: usage(0), metadata: usage(0) };
-        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
-        ledger.capacity.overcommit.percent = Percent::new(150).expect("in range");
-        let mut written = |used| {
-            let node = view.nodes.get_mut(&NodeName::from("a")).expect("there");
-            let volumes = PoolState { data: usage(used), ..well };
-            node.pools.get_mut(&PoolName::from("p")).expect("there").thin =
-                Some(ThinState { images: well, volumes });
-            changes(&view)
-        };
-        assert!(matches!(&written(999)[..], [Change::WriteLedger { .. }]), "{:?}", written(999));
-        let full = written(1000);
-        let [Change::ReportReservation { report, .. }, ..] = &full[..] else { panic!("{full:?}") };
-        assert_eq!(report.reason, Reason::DataAlmostFull);
-    }
-
-    #[test]
     fn nothing_is_promised_to_a_node_that_is_away_and_nothing_less_to_anybody() {
         let mut away = asked_for(70);
         away.nodes.get_mut(&NodeName::from("a")).expect("there").live = false;
@@ -248,5 +307,77 @@ mod tests {
         let ledger = revoked.ledgers.get_mut(&at("p", "a")).expect("there");
         ledger.promises.get_mut(&Uid::from("v")).expect("there").revoked = Some(1);
         assert!(!changes(&revoked).iter().any(|change| matches!(change, Change::WriteLedger { .. })));
+    }
+
+    #[test]
+    fn a51_what_nothing_needs_goes_before_a_growth_is_refused() {
+        let mut view = with_idle_image(asked_for(70));
+        view.reservations
+            .values_mut()
+            .for_each(|volume| (volume.ttl_millis, volume.ready_since) = (Some(HOUR), Some(Timestamp(0))));
+        let all = changes(&view);
+        let report = told(&view);
+        assert_eq!((report.state, report.reason), (ReservationState::Ready, Reason::Reclaiming));
+        assert_eq!((report.shortfall, retired(&all)), (Some(Bytes(25)), vec![&*image("a", 25, 0).name]));
+        let soon =
+            |change: &Change| matches!(change, Change::RetryAfter { millis } if *millis <= room::LOOK_MILLIS);
+        assert!(all.iter().any(soon), "and not when it expires: {all:?}");
+        view.leader = false;
+        assert_eq!(
+            (told(&view).reason, retired(&changes(&view))),
+            (Reason::Reclaiming, vec![]),
+            "the leader does it"
+        );
+        view.leader = true;
+        let too_large = with_idle_image(asked_for(71));
+        assert_eq!(
+            (told(&too_large).reason, retired(&changes(&too_large))),
+            (Reason::InsufficientCapacity, vec![])
+        );
+        let long = Timestamp(HOUR / 4);
+        let behind = with_waiting(with_idle_image(asked_for(70)), Access::File);
+        assert_eq!(retired(&changes_at(&behind, long)), [""; 0], "a request that waits long may need it");
+        view.images.clear();
+        view.ledgers.values_mut().for_each(|ledger| drop(ledger.promises.remove(&image("a", 25, 0).uid)));
+        assert!(matches!(&changes(&view)[..], [Change::WriteLedger { .. }]));
+    }
+
+    #[test]
+    fn a_growth_goes_before_those_who_wait_but_not_before_those_whom_nobody_overtakes() {
+        let grows =
+            |view: &View, now| matches!(&changes_at(view, Timestamp(now))[..], [Change::WriteLedger { .. }]);
+        let mut view = with_waiting(asked_for(70), Access::File);
+        assert!(grows(&view, HOUR / 4 - 1));
+        assert!(!grows(&view, HOUR / 4));
+        let all = changes_at(&view, Timestamp(HOUR / 4));
+        let [Change::ReportReservation { report, .. }, Change::RetryAfter { .. }] = &all[..] else {
+            panic!("{all:?}")
+        };
+        assert_eq!((report.state, report.reason), (ReservationState::Ready, Reason::Queued));
+        assert_eq!(
+            report.message,
+            "40 bytes are promised, 70 bytes are asked for: pool p on node a has room, for requests that have waited long: 1 of \
+             60 bytes"
+        );
+        assert!(grows(&with_waiting(asked_for(70), Access::Stream), HOUR / 4), "it needs no room");
+        view.pools.values_mut().for_each(|pool| pool.service = Service::Cordoned);
+        assert!(grows(&view, HOUR / 4), "it gets no place there");
+    }
+
+    #[test]
+    fn an_overcommitted_volume_does_not_grow_where_volumes_have_written_all() {
+        let mut view = thin_view(&["a"], Bytes::gib(10));
+        let mut volume = reservation("v", 2 << 30, 0);
+        (volume.access, volume.state) = (Access::Block, ReservationState::Ready);
+        (volume.assignment, volume.prepared) = (Some(placed("p", "a", 1)), Some(Generation::FIRST));
+        add(&mut view, volume);
+        hold(&mut view, "a", "v", Class::Volumes, 1 << 30);
+        let ledger = view.ledgers.get_mut(&at("p", "a")).expect("there");
+        ledger.capacity.overcommit.percent = Percent::from(200);
+        assert!(matches!(&changes(&view)[..], [Change::WriteLedger { .. }]));
+        let report = view.nodes.values_mut().next().and_then(|node| node.pools.values_mut().next());
+        let thin = report.expect("one").thin.as_mut().expect("thin");
+        thin.volumes.data = Usage { used: Bytes::gib(10), total: Bytes::gib(10) };
+        assert_eq!(told(&view).reason, Reason::DataAlmostFull);
     }
 }

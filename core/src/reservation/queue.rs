@@ -13,10 +13,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::fits_empty;
-use crate::ids::{PoolName, Uid};
+use crate::ids::{NodeName, PoolName, Uid};
 use crate::ledger::{Charge, MAX_PROMISES};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{PoolView, ReservationState, ReservationView, View, WhenFull};
+use crate::view::{LedgerView, PoolView, ReservationState, ReservationView, Service, View, WhenFull};
 
 use super::need::Need;
 use super::place::{Candidate, everything, may_use, promises_at, stopped};
@@ -153,7 +153,10 @@ impl Backlog {
                 let Some(other) = view.reservations.get(&earlier.uid).filter(|_| !earlier.limited) else {
                     continue;
                 };
-                let here = places.iter().copied().filter(|at| waits_for(view, other, earlier, &all[*at]));
+                let here = places
+                    .iter()
+                    .copied()
+                    .filter(|at| waits_for(view, other, earlier, (&all[*at].pool, &all[*at].node)));
                 let here: Vec<usize> = here.collect();
                 if here.is_empty() {
                     continue;
@@ -186,6 +189,23 @@ impl Backlog {
             .collect();
         u32::try_from(others.len()).unwrap_or(u32::MAX)
     }
+}
+
+/// Of those that nobody overtakes any more and that wait for room in this ledger: how many there are, and what they ask for. None
+/// where the pool takes nothing new, because then none of them gets a place there.
+pub(super) fn overdue(view: &View, ledger: &LedgerView, now: Timestamp) -> (usize, Bytes) {
+    let Some(pool) = view.pools.get(&ledger.pool) else { return (0, Bytes::ZERO) };
+    if pool.service_on(&ledger.node) != Service::Open {
+        return (0, Bytes::ZERO);
+    }
+    let backlog = Backlog::among(view, now, None, |other| other.name == pool.name);
+    let waiting = backlog.pools.values().flatten().filter(|waiting| {
+        let other = view.reservations.get(&waiting.uid).filter(|_| waiting.overdue && !waiting.limited);
+        let takes_room = waiting.need.image.is_some() || waiting.need.bytes() > Bytes::ZERO;
+        takes_room && other.is_some_and(|other| waits_for(view, other, waiting, (&ledger.pool, &ledger.node)))
+    });
+    waiting
+        .fold((0, Bytes::ZERO), |(count, sum), waiting| (count + 1, sum.saturating_add(waiting.need.bytes())))
 }
 
 /// Those that may go to this pool, in its order.
@@ -238,16 +258,18 @@ fn takes_no_room(view: &View, reservation: &ReservationView, need: &Need, place:
 
 /// True if `other` may use the place, and could if it were empty. It does not wait for space where a kernel pool that it
 /// needs is damaged: the other class goes on there.
-fn waits_for(view: &View, other: &ReservationView, waiting: &Waiting, place: &Candidate) -> bool {
-    let (Some(pool), Some(node)) = (view.pools.get(&place.pool), view.nodes.get(&place.node)) else {
-        return false;
-    };
-    let ledger = view.ledgers.get(&(place.pool.clone(), place.node.clone()));
+fn waits_for(
+    view: &View,
+    other: &ReservationView,
+    waiting: &Waiting,
+    (pool, node): (&PoolName, &NodeName),
+) -> bool {
+    let ledger = view.ledgers.get(&(pool.clone(), node.clone()));
+    let report = view.report_of(pool, node);
+    let (Some(pool), Some(node)) = (view.pools.get(pool), view.nodes.get(node)) else { return false };
     let all = everything(&waiting.need, &other.uid, pool.block);
-    let damaged = || {
-        let report = view.report_of(&place.pool, &place.node);
-        report.and_then(|report| stopped(report, &all)).is_some_and(|stopped| !stopped.is_about_space())
-    };
+    let damaged =
+        || report.and_then(|report| stopped(report, &all)).is_some_and(|stopped| !stopped.is_about_space());
     may_use(other, pool, node)
         && ledger.is_some_and(|ledger| fits_empty(&ledger.capacity, &all).is_ok())
         && !damaged()
