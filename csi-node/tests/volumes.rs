@@ -162,6 +162,13 @@ fn a_half_made_volume_is_made_anew_and_a_clone_is_its_image_then_zeros() {
     assert!(matches!(refused, Err(VolumeError::Area(AreaError::ImageTooLarge { .. }))), "{refused:?}");
     assert!(!pool.area.volume(&small).exists(), "the promise is not exceeded");
     volumes::remove(&pool, &small).unwrap();
+    let used = || pool.record.record().get(tables::IMAGES, &digest).unwrap().unwrap().last_used;
+    let before = used();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    volumes::remove(&pool, &uid).unwrap();
+    assert!(used() > before, "it was needed until its last volume went");
+    pool.record.begin_evict(&digest).unwrap();
+    pool.record.forget_image(&digest).unwrap();
     close(pool, pools);
 }
 

@@ -101,12 +101,19 @@ pub fn enlarged(pool: &OpenPool, uid: &Uid) -> Result<(), VolumeError> {
 
 /// Removes a volume that is not attached.
 pub fn remove(pool: &OpenPool, uid: &Uid) -> Result<(), VolumeError> {
+    let volume = pool.record.record().get(tables::VOLUMES, uid).map_err(ChangeError::from)?;
     if !pool.record.begin_delete_volume(uid)? {
         return Ok(());
     }
     pool.area.detach(uid)?;
     if !sabotage::active(sabotage::RELEASE_WITHOUT_DELETE) {
         pool.area.remove_volume(&pool.record, uid)?;
+    }
+    if let Some(VolumeOrigin::Image(digest)) = volume.and_then(|volume| volume.origin)
+        && pool.record.record().get(tables::IMAGES, &digest).map_err(ChangeError::from)?.is_some()
+    {
+        // Its time without a use begins now.
+        pool.record.image_used(&digest, now())?;
     }
     Ok(pool.record.forget_volume(uid)?)
 }
