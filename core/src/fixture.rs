@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::budget::fits;
+use crate::change::{Change, ReservationReport};
 use crate::ids::{
     Digest, Lineage, NodeName, ObjectName, PoolName, Sha256Sum, Uid, ledger_name, staged_image_name,
 };
@@ -255,4 +256,21 @@ pub fn add(view: &mut View, reservation: ReservationView) -> Uid {
     let uid = reservation.uid.clone();
     view.reservations.insert(uid.clone(), reservation);
     uid
+}
+
+/// When decisions of tests are asked for that do not depend on the time.
+pub const NOW: Timestamp = Timestamp(1_000);
+
+/// What is decided about a reservation.
+pub fn ask(view: &View, name: &str) -> Vec<Change> {
+    crate::reservation::decide(view, &Uid::from(name), NOW)
+}
+
+/// What is said of it first.
+pub fn told(view: &View, name: &str) -> ReservationReport {
+    let changes = ask(view, name);
+    match changes.first() {
+        Some(Change::ReportReservation { report, .. }) => report.clone(),
+        _ => panic!("no report: {changes:?}"),
+    }
 }

@@ -1,8 +1,8 @@
 //! What a promise is worth: with what is pending, in small pools, beside pools that fail, and while images are on their way.
 
-use super::{decide, place::Verdict};
-use crate::change::{Change, ReservationReport};
-use crate::fixture::{add, at, hold, image, node_pool, placed, pool, reservation, template, view};
+use super::place::Verdict;
+use crate::change::Change;
+use crate::fixture::{add, ask, at, hold, image, node_pool, placed, pool, reservation, template, told, view};
 use crate::ids::{Digest, NodeName, ObjectName, PoolName, Sha256Sum, Uid, staged_image_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
@@ -11,20 +11,6 @@ use crate::units::{Bytes, Timestamp};
 use crate::view::{
     Access, AssignedImage, ImageView, PoolChoice, ReservationState, ReservationView, View, WhenFull,
 };
-
-const NOW: Timestamp = Timestamp(1_000);
-
-fn ask(view: &View, name: &str) -> Vec<Change> {
-    decide(view, &Uid::from(name), NOW)
-}
-
-fn told(view: &View, name: &str) -> ReservationReport {
-    let changes = ask(view, name);
-    match changes.first() {
-        Some(Change::ReportReservation { report, .. }) => report.clone(),
-        _ => panic!("no report: {changes:?}"),
-    }
-}
 
 fn is_promised(changes: &[Change]) -> bool {
     matches!(changes, [Change::WriteLedger { .. }, Change::AssignReservation { .. }])

@@ -1,26 +1,10 @@
 use super::*;
-use crate::change::{Change, ReservationReport};
-use crate::fixture::{add, hold, pool, reservation, unreadable, view};
-use crate::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
+use crate::change::Change;
+use crate::fixture::{add, ask, hold, pool, reservation, told, unreadable, view};
+use crate::ids::{NodeName, ObjectName, PoolName, ledger_name};
 use crate::ledger::Class;
 use crate::reason::Reason;
-use crate::reservation::decide;
-use crate::units::Timestamp;
 use crate::view::ReservationState;
-
-const NOW: Timestamp = Timestamp(1_000);
-
-fn ask(view: &View, name: &str) -> Vec<Change> {
-    decide(view, &Uid::from(name), NOW)
-}
-
-fn told(view: &View, name: &str) -> ReservationReport {
-    let changes = ask(view, name);
-    match changes.first() {
-        Some(Change::ReportReservation { report, .. }) => report.clone(),
-        _ => panic!("no report: {changes:?}"),
-    }
-}
 
 fn decided(name: &str, view: &View) -> (Reason, Option<Bytes>) {
     let report = told(view, name);
