@@ -1,7 +1,6 @@
 //! Who talks to the test control plane: the administrator and service accounts, as kubeconfig files.
 
-use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,7 @@ use kube::api::PostParams;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client, Config, ResourceExt};
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 use super::{Cluster, Pki};
 use crate::wait::WaitError;
@@ -204,8 +204,18 @@ fn write_kubeconfig(path: &Path, pki: &Pki, server: SocketAddrV4, user: &Value) 
         "contexts": [{ "name": "berth", "context": { "cluster": "berth", "user": "user" } }],
         "current-context": "berth",
     });
-    let write_error = |source| IdentityError::Write { path: path.to_owned(), source };
-    fs::write(path, format!("{config:#}\n")).map_err(write_error)
+    replace(path, &format!("{config:#}\n"))
+        .map_err(|source| IdentityError::Write { path: path.to_owned(), source })
+}
+
+/// Puts `text` in the place of what stands at `path`. Two programs of one account share a kubeconfig: the first may
+/// be reading it while it is written for the second, and must find a whole one.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = NamedTempFile::new_in(dir)?;
+    file.write_all(text.as_bytes())?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// Takes "it exists already" for success.
@@ -214,5 +224,26 @@ fn created<T>(outcome: kube::Result<T>, action: impl FnOnce() -> String) -> Resu
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
         Err(source) => Err(IdentityError::Request { action: action(), source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read as _;
+
+    use super::*;
+
+    #[test]
+    fn whoever_reads_while_a_file_is_replaced_finds_the_whole_of_the_former() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        replace(&path, "the first").unwrap();
+        let mut reader = File::open(&path).unwrap();
+        replace(&path, "the second").unwrap();
+        let mut found = String::new();
+        reader.read_to_string(&mut found).unwrap();
+        assert_eq!(found, "the first");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "the second");
     }
 }
