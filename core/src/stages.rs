@@ -51,6 +51,15 @@ impl fmt::Display for Stage {
     }
 }
 
+/// Which way an image takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Route {
+    /// It is read where it lies, and nothing of it is staged.
+    Direct,
+    /// Its source comes into the reservation first.
+    Staged,
+}
+
 /// What is known of a source before anything is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -63,8 +72,8 @@ pub struct Shape {
     pub converted: bool,
     /// True if the source is read where it lies, and not fetched.
     pub in_place: bool,
-    /// The store's chunk size.
-    pub chunk_size: Bytes,
+    /// The chunk size of the image store that it goes into; `None` if it goes into none.
+    pub chunk_size: Option<Bytes>,
 }
 
 /// Bytes of an index and of the journal of stored sizes, per item: 40 and 4.
@@ -86,13 +95,16 @@ impl Shape {
     }
 
     /// The most that the work occupies at once: the fetched source, the raw image that a tool may write in full, and the
-    /// index of an image without a single hole. A multiple of 1 MiB. Saturates.
+    /// index of an image without a single hole. A multiple of 1 MiB; 0 if nothing is staged. Saturates.
     pub fn peak_bytes(&self) -> Bytes {
         let source = if self.in_place { Bytes::ZERO } else { self.source_bytes };
         let raw = if self.converted { self.virtual_size } else { Bytes::ZERO };
-        let chunks = self.virtual_size.0.div_ceil(self.chunk_size.0.max(1));
+        let chunks = self.chunk_size.map_or(0, |size| self.virtual_size.0.div_ceil(size.0.max(1)));
         let index = Bytes(chunks.saturating_mul(INDEX_ENTRY));
-        [source, raw, index, SLACK].into_iter().sum::<Bytes>().round_up(Bytes::mib(1))
+        match [source, raw, index].into_iter().sum() {
+            Bytes::ZERO => Bytes::ZERO,
+            staged => staged.saturating_add(SLACK).round_up(Bytes::mib(1)),
+        }
     }
 
     /// How far the whole is, 0 to 99, when `done` of `total` bytes of `stage` are done. 100 is said only of what is
@@ -125,7 +137,7 @@ mod tests {
             virtual_size: Bytes::gib(2),
             converted,
             in_place,
-            chunk_size: Bytes::kib(256),
+            chunk_size: Some(Bytes::kib(256)),
         }
     }
 
@@ -143,6 +155,9 @@ mod tests {
         assert_eq!(shape(false, false).peak_bytes(), Bytes::mib(305));
         assert_eq!(shape(true, false).peak_bytes(), Bytes::mib(305 + 2048));
         assert_eq!(shape(false, true).peak_bytes(), Bytes::mib(5));
+        let object = |in_place| Shape { chunk_size: None, ..shape(false, in_place) };
+        assert_eq!(object(false).peak_bytes(), Bytes::mib(304));
+        assert_eq!(object(true).peak_bytes(), Bytes::ZERO, "straight into an object");
         let largest = Shape { virtual_size: Bytes(u64::MAX), ..shape(true, false) };
         assert!(largest.peak_bytes().0 >= u64::MAX - (1 << 20));
     }

@@ -27,10 +27,10 @@ use super::pools::OpenPool;
 use super::space;
 use super::stores::{self, AccessError};
 use crate::area::AreaError;
-use crate::import::error::store_reason;
 use crate::node::{Node, now};
 use crate::sabotage;
 use crate::telemetry::chain;
+use crate::transfer::error::store_reason;
 
 /// A checkpoint is due after this many bytes.
 const WINDOW: u64 = 32 << 20;

@@ -24,12 +24,12 @@ use super::pools::OpenPool;
 use super::sources;
 use super::space;
 use super::stores::{self, AccessError};
-use crate::import::{
-    self, Durable, ImportError, ImportJob, Journal, Limits, Origin, Probed, Reporter, Snapshot, journal,
-    probe_source,
-};
 use crate::node::{Node, now};
 use crate::telemetry::chain;
+use crate::transfer::{
+    self, Durable, Journal, Limits, Origin, Probed, Reporter, Snapshot, Source, TransferError, TransferJob,
+    journal, probe_source,
+};
 
 pub use error::WorkError;
 
@@ -93,7 +93,7 @@ async fn probe_once(node: &Node, object: &TemplateImport) -> Result<ImportPlan, 
 }
 
 fn plan(probed: &Probed, chunk_size: Bytes) -> ImportPlan {
-    let shape = probed.shape(chunk_size);
+    let shape = probed.shape(Some(chunk_size));
     let why = if probed.converted {
         "a tool converts this format to raw beside the fetched source"
     } else {
@@ -156,12 +156,12 @@ fn job(
     uid: &Uid,
     generation: Generation,
     place: Option<(&OpenPool, &Uid, Bytes)>,
-) -> Result<ImportJob, WorkError> {
+) -> Result<TransferJob, WorkError> {
     let (dir, promised) = place.map_or_else(
         || (node.config.state_dir.join("nowhere"), Bytes::ZERO),
         |(pool, reservation, promised)| (pool.area.work_dir(reservation), promised),
     );
-    Ok(ImportJob {
+    Ok(TransferJob {
         uid: uid.clone(),
         generation,
         name: name_of(object),
@@ -258,7 +258,7 @@ pub async fn run(
                 }
                 return tracing::info!(import = %name_of(&object), digest = %durable.digest, "import is durable");
             }
-            Err(WorkError::Import(ImportError::Cancelled)) => return,
+            Err(WorkError::Import(TransferError::Cancelled)) => return,
             Err(error) => error,
         };
         let superseded = matches!(&error, WorkError::Import(error) if error.is_superseded());
@@ -345,7 +345,8 @@ async fn run_once(
     let chunks = stores::open_or_create(node, &store_name(object)).await?;
     let reporter: Arc<dyn Reporter> = Arc::clone(teller) as _;
     teller.attempt();
-    Ok(import::attempt(&job, &Origin::Remote(source), &chunks, journal, &reporter, cancel).await?)
+    let source = Source::Staged(Origin::Remote(source));
+    Ok(transfer::attempt(&job, &source, &chunks, journal, &reporter, cancel).await?)
 }
 
 fn finish(news: &mut ImportNews, durable: &Durable) {
@@ -359,7 +360,7 @@ fn finish(news: &mut ImportNews, durable: &Durable) {
     }
     news.durable = Some(DurableImage {
         digest: durable.digest.to_string(),
-        source_digest: durable.source_digest.to_string(),
+        source_digest: durable.source_digest.map(|digest| digest.to_string()).unwrap_or_default(),
         size: durable.stored_bytes.as_i64(),
         virtual_size: durable.virtual_size.as_i64(),
         real_size: durable.real_size.as_i64(),
@@ -391,7 +392,7 @@ async fn take_back(
     let job = job(node, object, uid, generation, place)?;
     let chunks = stores::open(node, &store_name(object)).await?;
     let journal = Journal::new(Arc::clone(&node.record), uid.clone(), generation);
-    Ok(import::abandon(&job, &chunks, &journal, published).await?)
+    Ok(transfer::abandon(&job, &chunks, &journal, published).await?)
 }
 
 /// Forgets how far imports are that are not this node's any more: they have moved, or went while it was away.
@@ -399,7 +400,7 @@ pub async fn forget_others(node: &Arc<Node>) {
     let ours: BTreeSet<Uid> =
         node.watches.imports.state().iter().filter_map(|import| Some(import.uid()?.into())).collect();
     let record = Arc::clone(&node.record);
-    let forget = move || -> Result<(), ImportError> {
+    let forget = move || -> Result<(), TransferError> {
         let jobs = record.jobs()?.into_iter().filter(|(_, job)| job.kind == journal::KIND);
         for (uid, _) in jobs.filter(|(uid, _)| !ours.contains(uid)) {
             record.forget_job(&uid)?;
@@ -407,7 +408,7 @@ pub async fn forget_others(node: &Arc<Node>) {
         }
         Ok(())
     };
-    match tokio::task::spawn_blocking(forget).await.map_err(ImportError::from).flatten() {
+    match tokio::task::spawn_blocking(forget).await.map_err(TransferError::from).flatten() {
         Ok(()) => {}
         Err(error) => tracing::warn!(error = chain(&error), "what is recorded of others' imports stays"),
     }
@@ -486,7 +487,7 @@ mod tests {
         let denied = || StoreError::AccessDenied { place: place(), said: String::new() };
         let open = |source| Err(WorkError::Store(AccessError::Open { store: store(), source }));
         let denied_open = || open(OpenError::Store { at: "k".to_owned(), source: denied() });
-        assert!(nothing_left(Err(ImportError::Store(denied()).into()), true).is_err());
+        assert!(nothing_left(Err(TransferError::Store(denied()).into()), true).is_err());
         assert!(nothing_left(denied_open(), true).is_err());
         assert!(nothing_left(denied_open(), false).is_ok(), "it never wrote there");
         assert!(nothing_left(Err(AccessError::Missing(store()).into()), true).is_ok());

@@ -13,8 +13,8 @@ use kube::ResourceExt as _;
 use super::imports::WorkError;
 use super::stores;
 use crate::credentials::{CredentialSource, SecretCredentials};
-use crate::import::ImportError;
 use crate::node::Node;
+use crate::transfer::TransferError;
 
 /// Networks that sources may not be read from unless they are allowed: the node's own.
 const LOOPBACK: [&str; 2] = ["127.0.0.0/8", "::1/128"];
@@ -43,7 +43,7 @@ pub(super) async fn open(
                 addresses,
                 stall,
             };
-            Ok(HttpSource::new(config).map_err(ImportError::from)?.into())
+            Ok(HttpSource::new(config).map_err(TransferError::from)?.into())
         }
         ApiSource { s3: Some(s3), .. } => {
             open_object(node, &import.namespace().unwrap_or_default(), s3, stall).await

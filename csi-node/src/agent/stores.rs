@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::news::StoreNews;
 use crate::credentials::{CredentialSource, CredentialsError, SecretCredentials};
-use crate::import::error::store_reason;
 use crate::node::{Node, now};
 use crate::telemetry::chain;
+use crate::transfer::error::store_reason;
 
 /// How often a store that answers is looked at, in milliseconds.
 const AGAIN_MILLIS: u64 = 300_000;

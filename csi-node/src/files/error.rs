@@ -9,7 +9,7 @@ use berth_objectstore::source::SourceError;
 use berth_record::{ChangeError, ReadError};
 use thiserror::Error;
 
-use crate::import::{source_reason, store_reason};
+use crate::transfer::{source_reason, store_reason};
 
 /// Why an attempt ended.
 #[derive(Debug, Error)]

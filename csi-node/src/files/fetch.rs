@@ -136,7 +136,7 @@ async fn checkpoint<R: HasRecord>(
     let (work, file, name) = (work.clone(), Arc::clone(file), name.to_owned());
     let recorded = tokio::task::spawn_blocking(move || -> Result<(), FileError> {
         file.sync_data().map_err(FileError::io("sync", &name))?;
-        crate::import::release(&file);
+        crate::transfer::release(&file);
         Ok(work.record.record().file_fetched(&work.uid, work.generation, fetch)?)
     });
     recorded.await?

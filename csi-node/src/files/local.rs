@@ -58,7 +58,7 @@ pub fn read(
         }
         read => read.map_err(FileError::io("read", name))?,
     }
-    crate::import::release(file);
+    crate::transfer::release(file);
     let sum = Sha256Sum::of(&bytes);
     Ok((bytes, sum))
 }

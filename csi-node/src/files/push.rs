@@ -16,9 +16,9 @@ use futures::StreamExt as _;
 use super::error::FileError;
 use super::local::{self, Opened, Stamp};
 use super::{FileWork, HasRecord, boot};
-use crate::import::store_reason;
 use crate::node::now;
 use crate::telemetry::chain;
+use crate::transfer::store_reason;
 
 /// The least size of a part, and of a file that is sent in parts. Files of more than 156 GiB have larger parts, so that
 /// there are not too many.

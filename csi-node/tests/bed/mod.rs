@@ -14,8 +14,9 @@ use berth_core::progress::Said;
 use berth_core::reason::Reason;
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation, Timestamp};
-use berth_node::import::{
-    Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Reporter, Snapshot, abandon, import,
+use berth_node::transfer::{
+    Durable, Journal, Limits, Observer, Origin, Reporter, Snapshot, Source, TransferError, TransferJob,
+    abandon, import,
 };
 use berth_objectstore::ObjectStore as _;
 use berth_objectstore::chunks::caibx::ChunkSize;
@@ -47,22 +48,16 @@ impl Bed {
         let s3 = TestS3::start_with(&dir.path().join("s3"), options).await.unwrap();
         std::fs::create_dir(dir.path().join("files")).unwrap();
         let web = HttpSource::start(&dir.path().join("files"), &dir.path().join("web.log")).await.unwrap();
-        let config = S3Config {
-            endpoint: Some(s3.endpoint()),
-            region: "us-east-1".to_owned(),
-            bucket: "test".to_owned(),
-            addressing: Addressing::Path,
-            credentials: Credentials::Static {
-                access_key_id: s3.access_key().to_owned(),
-                secret_key: Secret::new(s3.secret_key()),
-                session_token: None,
-            },
-            ca_bundle: None,
-        };
-        let store = S3Store::connect(config).await.unwrap();
+        let store = connect(&s3).await;
         let layout = StoreLayout::new("p").unwrap();
         let chunks = ChunkStore::open_or_create(store, layout, ChunkSize::DEFAULT).await.unwrap();
         Self { dir, s3, web, chunks }
+    }
+
+    /// Another image store in the same bucket.
+    pub async fn other_store(&self, prefix: &str) -> ChunkStore<S3Store> {
+        let layout = StoreLayout::new(prefix).unwrap();
+        ChunkStore::open_or_create(connect(&self.s3).await, layout, ChunkSize::DEFAULT).await.unwrap()
     }
 
     /// A path below the directory that the web server serves.
@@ -122,9 +117,25 @@ impl Bed {
     }
 }
 
+async fn connect(s3: &TestS3) -> S3Store {
+    let config = S3Config {
+        endpoint: Some(s3.endpoint()),
+        region: "us-east-1".to_owned(),
+        bucket: "test".to_owned(),
+        addressing: Addressing::Path,
+        credentials: Credentials::Static {
+            access_key_id: s3.access_key().to_owned(),
+            secret_key: Secret::new(s3.secret_key()),
+            session_token: None,
+        },
+        ca_bundle: None,
+    };
+    S3Store::connect(config).await.unwrap()
+}
+
 /// One import on one node.
 pub struct Work {
-    pub job: ImportJob,
+    pub job: TransferJob,
     pub record: Arc<NodeRecord>,
     pub told: Arc<Told>,
 }
@@ -147,7 +158,7 @@ impl Work {
             stall: Duration::from_secs(20),
             retries: 3,
         };
-        let job = ImportJob {
+        let job = TransferJob {
             uid: Uid(format!("uid-{name}")),
             generation: Generation(generation),
             name: ObjectName::new("ns", name),
@@ -165,7 +176,7 @@ impl Work {
         Journal::new(Arc::clone(&self.record), self.job.uid.clone(), self.job.generation)
     }
 
-    pub async fn run(&self, bed: &Bed, origin: &Origin) -> Result<Durable, ImportError> {
+    pub async fn run(&self, bed: &Bed, origin: &Origin) -> Result<Durable, TransferError> {
         self.run_until(bed, origin, &CancellationToken::new()).await
     }
 
@@ -174,10 +185,19 @@ impl Work {
         bed: &Bed,
         origin: &Origin,
         cancel: &CancellationToken,
-    ) -> Result<Durable, ImportError> {
+    ) -> Result<Durable, TransferError> {
+        self.read_until(bed, &Source::Staged(origin.clone()), cancel).await
+    }
+
+    pub async fn read_until(
+        &self,
+        bed: &Bed,
+        source: &Source,
+        cancel: &CancellationToken,
+    ) -> Result<Durable, TransferError> {
         let reporter: Arc<dyn Reporter> = Arc::clone(&self.told) as _;
         let journal = self.journal();
-        let work = import(&self.job, origin, &bed.chunks, &journal, &reporter, &*self.told, cancel);
+        let work = import(&self.job, source, &bed.chunks, &journal, &reporter, &*self.told, cancel);
         tokio::time::timeout(Duration::from_secs(240), work).await.expect("an import ends")
     }
 
@@ -262,7 +282,7 @@ impl Observer for Told {
         self.attempts.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn retrying(&self, error: &ImportError, _: Duration) {
+    fn retrying(&self, error: &TransferError, _: Duration) {
         self.errors.lock().unwrap().push(error.chain());
         self.reasons.lock().unwrap().push(error.reason());
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use berth_core::ids::{NodeName, Sha256Sum, Uid};
-use berth_core::units::{Generation, Timestamp};
+use berth_core::units::{Bytes as Size, Generation, Timestamp};
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -222,6 +222,11 @@ impl<S: ObjectStore> Session<S> {
     /// What was saved last, by us or by who was before us.
     pub fn saved(&self) -> Option<&Saved> {
         self.record.checkpoint.as_ref()
+    }
+
+    /// The size of the chunks of its image store.
+    pub fn chunk_size(&self) -> Size {
+        self.chunks.chunk_size().size()
     }
 
     /// The candidates for removal when the session began.

@@ -7,7 +7,7 @@ use berth_core::units::Bytes as Size;
 use bytes::Bytes;
 
 use super::{ANSWER_TIMEOUT, CONNECT_TIMEOUT, S3Store, byte_stream, classify};
-use crate::checksum::base64;
+use crate::checksum::{base64, sum_of_base64};
 use crate::{Body, ETag, StoreError};
 
 /// The most parts that an upload may have.
@@ -22,6 +22,19 @@ pub struct Part {
     pub etag: ETag,
     /// SHA-256 of its bytes, which the store was asked to check.
     pub sha256: Sha256Sum,
+}
+
+/// A part as a store lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedPart {
+    /// Its number, from 1 on.
+    pub number: usize,
+    /// Its size.
+    pub size: Size,
+    /// What the store calls it.
+    pub etag: ETag,
+    /// SHA-256 of its bytes, where the store tells it.
+    pub sha256: Option<Sha256Sum>,
 }
 
 /// An object as a store tells of it.
@@ -93,6 +106,28 @@ impl S3Store {
         let said = format!("part {number} was stored without an entity tag");
         let etag = output.e_tag.map(ETag).ok_or(StoreError::Unsupported { place, said })?;
         Ok(Part { etag, sha256 })
+    }
+
+    /// The parts that an upload has, by number.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if there is no such upload.
+    pub async fn list_parts(&self, key: &str, upload: &str) -> Result<Vec<ListedPart>, StoreError> {
+        let request = self.client.list_parts().bucket(&self.bucket).key(key).upload_id(upload);
+        let mut pages = request.into_paginator().send();
+        let mut parts = Vec::new();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(|error| classify(self.place(key), &error))?;
+            parts.extend(page.parts.unwrap_or_default().into_iter().filter_map(|part| {
+                Some(ListedPart {
+                    number: usize::try_from(part.part_number?).ok()?,
+                    size: Size::from_i64(part.size.unwrap_or_default()),
+                    etag: ETag(part.e_tag?),
+                    sha256: part.checksum_sha256.as_deref().and_then(sum_of_base64),
+                })
+            }));
+        }
+        Ok(parts)
     }
 
     /// Makes the object of its parts, in place of what may be under its key.

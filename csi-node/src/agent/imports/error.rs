@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::super::space::SpaceDefect;
 use super::super::stores::AccessError;
 use crate::credentials::CredentialsError;
-use crate::import::ImportError;
+use crate::transfer::TransferError;
 
 /// Why work on an import cannot begin or go on.
 #[derive(Debug, Error)]
@@ -52,7 +52,7 @@ pub enum WorkError {
     Space(SpaceDefect),
     /// The import itself.
     #[error("the import failed")]
-    Import(#[from] ImportError),
+    Import(#[from] TransferError),
 }
 
 impl WorkError {

@@ -24,9 +24,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::Output;
 use crate::commands::object_store::{StoreArgs, StoreArgsError};
-use crate::import::probe::checked;
-use crate::import::{
-    Durable, ImportError, ImportJob, Journal, Limits, Observer, Origin, Reporter, Snapshot, abandon, import,
+use crate::transfer::probe::checked;
+use crate::transfer::{
+    Durable, Journal, Limits, Observer, Origin, Reporter, Snapshot, Source, TransferError, TransferJob,
+    abandon, import,
 };
 
 /// Flags of `berth-node template import`.
@@ -111,7 +112,7 @@ pub enum TemplateError {
         /// The image.
         path: PathBuf,
         /// Why.
-        source: Box<ImportError>,
+        source: Box<TransferError>,
     },
     /// The result cannot be printed.
     #[error("failed to print the result")]
@@ -138,7 +139,7 @@ pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Resul
     let limits = limits(args);
     let dir = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(format!("berth-{uid}")));
     std::fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
-    let job = ImportJob {
+    let job = TransferJob {
         uid: uid.clone(),
         generation: Generation::FIRST,
         name: args.name.clone(),
@@ -151,18 +152,18 @@ pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Resul
     let chunks = open_store(args, chunk_size).await?;
     let record = job.dir.join("record.redb");
     let journal = Journal::new(Arc::new(open_record(&record, &job.node)?), uid, job.generation);
-    let (bar, origin) = (Arc::new(Bar::new(args)), Origin::Local(file));
+    let (bar, source) = (Arc::new(Bar::new(args)), Source::Staged(Origin::Local(file)));
     let reporter: Arc<dyn Reporter> = Arc::clone(&bar) as _;
-    let outcome = import(&job, &origin, &chunks, &journal, &reporter, &*bar, cancel).await;
+    let outcome = import(&job, &source, &chunks, &journal, &reporter, &*bar, cancel).await;
     bar.0.finish_and_clear();
     if let Err(error) = &outcome
-        && !matches!(error, ImportError::Cancelled | ImportError::Exhausted { .. })
+        && !matches!(error, TransferError::Cancelled | TransferError::Exhausted { .. })
         && let Err(left) = abandon(&job, &chunks, &journal, false).await
     {
         tracing::warn!(error = left.chain(), "traces of the failed import stay");
     }
     // Only what another start goes on with stays.
-    if !matches!(outcome, Err(ImportError::Cancelled | ImportError::Exhausted { .. })) {
+    if !matches!(outcome, Err(TransferError::Cancelled | TransferError::Exhausted { .. })) {
         clean_up(args, &job, &record, journal)?;
     }
     outcome.map_err(|source| TemplateError::Import { path: args.file.clone(), source: Box::new(source) })
@@ -191,9 +192,9 @@ fn limits(args: &ImportArgs) -> Limits {
 fn space(file: &Path, dir: &Path, limits: &Limits, chunk_size: ChunkSize) -> Result<Bytes, TemplateError> {
     let probe = probe_file(file)?;
     let imported =
-        |source: ImportError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
+        |source: TransferError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
     let probed = checked(&probe, Bytes::ZERO, limits).map_err(imported)?;
-    let shape = Shape { in_place: true, ..probed.shape(chunk_size.size()) };
+    let shape = Shape { in_place: true, ..probed.shape(Some(chunk_size.size())) };
     let found = statvfs(dir).map_err(|errno| failed("look at the space of", dir)(errno.into()))?;
     let available = Bytes(found.blocks_available().saturating_mul(found.fragment_size()));
     let needed = shape.peak_bytes();
@@ -218,7 +219,7 @@ fn open_record(path: &Path, node: &NodeName) -> Result<NodeRecord, TemplateError
 /// Removes the record, and the directory if it is ours.
 fn clean_up(
     args: &ImportArgs,
-    job: &ImportJob,
+    job: &TransferJob,
     record: &Path,
     journal: Journal,
 ) -> Result<(), TemplateError> {
@@ -279,7 +280,7 @@ impl Reporter for Bar {
 impl Observer for Bar {
     fn attempt(&self, _: u32) {}
 
-    fn retrying(&self, error: &ImportError, pause: Duration) {
+    fn retrying(&self, error: &TransferError, pause: Duration) {
         self.0.println(format!("{}; tried again in {} s", error.chain(), pause.as_secs()));
     }
 }

@@ -1,17 +1,13 @@
 //! Imports whose image store is down for longer than any number of retries would last.
-#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
-
-#[allow(dead_code)] // no test program uses all of it
-mod bed;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bed::{Bed, Told, Work, raw_image, same_disk};
+use crate::bed::{Bed, Told, Work, raw_image, same_disk};
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
-use berth_node::import::ImportError;
+use berth_node::transfer::TransferError;
 use berth_testkit::s3::fault::{FaultAction, FaultRule, write_rules};
 use tokio_util::sync::CancellationToken;
 
@@ -48,7 +44,7 @@ async fn an_import_waits_for_its_store_longer_than_its_retries_and_can_be_stoppe
         Instant::now()
     };
     let (outcome, stopped) = tokio::join!(work.run_until(&bed, &origin, &cancel), stopper);
-    assert!(matches!(outcome, Err(ImportError::Cancelled)), "{outcome:?}");
+    assert!(matches!(outcome, Err(TransferError::Cancelled)), "{outcome:?}");
     assert!(stopped.elapsed() < Duration::from_secs(2), "the pause of 4 s was waited for");
     work.told.reasons.lock().unwrap().clear();
 

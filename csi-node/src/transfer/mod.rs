@@ -2,13 +2,15 @@
 //!
 //! Everything here works without Kubernetes; the agent and `berth-node template import` make the same attempts, each in a loop of its own.
 //!
-//! **Memory**: one window of the uploader (8 MiB at 256 KiB chunks), the image reader's (about 10 MiB), and 16 pieces of
-//! the source's stream; nothing grows with the image. Pages of the files are let go of after every window.
+//! **Memory**: one window of the uploader (8 MiB at 256 KiB chunks), the image reader's (about 10 MiB) and 8 pieces that it
+//! is ahead, and 16 pieces of the source's stream; nothing grows with the image. Pages of the files are let go of after every window.
 //!
 //! **Stopping**: by the token. Everything stays, and the next start goes on from the last checkpoint. When [`import`] or
 //! [`attempt`] has returned, no thread of it is at work any more; whoever drops its future instead must not start it again
 //! in the same process before those threads have ended.
 
+mod content;
+mod direct;
 pub mod error;
 pub mod fetch;
 pub mod job;
@@ -17,6 +19,7 @@ mod name;
 mod pages;
 pub mod probe;
 pub mod run;
+mod stage;
 pub mod upload;
 
 use std::sync::Arc;
@@ -27,9 +30,10 @@ use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::store::ChunkStore;
 use tokio_util::sync::CancellationToken;
 
-pub use error::{ImportError, source_reason, store_reason};
+pub use direct::{Direct, Source, let_go};
+pub use error::{TransferError, source_reason, store_reason};
 pub use fetch::Origin;
-pub use job::{Durable, ImportJob, Limits, Probed, Reporter, Snapshot};
+pub use job::{Durable, Limits, Probed, Reporter, Snapshot, TransferJob};
 pub use journal::Journal;
 pub(crate) use pages::release;
 pub use probe::probe_source;
@@ -51,43 +55,43 @@ pub trait Observer: Send + Sync {
     /// An attempt begins; 1 is the first since this program started.
     fn attempt(&self, number: u32);
     /// It failed and is tried again after a pause.
-    fn retrying(&self, error: &ImportError, pause: Duration);
+    fn retrying(&self, error: &TransferError, pause: Duration);
 }
 
 /// Imports, trying again whatever may pass, until it is durable or cannot be: for an image store that is away without
 /// end, for everything else as often as the job allows.
 ///
 /// # Errors
-/// The one that ended it; [`ImportError::Cancelled`] if `cancel` did: then everything stays for the next start.
+/// The one that ended it; [`TransferError::Cancelled`] if `cancel` did: then everything stays for the next start.
 pub async fn import<S: ObjectStore>(
-    job: &ImportJob,
-    origin: &Origin,
+    job: &TransferJob,
+    source: &Source,
     chunks: &ChunkStore<S>,
     journal: &Journal,
     reporter: &Arc<dyn Reporter>,
     observer: &dyn Observer,
     cancel: &CancellationToken,
-) -> Result<Durable, ImportError> {
+) -> Result<Durable, TransferError> {
     let mut failures = Failures::default();
     let mut attempts = 0;
     loop {
         attempts += 1;
         observer.attempt(attempts);
         let before = journal.reached();
-        let error = match attempt(job, origin, chunks, journal, reporter, cancel).await {
+        let error = match attempt(job, source, chunks, journal, reporter, cancel).await {
             Ok(durable) => return Ok(durable),
             Err(error) => error,
         };
         let millis = match failures.note(error.fault(), journal.reached() > before, job.limits.retries) {
             Next::Again(millis) => millis,
-            Next::Exhausted => return Err(ImportError::Exhausted { attempts, source: Box::new(error) }),
+            Next::Exhausted => return Err(TransferError::Exhausted { attempts, source: Box::new(error) }),
             Next::Ended => return Err(error),
         };
         let pause = Duration::from_millis(millis);
         tracing::warn!(error = error.chain(), ?pause, attempts, "the import is tried again");
         observer.retrying(&error, pause);
         if cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-            return Err(ImportError::Cancelled);
+            return Err(TransferError::Cancelled);
         }
     }
 }
@@ -95,30 +99,30 @@ pub async fn import<S: ObjectStore>(
 /// Tries once, from wherever the journal says it is.
 ///
 /// # Errors
-/// What it failed on; [`ImportError::fault`] says how it goes on. [`ImportError::Cancelled`] if `cancel` ended it: then
+/// What it failed on; [`TransferError::fault`] says how it goes on. [`TransferError::Cancelled`] if `cancel` ended it: then
 /// everything stays for the next start.
 pub async fn attempt<S: ObjectStore>(
-    job: &ImportJob,
-    origin: &Origin,
+    job: &TransferJob,
+    source: &Source,
     chunks: &ChunkStore<S>,
     journal: &Journal,
     reporter: &Arc<dyn Reporter>,
     cancel: &CancellationToken,
-) -> Result<Durable, ImportError> {
-    let attempt = Attempt { job, origin, chunks, journal, reporter };
+) -> Result<Durable, TransferError> {
+    let attempt = Attempt { job, source, chunks, journal, reporter };
     let outcome = cancel.run_until_cancelled(attempt.run()).await;
     journal.idle().await;
-    outcome.unwrap_or(Err(ImportError::Cancelled))
+    outcome.unwrap_or(Err(TransferError::Cancelled))
 }
 
 /// Takes back what a failed or abandoned import has left: its session, its files, its place in the record.
 /// With `published`, also the name that it gave its image.
 pub async fn abandon<S: ObjectStore>(
-    job: &ImportJob,
+    job: &TransferJob,
     chunks: &ChunkStore<S>,
     journal: &Journal,
     published: bool,
-) -> Result<(), ImportError> {
+) -> Result<(), TransferError> {
     // First: one that is cut off here and run again after all must begin anew, not look for the session that it had.
     journal.forget().await?;
     run::end_session(chunks, job).await?;

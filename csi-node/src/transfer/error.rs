@@ -11,6 +11,7 @@ use berth_device::qemu::{ConvertError, UnknownDriver};
 use berth_image::{ProbeError, ReadError, Refusal};
 use berth_objectstore::StoreError;
 use berth_objectstore::chunks::publish::PublishError;
+use berth_objectstore::chunks::remote::{OpenRemoteError, RemoteError};
 use berth_objectstore::chunks::session::SessionError;
 use berth_objectstore::chunks::store::OpenError;
 use berth_objectstore::chunks::upload::UploadError;
@@ -21,7 +22,7 @@ use thiserror::Error;
 
 /// What ended an attempt.
 #[derive(Debug, Error)]
-pub enum ImportError {
+pub enum TransferError {
     /// The image is not one that is imported.
     #[error("the source is refused")]
     Refused(#[from] Refusal),
@@ -65,12 +66,26 @@ pub enum ImportError {
         /// What was to come.
         expected: Bytes,
     },
+    /// The source is not what it was when the transfer began.
+    #[error("the source is not what it was when the transfer began")]
+    Changed,
+    /// The plan was made of another look at the source.
+    #[error(
+        "the source cannot be read where it lies any more: it is not raw, names no version, or cannot be read from the middle"
+    )]
+    NotDirect,
     /// The source.
     #[error("failed to read the source")]
     Source(#[from] SourceError),
     /// The image in the reservation.
     #[error("failed to read the image")]
     Read(#[from] ReadError),
+    /// The image in the image store that it is read from.
+    #[error("failed to read the image in its image store")]
+    Remote(#[from] RemoteError),
+    /// The image in the image store that it is read from, at its opening.
+    #[error("failed to open the image in its image store")]
+    OpenRemote(#[from] OpenRemoteError),
     /// The conversion.
     #[error("failed to convert the image")]
     Convert(#[from] ConvertError),
@@ -134,11 +149,11 @@ pub enum ImportError {
         /// How often.
         attempts: u32,
         /// What went wrong last.
-        source: Box<ImportError>,
+        source: Box<TransferError>,
     },
 }
 
-impl ImportError {
+impl TransferError {
     /// A file error of the reservation.
     pub(crate) fn file(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
@@ -156,8 +171,11 @@ impl ImportError {
             Self::Checksum { .. } => Reason::ChecksumMismatch,
             Self::Short { .. } => Reason::SourceUnavailable,
             Self::NoSize => Reason::SourceUnusable,
+            Self::Changed | Self::NotDirect => Reason::SourceChanged,
             Self::Source(error) => source_reason(error),
             Self::Read(error) => read_reason(error),
+            Self::Remote(error) => remote_reason(error),
+            Self::OpenRemote(error) => open_remote_reason(error),
             Self::Convert(error) => convert_reason(error),
             Self::Driver(_) => Reason::ImageFormatUnsupported,
             Self::Open(error) => open_reason(error),
@@ -191,15 +209,14 @@ impl ImportError {
     /// What decides how it goes on. Only what the image store itself says counts as the store being away: an S3 source
     /// that does not answer is a source.
     pub fn fault(&self) -> Fault {
-        match self.store_error() {
-            Some(error) if error.is_transient() => Fault::StoreAway,
-            _ if self.is_transient() && !self.is_superseded() => Fault::Passing,
-            _ => Fault::Lasting,
+        if self.is_store_away() {
+            return Fault::StoreAway;
         }
+        if self.is_transient() && !self.is_superseded() { Fault::Passing } else { Fault::Lasting }
     }
 
-    /// What the image store said, if that is what failed.
-    fn store_error(&self) -> Option<&StoreError> {
+    /// True if an image store did not answer.
+    fn is_store_away(&self) -> bool {
         match self {
             Self::Store(error)
             | Self::Open(OpenError::Store { source: error, .. })
@@ -209,8 +226,11 @@ impl ImportError {
             )
             | Self::Upload(UploadError::Chunk { source: error, .. })
             | Self::Verify(VerifyError::Store(error))
-            | Self::Publish(PublishError::Store(error)) => Some(error),
-            _ => None,
+            | Self::Publish(PublishError::Store(error)) => error.is_transient(),
+            Self::Remote(error) | Self::OpenRemote(OpenRemoteError::Read(error)) => {
+                matches!(error, RemoteError::Unavailable { .. })
+            }
+            _ => false,
         }
     }
 
@@ -263,6 +283,27 @@ fn read_reason(error: &ReadError) -> Reason {
         ReadError::NotNative { .. } => Reason::ImageFormatUnsupported,
         ReadError::Probe(ProbeError::Refused { source, .. }) => source.reason(),
         ReadError::Io { .. } | ReadError::Changed { .. } | ReadError::Probe(_) => Reason::Retrying,
+    }
+}
+
+fn remote_reason(error: &RemoteError) -> Reason {
+    match error {
+        RemoteError::Unavailable { .. } => Reason::ObjectStoreUnavailable,
+        RemoteError::Refused { .. } => Reason::ObjectStoreDenied,
+        RemoteError::Missing { .. }
+        | RemoteError::Damaged { .. }
+        | RemoteError::IndexDamaged { .. }
+        | RemoteError::Range { .. } => Reason::ImageCorrupt,
+        RemoteError::Stopped { .. } => Reason::Retrying,
+    }
+}
+
+fn open_remote_reason(error: &OpenRemoteError) -> Reason {
+    match error {
+        OpenRemoteError::NotFound { .. } => Reason::SourceNotFound,
+        OpenRemoteError::Read(error) => remote_reason(error),
+        OpenRemoteError::Index { .. } | OpenRemoteError::WrongIndex { .. } => Reason::ImageCorrupt,
+        OpenRemoteError::Memory { .. } | OpenRemoteError::Items { .. } => Reason::ImageFormatUnsupported,
     }
 }
 
@@ -378,7 +419,7 @@ mod tests {
     fn only_an_image_store_that_does_not_answer_counts_as_away() {
         let session = SessionError::Store { uid: Uid("u".to_owned()), source: away() };
         let errors = [
-            ImportError::Store(away()),
+            TransferError::Store(away()),
             OpenError::Store { at: "k".to_owned(), source: away() }.into(),
             VerifyError::Store(away()).into(),
             PublishError::Store(away()).into(),
@@ -389,19 +430,19 @@ mod tests {
             assert_eq!(error.reason(), Reason::ObjectStoreUnavailable, "{}", error.chain());
         }
         let location = "http://h/x".to_owned();
-        let source: ImportError = SourceError::Unavailable { location, said: "503".to_owned() }.into();
+        let source: TransferError = SourceError::Unavailable { location, said: "503".to_owned() }.into();
         assert_eq!(source.fault(), Fault::Passing);
         let damaged = StoreError::BadDigest { place: place(), said: String::new() };
-        assert_eq!(ImportError::Store(damaged).fault(), Fault::Passing, "it answers");
+        assert_eq!(TransferError::Store(damaged).fault(), Fault::Passing, "it answers");
         let said = || String::new();
         for refused in [
             StoreError::AccessDenied { place: place(), said: said() },
             StoreError::Full { place: place(), said: said() },
             StoreError::NoSuchBucket { place: place(), said: said() },
         ] {
-            assert_eq!(ImportError::Store(refused).fault(), Fault::Lasting);
+            assert_eq!(TransferError::Store(refused).fault(), Fault::Lasting);
         }
-        let taken_over = ImportError::Session(SessionError::Gone { uid: Uid("u".to_owned()) });
+        let taken_over = TransferError::Session(SessionError::Gone { uid: Uid("u".to_owned()) });
         assert_eq!(taken_over.fault(), Fault::Lasting, "nothing may be tried again");
     }
 }

@@ -9,19 +9,18 @@ use std::path::{Path, PathBuf};
 use berth_core::ids::Sha256Sum;
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
-use berth_objectstore::ObjectStore;
 use berth_objectstore::checksum::SourceHash;
 use berth_objectstore::source::{RangedSource, SourceStream};
 use bytes::Bytes as Buffer;
 use futures::StreamExt as _;
 use tokio::sync::mpsc;
 
-use super::error::ImportError;
-use super::job::{ImportJob, Reporter, Snapshot};
+use super::error::TransferError;
+use super::job::{Reporter, Snapshot, TransferJob};
 use super::journal::{Journal, Mark, Phase};
 use super::pages::release;
 use super::probe::open_and_probe;
-use super::run::Attempt;
+use super::stage::Staging;
 
 /// How much comes between two checkpoints. With what is in flight, a kill costs less than 32 MiB.
 const WINDOW: Bytes = Bytes::mib(16);
@@ -32,7 +31,7 @@ const QUEUE: usize = 16;
 /// How much of a local file is hashed at once.
 const PIECE: usize = 1 << 20;
 
-/// Where a source is.
+/// Where a source is that becomes a file on this node, or is one.
 #[derive(Clone)]
 #[allow(clippy::large_enum_variant)] // there is one for each import that runs
 pub enum Origin {
@@ -49,7 +48,7 @@ impl Origin {
     }
 
     /// The file that is read once the source is here.
-    pub fn local_file(&self, job: &ImportJob) -> PathBuf {
+    pub fn local_file(&self, job: &TransferJob) -> PathBuf {
         match self {
             Self::Remote(_) => job.source_file(),
             Self::Local(path) => path.clone(),
@@ -58,7 +57,7 @@ impl Origin {
 }
 
 /// A source that is on this node, whole.
-pub struct Fetched {
+pub(crate) struct Fetched {
     /// The sum of its bytes.
     pub sum: Sha256Sum,
     /// How many they are.
@@ -76,20 +75,20 @@ struct Progress {
 }
 
 /// Brings the source here, going on from where the journal says it is.
-pub async fn fetch<S: ObjectStore>(attempt: &Attempt<'_, S>, phase: Phase) -> Result<Fetched, ImportError> {
-    let source = match attempt.origin {
+pub(crate) async fn fetch(staging: &Staging<'_>, phase: Phase) -> Result<Fetched, TransferError> {
+    let source = match staging.origin {
         Origin::Remote(source) => source.clone(),
         Origin::Local(path) => {
             let path = path.clone();
-            let fetched = attempt.journal.work(move || hash_file(&path)).await??;
-            check_limit(attempt.job, fetched.size)?;
+            let fetched = staging.journal.work(move || hash_file(&path)).await??;
+            check_limit(staging.job, fetched.size)?;
             return Ok(fetched);
         }
     };
-    let (source, mut progress) = begin(attempt, source, phase).await?;
+    let (source, mut progress) = begin(staging, source, phase).await?;
     let size = progress.shape.source_bytes;
     if size == Bytes::ZERO {
-        progress = receive(attempt, futures::stream::empty().boxed(), progress).await?;
+        progress = receive(staging, futures::stream::empty().boxed(), progress).await?;
     }
     while progress.offset < size {
         let before = progress.offset;
@@ -98,21 +97,21 @@ pub async fn fetch<S: ObjectStore>(attempt: &Attempt<'_, S>, phase: Phase) -> Re
             None => size,
         };
         let stream = source.read(before.0..end.0).await?;
-        progress = receive(attempt, stream, progress).await?;
+        progress = receive(staging, stream, progress).await?;
         if progress.offset == before {
-            return Err(ImportError::Short { found: before, expected: size });
+            return Err(TransferError::Short { found: before, expected: size });
         }
     }
     Ok(Fetched { sum: progress.hash.finish(), size: progress.offset })
 }
 
 /// Opens the source. Bytes of an earlier attempt count only if the source still has the version that they are of.
-async fn begin<S: ObjectStore>(
-    attempt: &Attempt<'_, S>,
+async fn begin(
+    staging: &Staging<'_>,
     mut source: RangedSource,
     phase: Phase,
-) -> Result<(RangedSource, Progress), ImportError> {
-    let path = attempt.job.source_file();
+) -> Result<(RangedSource, Progress), TransferError> {
+    let path = staging.job.source_file();
     if let Phase::Fetching { shape, version, offset, hash } = phase
         && let Ok(mut hash) = SourceHash::from_state(&hash)
         && path.metadata().is_ok_and(|file| file.len() >= offset.0)
@@ -127,29 +126,29 @@ async fn begin<S: ObjectStore>(
         }
     }
     // The plan was made of another look at the source: it may be another one by now.
-    let (probed, info) = open_and_probe(&mut source, &attempt.job.limits).await?;
-    let shape = probed.shape(attempt.chunks.chunk_size().size());
-    attempt.job.check_promise(shape.peak_bytes())?;
+    let (probed, info) = open_and_probe(&mut source, &staging.job.limits).await?;
+    let shape = probed.shape(staging.chunk_size);
+    staging.job.check_promise(shape.peak_bytes())?;
     let version = info.version.filter(|_| info.accepts_ranges);
     Ok((source, Progress { shape, version, offset: Bytes::ZERO, hash: SourceHash::new() }))
 }
 
 /// Writes and hashes a stream on a thread of its own while it arrives; returns when all of it is synced.
-async fn receive<S: ObjectStore>(
-    attempt: &Attempt<'_, S>,
+async fn receive(
+    staging: &Staging<'_>,
     mut stream: SourceStream,
     progress: Progress,
-) -> Result<Progress, ImportError> {
+) -> Result<Progress, TransferError> {
     let (sender, receiver) = mpsc::channel::<Buffer>(QUEUE);
-    let (path, journal, begun) = (attempt.job.source_file(), attempt.journal.clone(), progress.clone());
-    let writer = attempt.journal.work(move || write(&path, &journal, begun, receiver));
+    let (path, journal, begun) = (staging.job.source_file(), staging.journal.clone(), progress.clone());
+    let writer = staging.journal.work(move || write(&path, &journal, begun, receiver));
     let mut offset = progress.offset;
     let mut failed = None;
     while let Some(piece) = stream.next().await {
-        let checked = piece.map_err(ImportError::from).and_then(|piece| {
+        let checked = piece.map_err(TransferError::from).and_then(|piece| {
             offset = offset.saturating_add(Bytes(piece.len() as u64));
-            check_limit(attempt.job, offset)?;
-            attempt.job.check_promise(offset)?;
+            check_limit(staging.job, offset)?;
+            staging.job.check_promise(offset)?;
             Ok(piece)
         });
         match checked {
@@ -157,7 +156,7 @@ async fn receive<S: ObjectStore>(
                 if sender.send(piece).await.is_err() {
                     break; // The writer is gone; its own error says why.
                 }
-                report(attempt, &progress.shape, offset);
+                report(staging, &progress.shape, offset);
             }
             Err(error) => {
                 failed = Some(error);
@@ -170,16 +169,16 @@ async fn receive<S: ObjectStore>(
     failed.map_or(Ok(written), Err)
 }
 
-fn check_limit(job: &ImportJob, size: Bytes) -> Result<(), ImportError> {
+fn check_limit(job: &TransferJob, size: Bytes) -> Result<(), TransferError> {
     if size > job.limits.bytes {
-        return Err(ImportError::SourceSize { found: size, limit: job.limits.bytes });
+        return Err(TransferError::SourceSize { found: size, limit: job.limits.bytes });
     }
     Ok(())
 }
 
-fn report<S: ObjectStore>(attempt: &Attempt<'_, S>, shape: &Shape, done: Bytes) {
+fn report(staging: &Staging<'_>, shape: &Shape, done: Bytes) {
     let total = shape.source_bytes;
-    let reporter: &dyn Reporter = attempt.reporter.as_ref();
+    let reporter: &dyn Reporter = staging.reporter.as_ref();
     reporter
         .progress(shape, Snapshot { stage: Stage::Fetch, done, total, skipped: Bytes::ZERO, on_wire: done });
 }
@@ -190,18 +189,18 @@ fn write(
     journal: &Journal,
     mut progress: Progress,
     mut receiver: mpsc::Receiver<Buffer>,
-) -> Result<Progress, ImportError> {
+) -> Result<Progress, TransferError> {
     let mut file = open_at(path, progress.offset)?;
     let mut synced = progress.offset;
     loop {
         let piece = receiver.blocking_recv();
         if let Some(piece) = &piece {
-            file.write_all(piece).map_err(ImportError::file("write", path))?;
+            file.write_all(piece).map_err(TransferError::file("write", path))?;
             progress.hash.update(piece);
             progress.offset = progress.offset.saturating_add(Bytes(piece.len() as u64));
         }
         if piece.is_none() || progress.offset.saturating_sub(synced) >= WINDOW {
-            file.sync_data().map_err(ImportError::file("sync", path))?;
+            file.sync_data().map_err(TransferError::file("sync", path))?;
             release(&file);
             synced = progress.offset;
             checkpoint(journal, &progress)?;
@@ -212,7 +211,7 @@ fn write(
     }
 }
 
-fn checkpoint(journal: &Journal, progress: &Progress) -> Result<(), ImportError> {
+fn checkpoint(journal: &Journal, progress: &Progress) -> Result<(), TransferError> {
     let Some(version) = &progress.version else { return Ok(()) };
     let (shape, offset) = (progress.shape, progress.offset);
     journal.save_now(&Phase::Fetching {
@@ -227,15 +226,15 @@ fn checkpoint(journal: &Journal, progress: &Progress) -> Result<(), ImportError>
 }
 
 /// The file, cut to what is known to be good in it; a new one where that is nothing.
-fn open_at(path: &Path, offset: Bytes) -> Result<File, ImportError> {
+fn open_at(path: &Path, offset: Bytes) -> Result<File, TransferError> {
     if offset == Bytes::ZERO {
-        remove_if_there(path).map_err(ImportError::file("remove", path))?;
+        remove_if_there(path).map_err(TransferError::file("remove", path))?;
     }
     let options = OpenOptions::new().write(true).create(offset == Bytes::ZERO).truncate(false).open(path);
-    let mut file = options.map_err(ImportError::file("open", path))?;
+    let mut file = options.map_err(TransferError::file("open", path))?;
     file.set_len(offset.0)
         .and_then(|()| file.seek(SeekFrom::Start(offset.0)))
-        .map_err(ImportError::file("cut", path))?;
+        .map_err(TransferError::file("cut", path))?;
     Ok(file)
 }
 
@@ -248,13 +247,13 @@ pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
 }
 
 /// Blocking: the sum of a file's bytes.
-fn hash_file(path: &Path) -> Result<Fetched, ImportError> {
-    let mut file = File::open(path).map_err(ImportError::file("open", path))?;
+fn hash_file(path: &Path) -> Result<Fetched, TransferError> {
+    let mut file = File::open(path).map_err(TransferError::file("open", path))?;
     let mut hash = SourceHash::new();
     let mut buffer = vec![0; PIECE];
     let (mut size, mut released) = (0, 0);
     loop {
-        let read = file.read(&mut buffer).map_err(ImportError::file("read", path))?;
+        let read = file.read(&mut buffer).map_err(TransferError::file("read", path))?;
         if read == 0 {
             break;
         }

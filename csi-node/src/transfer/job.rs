@@ -9,7 +9,7 @@ use berth_core::units::{Bytes, Generation};
 use berth_image::ImageFormat;
 use serde::{Deserialize, Serialize};
 
-use super::error::ImportError;
+use super::error::TransferError;
 
 /// Bounds of one import.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub struct Limits {
 
 /// One import.
 #[derive(Clone, Debug)]
-pub struct ImportJob {
+pub struct TransferJob {
     /// The object's UID: owner of session and manifest.
     pub uid: Uid,
     /// Of its assignment.
@@ -45,7 +45,7 @@ pub struct ImportJob {
     pub promised: Bytes,
 }
 
-impl ImportJob {
+impl TransferJob {
     /// The fetched source.
     pub fn source_file(&self) -> PathBuf {
         self.dir.join("source")
@@ -67,9 +67,9 @@ impl ImportJob {
     }
 
     /// Refuses what needs more than is promised.
-    pub(crate) fn check_promise(&self, needed: Bytes) -> Result<(), ImportError> {
+    pub(crate) fn check_promise(&self, needed: Bytes) -> Result<(), TransferError> {
         if needed > self.promised {
-            return Err(ImportError::Promise { needed, promised: self.promised });
+            return Err(TransferError::Promise { needed, promised: self.promised });
         }
         Ok(())
     }
@@ -89,8 +89,9 @@ pub struct Probed {
 }
 
 impl Probed {
-    /// What an import of it that fetches the source occupies and does.
-    pub fn shape(&self, chunk_size: Bytes) -> Shape {
+    /// What a transfer of it that fetches the source occupies and does; into an image store with chunks of this size, or
+    /// into an object.
+    pub fn shape(&self, chunk_size: Option<Bytes>) -> Shape {
         Shape {
             source_bytes: self.source_bytes,
             virtual_size: self.virtual_size,
@@ -107,8 +108,8 @@ impl Probed {
 pub struct Durable {
     /// Its identity.
     pub digest: Digest,
-    /// The sum of the source's bytes.
-    pub source_digest: Digest,
+    /// The sum of the source's bytes, where all of them were read.
+    pub source_digest: Option<Digest>,
     /// Bytes of its distinct chunks as they are stored.
     pub stored_bytes: Bytes,
     /// The size of the disk.

@@ -1,13 +1,10 @@
 //! One attempt of an import, from wherever the journal says it is.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::{Bytes, Generation};
-use berth_device::qemu::{ConvertLimits, convert_to_raw};
-use berth_image::{ImageFormat, Probe, Reader, open, probe_file, probe_file_as};
 use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::publish::{Expected, PublishError};
 use berth_objectstore::chunks::session::{Session, SessionError, Writer};
@@ -15,20 +12,21 @@ use berth_objectstore::chunks::store::ChunkStore;
 use berth_objectstore::chunks::upload::FinishedIndex;
 use berth_objectstore::chunks::verify::{VerifyError, verify};
 
-use super::error::ImportError;
-use super::fetch::{Fetched, Origin, fetch, remove_if_there};
-use super::job::{Durable, ImportJob, Reporter, Snapshot};
+use super::direct::{self, Readable, Source};
+use super::error::TransferError;
+use super::fetch::remove_if_there;
+use super::job::{Durable, Reporter, Snapshot, TransferJob};
 use super::journal::{Journal, Phase, now};
 use super::name;
-use super::probe::checked;
-use super::upload::{Readable, upload};
+use super::stage::Staging;
+use super::upload::upload;
 
 /// Everything that one attempt works with.
 pub struct Attempt<'a, S> {
     /// What is to be done.
-    pub job: &'a ImportJob,
+    pub job: &'a TransferJob,
     /// Where the source comes from.
-    pub origin: &'a Origin,
+    pub source: &'a Source,
     /// Where the image goes.
     pub chunks: &'a ChunkStore<S>,
     /// How far it is.
@@ -39,7 +37,7 @@ pub struct Attempt<'a, S> {
 
 impl<S: ObjectStore> Attempt<'_, S> {
     /// Goes on until the image is durable and nothing but the image is left.
-    pub async fn run(&self) -> Result<Durable, ImportError> {
+    pub async fn run(&self) -> Result<Durable, TransferError> {
         let phase = self.journal.load().await?;
         if let Phase::Published { durable } = phase {
             end_session(self.chunks, self.job).await?;
@@ -48,11 +46,13 @@ impl<S: ObjectStore> Attempt<'_, S> {
         self.refuse_taken().await?;
         // Before the first byte, so that an attempt that is behind touches nothing.
         let mut session = self.session(&phase).await?;
-        let (source_digest, shape, path) = self.prepare(phase).await?;
+        let image = self.image(phase).await?;
+        let shape = image.shape;
         if crate::sabotage::active("ready-before-verified") {
-            return Ok(self.pretended(source_digest, &shape));
+            return Ok(self.pretended(&shape));
         }
-        let finished = self.upload(&mut session, source_digest, shape, &path).await?;
+        let (index, reporter) = (self.job.index_file(), self.reporter.as_ref());
+        let (finished, source_digest) = upload(&mut session, image, &index, self.journal, reporter).await?;
         self.verify(&mut session, &finished, &shape).await?;
         let durable = Durable {
             digest: finished.digest,
@@ -73,7 +73,7 @@ impl<S: ObjectStore> Attempt<'_, S> {
     /// Refuses a name that someone else has, or that a later generation has given. A manifest of our own tells nothing:
     /// whoever can write to the bucket can write one, so only what this node has verified itself counts. Where it was
     /// right, its chunks are found in the store and not sent again.
-    async fn refuse_taken(&self) -> Result<(), ImportError> {
+    async fn refuse_taken(&self) -> Result<(), TransferError> {
         let Some((found, _)) = self.chunks.manifest(&self.job.name).await? else { return Ok(()) };
         if found.owner != self.job.uid {
             let (name, expected) = (self.job.name.clone(), self.job.uid.clone());
@@ -89,7 +89,7 @@ impl<S: ObjectStore> Attempt<'_, S> {
 
     /// The session. One that this generation has worked in must still be there: without it the import was given up, and
     /// beginning again would bring its name back.
-    async fn session(&self, phase: &Phase) -> Result<Session<S>, ImportError> {
+    async fn session(&self, phase: &Phase) -> Result<Session<S>, TransferError> {
         let (chunks, writer) = (self.chunks.clone(), writer(self.job));
         Ok(match phase {
             Phase::Begun => Session::begin(chunks, writer).await?,
@@ -97,115 +97,17 @@ impl<S: ObjectStore> Attempt<'_, S> {
         })
     }
 
-    /// Brings the image to where the upload can read it.
-    async fn prepare(&self, phase: Phase) -> Result<(Digest, Shape, PathBuf), ImportError> {
-        let (raw, path) = (self.job.raw_file(), self.origin.local_file(self.job));
-        let was_converted = matches!(phase, Phase::Converted { .. });
-        let known = match phase {
-            Phase::Fetched { source_digest, shape } | Phase::Converted { source_digest, shape } => {
-                if was_converted && has_length(&raw, shape.virtual_size) {
-                    return Ok((source_digest, shape, raw));
-                }
-                // The record can be older than a directory that was made anew.
-                has_length(&path, shape.source_bytes).then_some((source_digest, shape))
+    /// Brings the image to where it can be read.
+    async fn image(&self, phase: Phase) -> Result<Readable, TransferError> {
+        let chunk_size = Some(self.chunks.chunk_size().size());
+        let Self { job, journal, reporter, .. } = *self;
+        match self.source {
+            Source::Staged(origin) => {
+                let staging = Staging { job, origin, journal, reporter, chunk_size };
+                staging.prepare(phase).await?.open(journal).await
             }
-            Phase::Begun | Phase::Published { .. } => None,
-            fetching @ Phase::Fetching { .. } => Some(self.fetched(fetching).await?),
-        };
-        let (source_digest, shape) = match known {
-            Some(known) => known,
-            None => self.fetched(Phase::Begun).await?,
-        };
-        if !shape.converted {
-            return Ok((source_digest, shape, path));
+            Source::Direct(source) => direct::open(job, source, journal, chunk_size, &phase).await,
         }
-        self.convert(&path, &shape).await?;
-        self.journal.save(Phase::Converted { source_digest, shape }).await?;
-        Ok((source_digest, shape, raw))
-    }
-
-    async fn fetched(&self, phase: Phase) -> Result<(Digest, Shape), ImportError> {
-        let path = self.origin.local_file(self.job);
-        if self.origin.is_local() {
-            self.shape(&path, Bytes::ZERO).await?; // What is refused is not read first.
-        }
-        let Fetched { sum, size } = fetch(self, phase).await?;
-        if let Some(expected) = self.job.checksum
-            && expected != sum
-        {
-            return Err(ImportError::Checksum { expected, found: sum });
-        }
-        let shape = self.shape(&path, size).await?;
-        let source_digest = Digest(sum);
-        self.forget_index().await?;
-        self.journal.save(Phase::Fetched { source_digest, shape }).await?;
-        tracing::info!(stage = "Fetch", bytes = size.0, digest = %sum, "fetched");
-        Ok((source_digest, shape))
-    }
-
-    /// An index of what was fetched before is not one of this, whatever the bucket says of it.
-    async fn forget_index(&self) -> Result<(), ImportError> {
-        let index = self.job.index_file();
-        let removed =
-            self.journal.work(move || remove_if_there(&index).map_err(ImportError::file("remove", &index)));
-        removed.await?
-    }
-
-    /// Probes the whole file, and compares what it asks for with limits and promise before a tool or a reader sees it.
-    async fn shape(&self, path: &Path, size: Bytes) -> Result<Shape, ImportError> {
-        let probe = self.probe_whole(path).await?;
-        let probed = checked(&probe, size, &self.job.limits)?;
-        let chunk_size = self.chunks.chunk_size().size();
-        let shape = Shape { in_place: self.origin.is_local(), ..probed.shape(chunk_size) };
-        self.job.check_promise(shape.peak_bytes())?;
-        Ok(shape)
-    }
-
-    async fn probe_whole(&self, path: &Path) -> Result<Probe, ImportError> {
-        let owned = path.to_owned();
-        Ok(self.journal.work(move || probe_file(&owned)).await??)
-    }
-
-    async fn convert(&self, path: &Path, shape: &Shape) -> Result<(), ImportError> {
-        let probe = self.probe_whole(path).await?;
-        let Reader::QemuImg { driver } = probe.reader else { return Ok(()) };
-        let driver = driver.parse()?;
-        let raw = self.job.raw_file();
-        // A tool of an earlier attempt may still be dying: it keeps its own file.
-        remove_if_there(&raw).map_err(ImportError::file("remove", &raw))?;
-        let mut limits = ConvertLimits::new(shape.virtual_size, format!("berth-import-{}", self.job.uid));
-        limits.stall = self.job.limits.stall;
-        let (reporter, shape) = (Arc::clone(self.reporter), *shape);
-        let report = move |percent: u8| {
-            let total = shape.virtual_size;
-            let done = total.percent(u64::from(percent));
-            let (skipped, on_wire) = (Bytes::ZERO, Bytes::ZERO);
-            reporter.progress(&shape, Snapshot { stage: Stage::Convert, done, total, skipped, on_wire });
-        };
-        report(0);
-        tracing::info!(stage = "Convert", format = %probe.format, bytes = shape.virtual_size.0, "converting");
-        let converted = convert_to_raw(path, driver, &raw, &limits, |now| report(now.percent)).await?;
-        if !converted.unconfined.is_empty() {
-            tracing::warn!(missing = ?converted.unconfined, "the conversion tool is less confined than intended");
-        }
-        Ok(())
-    }
-
-    async fn upload(
-        &self,
-        session: &mut Session<S>,
-        source: Digest,
-        shape: Shape,
-        path: &Path,
-    ) -> Result<FinishedIndex, ImportError> {
-        let (owned, converted) = (path.to_owned(), shape.converted);
-        // The converted image is raw, whatever its bytes look like.
-        let probe = self.journal.work(move || {
-            if converted { probe_file_as(ImageFormat::Raw, &owned) } else { probe_file(&owned) }
-        });
-        let reader = open(path, &probe.await??).await?;
-        let image = Readable { path, reader, source_digest: source.to_string(), shape };
-        upload(session, image, &self.job.index_file(), self.journal, self.reporter.as_ref()).await
     }
 
     /// Verifies the chunks in the store. What is wrong with them is sent again by the next attempt.
@@ -214,7 +116,7 @@ impl<S: ObjectStore> Attempt<'_, S> {
         session: &mut Session<S>,
         finished: &FinishedIndex,
         shape: &Shape,
-    ) -> Result<(), ImportError> {
+    ) -> Result<(), TransferError> {
         let total = Bytes(finished.tally.chunks);
         self.say(shape, Stage::Verify, Bytes::ZERO, total);
         tracing::info!(stage = "Verify", chunks = finished.tally.chunks, "verifying");
@@ -246,7 +148,7 @@ impl<S: ObjectStore> Attempt<'_, S> {
         finished: &FinishedIndex,
         durable: &Durable,
         shape: &Shape,
-    ) -> Result<(), ImportError> {
+    ) -> Result<(), TransferError> {
         let steps = Bytes(2);
         self.say(shape, Stage::Publish, Bytes::ZERO, steps);
         tracing::info!(stage = "Publish", digest = %durable.digest, "publishing");
@@ -268,7 +170,8 @@ impl<S: ObjectStore> Attempt<'_, S> {
         self.reporter.progress(shape, Snapshot { stage, done, total, skipped, on_wire });
     }
 
-    async fn finish(&self, durable: Durable) -> Result<Durable, ImportError> {
+    async fn finish(&self, durable: Durable) -> Result<Durable, TransferError> {
+        direct::let_go(self.job, self.source).await?;
         if !crate::sabotage::active("keep-files") {
             remove_files(self.job, self.journal).await?;
         }
@@ -276,10 +179,10 @@ impl<S: ObjectStore> Attempt<'_, S> {
     }
 
     /// For a sabotage only: success that nothing stands behind.
-    fn pretended(&self, source_digest: Digest, shape: &Shape) -> Durable {
+    fn pretended(&self, shape: &Shape) -> Durable {
         Durable {
             digest: Digest(Sha256Sum::of(self.job.uid.as_str().as_bytes())),
-            source_digest,
+            source_digest: None,
             stored_bytes: shape.source_bytes,
             virtual_size: shape.virtual_size,
             real_size: shape.virtual_size,
@@ -289,23 +192,19 @@ impl<S: ObjectStore> Attempt<'_, S> {
 }
 
 /// The generation that others are told.
-fn generation(job: &ImportJob) -> Generation {
+fn generation(job: &TransferJob) -> Generation {
     if crate::sabotage::active("no-generation-check") { Generation(u64::MAX) } else { job.generation }
 }
 
-fn writer(job: &ImportJob) -> Writer {
+fn writer(job: &TransferJob) -> Writer {
     Writer { uid: job.uid.clone(), generation: generation(job), node: job.node.clone(), started: now() }
-}
-
-fn has_length(path: &Path, len: Bytes) -> bool {
-    path.metadata().is_ok_and(|file| file.len() == len.0)
 }
 
 /// Ends the session of an import, if there is one and nobody later has it.
 pub(crate) async fn end_session<S: ObjectStore>(
     chunks: &ChunkStore<S>,
-    job: &ImportJob,
-) -> Result<(), ImportError> {
+    job: &TransferJob,
+) -> Result<(), TransferError> {
     if crate::sabotage::active("keep-session") {
         return Ok(());
     }
@@ -317,10 +216,10 @@ pub(crate) async fn end_session<S: ObjectStore>(
 }
 
 /// Removes the files of an import from its reservation. What is not there is no error.
-pub(crate) async fn remove_files(job: &ImportJob, journal: &Journal) -> Result<(), ImportError> {
+pub(crate) async fn remove_files(job: &TransferJob, journal: &Journal) -> Result<(), TransferError> {
     let files = job.files();
     let removed = journal.work(move || {
-        files.iter().try_for_each(|path| remove_if_there(path).map_err(ImportError::file("remove", path)))
+        files.iter().try_for_each(|path| remove_if_there(path).map_err(TransferError::file("remove", path)))
     });
     removed.await?
 }

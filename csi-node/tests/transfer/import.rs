@@ -1,19 +1,15 @@
 //! Imports against a real S3 protocol and a real web server, with images of `qemu-img`.
-#![allow(clippy::unwrap_used)] // a panic in a test is a failure with a place
-
-#[allow(dead_code)] // no test program uses all of it
-mod bed;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bed::{Bed, Fuse, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
+use crate::bed::{Bed, Fuse, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
 use berth_core::ids::Digest;
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
 use berth_core::units::{Bytes, Generation, Timestamp};
-use berth_node::import::{ImportError, Origin, abandon, probe_source};
+use berth_node::transfer::{Origin, TransferError, abandon, probe_source};
 use berth_objectstore::chunks::publish::Expected;
 use berth_objectstore::chunks::session::{Session, Writer};
 use berth_testkit::http_source::HttpSource;
@@ -50,7 +46,7 @@ async fn every_format_comes_back_as_the_disk_it_is() {
         assert_eq!(probed.converted, converted, "{name}");
         let durable =
             work.run(&bed, &origin).await.unwrap_or_else(|error| panic!("{name}: {}", error.chain()));
-        assert_eq!(durable.source_digest, Digest(sum(&file)), "{name}");
+        assert_eq!(durable.source_digest, Some(Digest(sum(&file))), "{name}");
         assert_eq!(durable.virtual_size, probed.virtual_size, "{name}");
         // The last chunk counts as data where it is not whole: some formats round the size up.
         let rest = durable.virtual_size.0 % (256 << 10);
@@ -68,7 +64,7 @@ async fn every_format_comes_back_as_the_disk_it_is() {
 }
 
 /// Runs an import that must fail, takes it back as the agent does, and looks for traces.
-async fn refused(bed: &Bed, work: &Work, origin: &Origin, reason: Reason) -> ImportError {
+async fn refused(bed: &Bed, work: &Work, origin: &Origin, reason: Reason) -> TransferError {
     let error = work.run(bed, origin).await.expect_err(&work.job.name.name);
     assert_eq!(error.reason(), reason, "{}: {}", work.job.name, error.chain());
     assert!(!error.is_transient(), "{}", error.chain());
@@ -122,7 +118,7 @@ async fn bad_sources_are_refused_with_their_reason_and_leave_nothing() {
     }
     let work = Work::new(&bed, "text");
     let error = work.run(&bed, &bed.origin("plain", "text", PATIENCE)).await.unwrap_err();
-    assert!(matches!(error, ImportError::Refused(_)), "{}", error.chain());
+    assert!(matches!(error, TransferError::Refused(_)), "{}", error.chain());
     work.abandon(&bed, false).await;
 
     let origin = bed.origin("plain", "disk", PATIENCE);
@@ -167,7 +163,7 @@ async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
         *work.told.fuse.lock().unwrap() = Some(Fuse::new((20 + 8 * (cuts * 7 % 5)) * MIB, &cancel));
         match work.run_until(&bed, &origin, &cancel).await {
             Ok(durable) => break durable,
-            Err(ImportError::Cancelled) => cuts += 1,
+            Err(TransferError::Cancelled) => cuts += 1,
             Err(error) => panic!("{}", error.chain()),
         }
         let at = *work.told.stages.lock().unwrap().last().unwrap();
@@ -210,7 +206,7 @@ async fn stopped_in_every_stage_it_goes_on() {
             let cancel = CancellationToken::new();
             *work.told.stop_at.lock().unwrap() = Some((stage, cancel.clone()));
             let outcome = work.run_until(&bed, &origin, &cancel).await;
-            assert!(matches!(outcome, Err(ImportError::Cancelled)), "{stage}: {outcome:?}");
+            assert!(matches!(outcome, Err(TransferError::Cancelled)), "{stage}: {outcome:?}");
             // What is at work when it is stopped may come to the next stage before it notices.
             let told = std::mem::take(&mut *work.told.stages.lock().unwrap());
             assert!(told.iter().rev().take(2).any(|at| *at == stage), "{stage}: {told:?}");
@@ -237,7 +233,7 @@ async fn another_node_goes_on_and_the_first_one_can_do_no_harm() {
         cancel.cancel();
     };
     let (outcome, ()) = tokio::join!(first.run_until(&bed, &origin, &cancel), stopper);
-    assert!(matches!(outcome, Err(ImportError::Cancelled)));
+    assert!(matches!(outcome, Err(TransferError::Cancelled)));
     let seq = bed.s3.log().unwrap().last_seq();
 
     let second = Work::on(&bed, "moved", "node-b", 2);
@@ -357,7 +353,7 @@ async fn a_late_writer_does_not_bring_a_deleted_name_back() {
     let late = Work::new(&bed, "stopped");
     let cancel = CancellationToken::new();
     *late.told.stop_at.lock().unwrap() = Some((Stage::Upload, cancel.clone()));
-    assert!(matches!(late.run_until(&bed, &origin, &cancel).await, Err(ImportError::Cancelled)));
+    assert!(matches!(late.run_until(&bed, &origin, &cancel).await, Err(TransferError::Cancelled)));
     late.told.stop_at.lock().unwrap().take();
     Work::on(&bed, "stopped", "node-b", 2).abandon(&bed, true).await;
     let error = late.run(&bed, &origin).await.unwrap_err();
@@ -374,7 +370,7 @@ async fn poor_sources_are_read_to_their_end() {
         let mut work = Work::new(&bed, name);
         work.job.limits.retries = 1;
         let durable = work.run(&bed, &bed.origin(&switch, "disk", PATIENCE)).await.unwrap();
-        assert_eq!(durable.source_digest, Digest(sum(&bed.file("disk"))), "{name}");
+        assert_eq!(durable.source_digest, Some(Digest(sum(&bed.file("disk")))), "{name}");
         assert!(same_disk(&bed.restore(&durable).await, &bed.file("disk")), "{name}");
         bed.check_nothing_left(&work).await;
     }

@@ -5,14 +5,14 @@ use berth_image::{FOOTER_SAMPLE, HEAD_SAMPLE, Probe, Reader, Sample, probe};
 use berth_objectstore::source::{RangedSource, SourceInfo};
 use futures::StreamExt as _;
 
-use super::error::ImportError;
+use super::error::TransferError;
 use super::job::{Limits, Probed};
 
 /// How much more of the head is read where the first sample does not hold the size: VHDX keeps it up to 8 MiB away.
 const LONG_HEAD: Bytes = Bytes::mib(8);
 
 /// Reads the head of `source`, and its end where a format keeps its size there. Holds at most 8 MiB.
-pub async fn probe_source(source: &RangedSource, limits: &Limits) -> Result<Probed, ImportError> {
+pub async fn probe_source(source: &RangedSource, limits: &Limits) -> Result<Probed, TransferError> {
     Ok(open_and_probe(&mut source.clone(), limits).await?.0)
 }
 
@@ -20,11 +20,11 @@ pub async fn probe_source(source: &RangedSource, limits: &Limits) -> Result<Prob
 pub(crate) async fn open_and_probe(
     source: &mut RangedSource,
     limits: &Limits,
-) -> Result<(Probed, SourceInfo), ImportError> {
+) -> Result<(Probed, SourceInfo), TransferError> {
     let info = source.open(HEAD_SAMPLE.0, None).await?;
-    let size = info.size.ok_or(ImportError::NoSize)?;
+    let size = info.size.ok_or(TransferError::NoSize)?;
     if size > limits.bytes {
-        return Err(ImportError::SourceSize { found: size, limit: limits.bytes });
+        return Err(TransferError::SourceSize { found: size, limit: limits.bytes });
     }
     let tail = if info.accepts_ranges && size > HEAD_SAMPLE {
         Some(read(source, Bytes(size.0 - FOOTER_SAMPLE.0), size).await?)
@@ -40,17 +40,17 @@ pub(crate) async fn open_and_probe(
 }
 
 /// Compares what a probe found with the limits.
-pub fn checked(found: &Probe, size: Bytes, limits: &Limits) -> Result<Probed, ImportError> {
+pub fn checked(found: &Probe, size: Bytes, limits: &Limits) -> Result<Probed, TransferError> {
     // Where only the whole file tells, it may be as large as allowed; the whole file is probed again before it is read.
     let virtual_size = found.virtual_size.unwrap_or(limits.virtual_size);
     if virtual_size > limits.virtual_size {
-        return Err(ImportError::VirtualSize { found: virtual_size, limit: limits.virtual_size });
+        return Err(TransferError::VirtualSize { found: virtual_size, limit: limits.virtual_size });
     }
     let converted = matches!(found.reader, Reader::QemuImg { .. });
     Ok(Probed { format: found.format, source_bytes: size, virtual_size, converted })
 }
 
-async fn read(source: &RangedSource, from: Bytes, to: Bytes) -> Result<Vec<u8>, ImportError> {
+async fn read(source: &RangedSource, from: Bytes, to: Bytes) -> Result<Vec<u8>, TransferError> {
     let mut stream = source.read(from.0..to.0).await?;
     let mut bytes = Vec::new();
     while let Some(piece) = stream.next().await {

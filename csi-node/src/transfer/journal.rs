@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::error::ImportError;
+use super::error::TransferError;
 use super::job::Durable;
 
 /// The kind of an import's entry among the node's jobs.
@@ -35,6 +35,13 @@ pub enum Phase {
         offset: Bytes,
         /// The state of the running SHA-256 over those bytes.
         hash: Vec<u8>,
+    },
+    /// The source is read where it lies. The upload's own checkpoint lies in its session.
+    Reading {
+        /// What is known of it.
+        shape: Shape,
+        /// The version that is read, or the digest of the image that it is.
+        version: String,
     },
     /// All of the source is on the disk, synced and checked.
     Fetched {
@@ -88,8 +95,8 @@ impl Journal {
     /// not ours.
     ///
     /// # Errors
-    /// One that [`ImportError::is_superseded`] if a later generation has written.
-    pub async fn load(&self) -> Result<Phase, ImportError> {
+    /// One that [`TransferError::is_superseded`] if a later generation has written.
+    pub async fn load(&self) -> Result<Phase, TransferError> {
         let (record, uid) = (Arc::clone(&self.record), self.uid.clone());
         match self.work(move || record.job(&uid)).await?? {
             Some(entry)
@@ -112,13 +119,13 @@ impl Journal {
     }
 
     /// Writes how far it is. Durable when it returns.
-    pub async fn save(&self, phase: Phase) -> Result<(), ImportError> {
+    pub async fn save(&self, phase: Phase) -> Result<(), TransferError> {
         let this = self.clone();
         self.work(move || this.save_now(&phase)).await?
     }
 
     /// As [`Journal::save`]. Blocking.
-    pub(crate) fn save_now(&self, phase: &Phase) -> Result<(), ImportError> {
+    pub(crate) fn save_now(&self, phase: &Phase) -> Result<(), TransferError> {
         if crate::sabotage::active("no-checkpoint") && !matches!(phase, Phase::Published { .. }) {
             return Ok(());
         }
@@ -126,7 +133,7 @@ impl Journal {
             generation: self.generation,
             kind: KIND.to_owned(),
             stage: phase.name().to_owned(),
-            payload: serde_json::to_value(phase).map_err(ImportError::RecordCorrupt)?,
+            payload: serde_json::to_value(phase).map_err(TransferError::RecordCorrupt)?,
             updated: now(),
         };
         Ok(self.record.checkpoint(&self.uid, &entry)?)
@@ -155,7 +162,7 @@ impl Journal {
     }
 
     /// Forgets the import.
-    pub async fn forget(&self) -> Result<(), ImportError> {
+    pub async fn forget(&self) -> Result<(), TransferError> {
         let (record, uid) = (Arc::clone(&self.record), self.uid.clone());
         self.work(move || record.forget_job(&uid)).await??;
         Ok(())
@@ -167,6 +174,7 @@ impl Phase {
         match self {
             Self::Begun => "Begun",
             Self::Fetching { .. } => "Fetching",
+            Self::Reading { .. } => "Reading",
             Self::Fetched { .. } => "Fetched",
             Self::Converted { .. } => "Converted",
             Self::Published { .. } => "Published",

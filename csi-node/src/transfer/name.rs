@@ -29,7 +29,7 @@ pub(crate) fn manifest(
         virtual_size: durable.virtual_size,
         chunk_size,
         data_bytes: durable.real_size,
-        source_digest: Some(durable.source_digest),
+        source_digest: durable.source_digest,
         owner: owner.clone(),
         generation: Generation::FIRST,
         created,
@@ -47,7 +47,7 @@ mod tests {
     fn the_numbers_of_an_image_are_told_with_its_name() {
         let durable = Durable {
             digest: Digest(Sha256Sum::of(b"image")),
-            source_digest: Digest(Sha256Sum::of(b"source")),
+            source_digest: Some(Digest(Sha256Sum::of(b"source"))),
             stored_bytes: Bytes(5),
             virtual_size: Bytes(512),
             real_size: Bytes(7),
@@ -57,6 +57,6 @@ mod tests {
         let labels: Vec<(&str, &str)> =
             manifest.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(labels, [(CHUNKS, "3"), (REAL_BYTES, "7"), (STORED_BYTES, "5")]);
-        assert_eq!((manifest.digest, manifest.source_digest), (durable.digest, Some(durable.source_digest)));
+        assert_eq!((manifest.digest, manifest.source_digest), (durable.digest, durable.source_digest));
     }
 }

@@ -1,0 +1,207 @@
+//! Images that are read where they lie: nothing of them is staged.
+
+use berth_core::ids::{Digest, Sha256Sum};
+use berth_core::stages::Shape;
+use berth_core::units::Bytes;
+use berth_image::ImageFormat;
+use berth_objectstore::checksum::SourceHash;
+use berth_objectstore::chunks::remote::{RemoteConfig, RemoteImage};
+use berth_objectstore::chunks::store::ChunkStore;
+use berth_objectstore::s3::S3Store;
+use berth_objectstore::source::RangedSource;
+
+use super::content::Content;
+use super::error::TransferError;
+use super::fetch::Origin;
+use super::job::TransferJob;
+use super::journal::{Journal, Phase};
+use super::probe::open_and_probe;
+
+/// The memory of an image store's reader.
+const MEMORY: Bytes = Bytes::mib(128);
+/// How long a read of an image store waits for it before the attempt fails, to be made again: see [`super::attempt`].
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Where an image comes from, and which way.
+#[derive(Clone)]
+pub enum Source {
+    /// It comes into the reservation first, or is a file on this node.
+    Staged(Origin),
+    /// It is read where it lies.
+    Direct(Direct),
+}
+
+/// Where an image is read without being staged.
+#[derive(Clone)]
+#[allow(clippy::large_enum_variant)] // there is one for each transfer that runs
+pub enum Direct {
+    /// Behind an address that is read from the middle, as a raw image.
+    Ranged(RangedSource),
+    /// In an image store.
+    Stored {
+        /// The store.
+        chunks: ChunkStore<S3Store>,
+        /// The image.
+        digest: Digest,
+    },
+}
+
+/// An image that is ready to be read.
+pub(crate) struct Readable {
+    /// Where it is read.
+    pub content: Content,
+    /// What it is of, to the byte: a checkpoint counts only for the same.
+    pub identity: String,
+    /// What is known of it.
+    pub shape: Shape,
+    /// The sum of its source.
+    pub sum: SourceSum,
+}
+
+/// The sum of a source's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SourceSum {
+    /// This.
+    Known(Digest),
+    /// The content's: it is added up while that is read, and compared with what is expected, if anything is.
+    Counted(Option<Sha256Sum>),
+    /// It has none: the image is identified by its digest.
+    None,
+}
+
+/// Adds up the sum of a source while it is read.
+pub(crate) enum Counting {
+    /// So far; and what it must be at the end.
+    Open(SourceHash, Option<Sha256Sum>),
+    /// There is nothing to add up.
+    Closed(Option<Digest>),
+}
+
+impl Counting {
+    /// At the start of the source.
+    pub fn new(sum: SourceSum) -> Self {
+        match sum {
+            SourceSum::Known(digest) => Self::Closed(Some(digest)),
+            SourceSum::Counted(expected) => Self::Open(SourceHash::new(), expected),
+            SourceSum::None => Self::Closed(None),
+        }
+    }
+
+    /// Where it was; `None` if that is not known.
+    pub fn go_on(sum: SourceSum, state: Option<&[u8]>) -> Option<Self> {
+        match (sum, state) {
+            (SourceSum::Counted(expected), Some(state)) => {
+                Some(Self::Open(SourceHash::from_state(state).ok()?, expected))
+            }
+            (SourceSum::Counted(_), None) => None,
+            (other, _) => Some(Self::new(other)),
+        }
+    }
+
+    /// What a checkpoint keeps of it.
+    pub fn state(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Open(hash, _) => Some(hash.state()),
+            Self::Closed(_) => None,
+        }
+    }
+
+    /// Takes note of what comes next of the source.
+    pub fn add(&mut self, bytes: &[u8]) {
+        if let Self::Open(hash, _) = self {
+            hash.update(bytes);
+        }
+    }
+
+    /// The sum.
+    pub fn finish(self) -> Result<Option<Digest>, TransferError> {
+        match self {
+            Self::Closed(known) => Ok(known),
+            Self::Open(hash, expected) => {
+                let found = hash.finish();
+                match expected {
+                    Some(expected) if expected != found => Err(TransferError::Checksum { expected, found }),
+                    _ => Ok(Some(Digest(found))),
+                }
+            }
+        }
+    }
+}
+
+/// Opens an image that is read where it lies. What was read of it before counts only if it is still the same.
+pub(crate) async fn open(
+    job: &TransferJob,
+    source: &Direct,
+    journal: &Journal,
+    chunk_size: Option<Bytes>,
+    phase: &Phase,
+) -> Result<Readable, TransferError> {
+    let before = match phase {
+        Phase::Reading { shape, version } => Some((*shape, version.as_str())),
+        _ => None,
+    };
+    let readable = match source {
+        Direct::Ranged(source) => ranged(job, source.clone(), chunk_size, before).await?,
+        Direct::Stored { chunks, digest } => stored(job, chunks, *digest, chunk_size).await?,
+    };
+    job.check_promise(readable.shape.peak_bytes())?;
+    match before {
+        Some((_, version)) if version == readable.identity => {}
+        Some(_) => return Err(TransferError::Changed),
+        None => {
+            let (shape, version) = (readable.shape, readable.identity.clone());
+            journal.save(Phase::Reading { shape, version }).await?;
+        }
+    }
+    Ok(readable)
+}
+
+/// Tells the image store of a source that this transfer reads it no more.
+pub async fn let_go(job: &TransferJob, source: &Source) -> Result<(), TransferError> {
+    match source {
+        Source::Direct(Direct::Stored { chunks, .. }) => Ok(chunks.unpin(&job.uid).await?),
+        Source::Staged(_) | Source::Direct(Direct::Ranged(_)) => Ok(()),
+    }
+}
+
+async fn ranged(
+    job: &TransferJob,
+    mut source: RangedSource,
+    chunk_size: Option<Bytes>,
+    before: Option<(Shape, &str)>,
+) -> Result<Readable, TransferError> {
+    let (shape, identity) = if let Some((shape, version)) = before {
+        source.open(0, Some(version)).await?;
+        (shape, version.to_owned())
+    } else {
+        let (probed, info) = open_and_probe(&mut source, &job.limits).await?;
+        let version = info.version.filter(|_| info.accepts_ranges && probed.format == ImageFormat::Raw);
+        let shape = Shape { in_place: true, ..probed.shape(chunk_size) };
+        (shape, version.ok_or(TransferError::NotDirect)?)
+    };
+    if !shape.source_bytes.0.is_multiple_of(512) {
+        return Err(TransferError::NotDirect);
+    }
+    let content = Content::Ranged { source, size: shape.source_bytes };
+    Ok(Readable { content, identity, shape, sum: SourceSum::Counted(job.checksum) })
+}
+
+async fn stored(
+    job: &TransferJob,
+    chunks: &ChunkStore<S3Store>,
+    digest: Digest,
+    chunk_size: Option<Bytes>,
+) -> Result<Readable, TransferError> {
+    // Before the first look, so that nothing of it is collected meanwhile.
+    chunks.pin(&job.uid, &digest).await?;
+    let config = RemoteConfig { memory: MEMORY, patience: PATIENCE, ..RemoteConfig::default() };
+    let image = RemoteImage::open(chunks.clone(), digest, config).await?;
+    let (virtual_size, limit) = (image.virtual_size(), job.limits.virtual_size);
+    if virtual_size > limit {
+        return Err(TransferError::VirtualSize { found: virtual_size, limit });
+    }
+    let source_bytes = image.data_size();
+    let shape = Shape { source_bytes, virtual_size, converted: false, in_place: true, chunk_size };
+    let identity = digest.to_string();
+    Ok(Readable { content: Content::Stored(image), identity, shape, sum: SourceSum::None })
+}

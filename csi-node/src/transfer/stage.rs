@@ -1,0 +1,156 @@
+//! Staging: the source's bytes come into the reservation, and a tool turns them into a raw image where no reader of ours
+//! reads them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use berth_core::ids::Digest;
+use berth_core::stages::{Shape, Stage};
+use berth_core::units::Bytes;
+use berth_device::qemu::{ConvertLimits, convert_to_raw};
+use berth_image::{ImageFormat, Probe, Reader, open, probe_file, probe_file_as};
+
+use super::content::Content;
+use super::direct::{Readable, SourceSum};
+use super::error::TransferError;
+use super::fetch::{Fetched, Origin, fetch, remove_if_there};
+use super::job::{Reporter, Snapshot, TransferJob};
+use super::journal::{Journal, Phase};
+use super::probe::checked;
+
+/// What brings a source here.
+pub(crate) struct Staging<'a> {
+    /// What is to be done.
+    pub job: &'a TransferJob,
+    /// Where the source comes from.
+    pub origin: &'a Origin,
+    /// How far it is.
+    pub journal: &'a Journal,
+    /// Whom to tell.
+    pub reporter: &'a Arc<dyn Reporter>,
+    /// The chunk size of the image store that it goes into; `None` if it goes into none.
+    pub chunk_size: Option<Bytes>,
+}
+
+/// An image that is on this node, to be read.
+pub(crate) struct Prepared {
+    /// The sum of the source's bytes.
+    pub source_digest: Digest,
+    /// What is known of it.
+    pub shape: Shape,
+    /// The file that holds the image.
+    pub path: PathBuf,
+}
+
+impl Prepared {
+    /// Opens the image.
+    pub async fn open(self, journal: &Journal) -> Result<Readable, TransferError> {
+        let (owned, converted) = (self.path.clone(), self.shape.converted);
+        // The converted image is raw, whatever its bytes look like.
+        let probe = journal.work(move || {
+            if converted { probe_file_as(ImageFormat::Raw, &owned) } else { probe_file(&owned) }
+        });
+        let content = Content::File { reader: open(&self.path, &probe.await??).await?, path: self.path };
+        let (identity, sum) = (self.source_digest.to_string(), SourceSum::Known(self.source_digest));
+        Ok(Readable { content, identity, shape: self.shape, sum })
+    }
+}
+
+impl Staging<'_> {
+    /// Brings the image to where the upload can read it.
+    pub async fn prepare(&self, phase: Phase) -> Result<Prepared, TransferError> {
+        let (raw, path) = (self.job.raw_file(), self.origin.local_file(self.job));
+        let was_converted = matches!(phase, Phase::Converted { .. });
+        let known = match phase {
+            Phase::Fetched { source_digest, shape } | Phase::Converted { source_digest, shape } => {
+                if was_converted && has_length(&raw, shape.virtual_size) {
+                    return Ok(Prepared { source_digest, shape, path: raw });
+                }
+                // The record can be older than a directory that was made anew.
+                has_length(&path, shape.source_bytes).then_some((source_digest, shape))
+            }
+            Phase::Begun | Phase::Reading { .. } | Phase::Published { .. } => None,
+            fetching @ Phase::Fetching { .. } => Some(self.fetched(fetching).await?),
+        };
+        let (source_digest, shape) = match known {
+            Some(known) => known,
+            None => self.fetched(Phase::Begun).await?,
+        };
+        if !shape.converted {
+            return Ok(Prepared { source_digest, shape, path });
+        }
+        self.convert(&path, &shape).await?;
+        self.journal.save(Phase::Converted { source_digest, shape }).await?;
+        Ok(Prepared { source_digest, shape, path: raw })
+    }
+
+    async fn fetched(&self, phase: Phase) -> Result<(Digest, Shape), TransferError> {
+        let path = self.origin.local_file(self.job);
+        if self.origin.is_local() {
+            self.shape(&path, Bytes::ZERO).await?; // What is refused is not read first.
+        }
+        let Fetched { sum, size } = fetch(self, phase).await?;
+        if let Some(expected) = self.job.checksum
+            && expected != sum
+        {
+            return Err(TransferError::Checksum { expected, found: sum });
+        }
+        let shape = self.shape(&path, size).await?;
+        let source_digest = Digest(sum);
+        self.forget_index().await?;
+        self.journal.save(Phase::Fetched { source_digest, shape }).await?;
+        tracing::info!(stage = "Fetch", bytes = size.0, digest = %sum, "fetched");
+        Ok((source_digest, shape))
+    }
+
+    /// An index of what was fetched before is not one of this, whatever the bucket says of it.
+    async fn forget_index(&self) -> Result<(), TransferError> {
+        let index = self.job.index_file();
+        let removed =
+            self.journal.work(move || remove_if_there(&index).map_err(TransferError::file("remove", &index)));
+        removed.await?
+    }
+
+    /// Probes the whole file, and compares what it asks for with limits and promise before a tool or a reader sees it.
+    async fn shape(&self, path: &Path, size: Bytes) -> Result<Shape, TransferError> {
+        let probe = self.probe_whole(path).await?;
+        let probed = checked(&probe, size, &self.job.limits)?;
+        let shape = Shape { in_place: self.origin.is_local(), ..probed.shape(self.chunk_size) };
+        self.job.check_promise(shape.peak_bytes())?;
+        Ok(shape)
+    }
+
+    async fn probe_whole(&self, path: &Path) -> Result<Probe, TransferError> {
+        let owned = path.to_owned();
+        Ok(self.journal.work(move || probe_file(&owned)).await??)
+    }
+
+    async fn convert(&self, path: &Path, shape: &Shape) -> Result<(), TransferError> {
+        let probe = self.probe_whole(path).await?;
+        let Reader::QemuImg { driver } = probe.reader else { return Ok(()) };
+        let driver = driver.parse()?;
+        let raw = self.job.raw_file();
+        // A tool of an earlier attempt may still be dying: it keeps its own file.
+        remove_if_there(&raw).map_err(TransferError::file("remove", &raw))?;
+        let mut limits = ConvertLimits::new(shape.virtual_size, format!("berth-import-{}", self.job.uid));
+        limits.stall = self.job.limits.stall;
+        let (reporter, shape) = (Arc::clone(self.reporter), *shape);
+        let report = move |percent: u8| {
+            let total = shape.virtual_size;
+            let done = total.percent(u64::from(percent));
+            let (skipped, on_wire) = (Bytes::ZERO, Bytes::ZERO);
+            reporter.progress(&shape, Snapshot { stage: Stage::Convert, done, total, skipped, on_wire });
+        };
+        report(0);
+        tracing::info!(stage = "Convert", format = %probe.format, bytes = shape.virtual_size.0, "converting");
+        let converted = convert_to_raw(path, driver, &raw, &limits, |now| report(now.percent)).await?;
+        if !converted.unconfined.is_empty() {
+            tracing::warn!(missing = ?converted.unconfined, "the conversion tool is less confined than intended");
+        }
+        Ok(())
+    }
+}
+
+fn has_length(path: &Path, len: Bytes) -> bool {
+    path.metadata().is_ok_and(|file| file.len() == len.0)
+}
