@@ -1,6 +1,8 @@
 //! Images made by hand, and reading them whole.
 #![allow(dead_code, missing_docs)]
 
+pub mod disk;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
