@@ -25,7 +25,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use self::errors::classify;
-pub use self::multipart::{MAX_PARTS, MIN_PART, Part, Stored};
+pub use self::multipart::{ListedPart, MAX_PARTS, MIN_PART, Part, Stored};
 use crate::checksum::base64;
 use crate::{Body, ETag, ListPage, Listed, Object, ObjectInfo, ObjectStore, Place, PutCondition, StoreError};
 

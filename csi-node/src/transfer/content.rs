@@ -61,6 +61,15 @@ pub(crate) enum Content {
 }
 
 impl Content {
+    /// The size of the disk.
+    pub fn virtual_size(&self) -> Bytes {
+        match self {
+            Self::File { reader, .. } => reader.virtual_size(),
+            Self::Ranged { size, .. } => *size,
+            Self::Stored(image) => image.virtual_size(),
+        }
+    }
+
     /// The image from `from` on, a multiple of `unit`. Zeros come in whole units and data in single ones, but for the last
     /// piece, which is what is left.
     pub fn pieces(self, from: Bytes, unit: Bytes) -> Pieces {

@@ -1,5 +1,7 @@
 //! Images that are read where they lie: nothing of them is staged.
 
+use std::sync::Arc;
+
 use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::stages::Shape;
 use berth_core::units::Bytes;
@@ -13,9 +15,10 @@ use berth_objectstore::source::RangedSource;
 use super::content::Content;
 use super::error::TransferError;
 use super::fetch::Origin;
-use super::job::TransferJob;
+use super::job::{Reporter, TransferJob};
 use super::journal::{Journal, Phase};
 use super::probe::open_and_probe;
+use super::stage::Staging;
 
 /// The memory of an image store's reader.
 const MEMORY: Bytes = Bytes::mib(128);
@@ -56,6 +59,8 @@ pub(crate) struct Readable {
     pub shape: Shape,
     /// The sum of its source.
     pub sum: SourceSum,
+    /// What the journal says of it.
+    pub phase: Phase,
 }
 
 /// The sum of a source's bytes.
@@ -128,8 +133,26 @@ impl Counting {
     }
 }
 
+/// Brings the image to where it can be read, going on from `phase`; into an image store with chunks of this size, or none.
+pub(crate) async fn ready(
+    job: &TransferJob,
+    source: &Source,
+    journal: &Journal,
+    reporter: &Arc<dyn Reporter>,
+    chunk_size: Option<Bytes>,
+    phase: Phase,
+) -> Result<Readable, TransferError> {
+    match source {
+        Source::Staged(origin) => {
+            let staging = Staging { job, origin, journal, reporter, chunk_size };
+            staging.prepare(phase).await?.open(journal).await
+        }
+        Source::Direct(source) => open(job, source, journal, chunk_size, &phase).await,
+    }
+}
+
 /// Opens an image that is read where it lies. What was read of it before counts only if it is still the same.
-pub(crate) async fn open(
+async fn open(
     job: &TransferJob,
     source: &Direct,
     journal: &Journal,
@@ -148,10 +171,7 @@ pub(crate) async fn open(
     match before {
         Some((_, version)) if version == readable.identity => {}
         Some(_) => return Err(TransferError::Changed),
-        None => {
-            let (shape, version) = (readable.shape, readable.identity.clone());
-            journal.save(Phase::Reading { shape, version }).await?;
-        }
+        None => journal.save(readable.phase.clone()).await?,
     }
     Ok(readable)
 }
@@ -183,7 +203,8 @@ async fn ranged(
         return Err(TransferError::NotDirect);
     }
     let content = Content::Ranged { source, size: shape.source_bytes };
-    Ok(Readable { content, identity, shape, sum: SourceSum::Counted(job.checksum) })
+    let phase = Phase::Reading { shape, version: identity.clone() };
+    Ok(Readable { content, identity, shape, sum: SourceSum::Counted(job.checksum), phase })
 }
 
 async fn stored(
@@ -203,5 +224,6 @@ async fn stored(
     let source_bytes = image.data_size();
     let shape = Shape { source_bytes, virtual_size, converted: false, in_place: true, chunk_size };
     let identity = digest.to_string();
-    Ok(Readable { content: Content::Stored(image), identity, shape, sum: SourceSum::None })
+    let phase = Phase::Reading { shape, version: identity.clone() };
+    Ok(Readable { content: Content::Stored(image), identity, shape, sum: SourceSum::None, phase })
 }

@@ -1,4 +1,4 @@
-//! Why an import failed, and what users are told of it.
+//! Why a transfer failed, and what users are told of it.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use berth_core::reason::{Reason, ReasonClass};
 use berth_core::retry::Fault;
 use berth_core::units::Bytes;
 use berth_device::qemu::{ConvertError, UnknownDriver};
-use berth_image::{ProbeError, ReadError, Refusal};
+use berth_image::{ProbeError, ReadError, Refusal, WriteError};
 use berth_objectstore::StoreError;
 use berth_objectstore::chunks::publish::PublishError;
 use berth_objectstore::chunks::remote::{OpenRemoteError, RemoteError};
@@ -23,10 +23,10 @@ use thiserror::Error;
 /// What ended an attempt.
 #[derive(Debug, Error)]
 pub enum TransferError {
-    /// The image is not one that is imported.
+    /// The image is not one that is read.
     #[error("the source is refused")]
     Refused(#[from] Refusal),
-    /// The fetched file is not one that is imported.
+    /// The fetched file is not one that is read.
     #[error("the fetched source is refused")]
     Probe(#[from] ProbeError),
     /// The disk is larger than allowed.
@@ -107,6 +107,20 @@ pub enum TransferError {
     /// The publication.
     #[error("failed to publish the image")]
     Publish(#[from] PublishError),
+    /// The image cannot be written in this format, or its upload cannot be gone on with.
+    #[error("failed to write the image")]
+    Write(#[from] WriteError),
+    /// The object is not what was sent.
+    #[error("{place} is not what was sent: {problem}")]
+    Object {
+        /// Where it is.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Somebody else has the work now.
+    #[error("the transfer is not this node's any more, or that cannot be told")]
+    NotOurs,
     /// The object store itself.
     #[error("the object store failed")]
     Store(#[from] StoreError),
@@ -129,19 +143,19 @@ pub enum TransferError {
         source: io::Error,
     },
     /// The node's record cannot be read.
-    #[error("failed to read the record of the import")]
+    #[error("failed to read the record of the transfer")]
     RecordRead(#[from] RecordReadError),
     /// The node's record cannot be written.
-    #[error("failed to write the record of the import")]
+    #[error("failed to write the record of the transfer")]
     RecordChange(#[from] ChangeError),
     /// The record is not readable as a job.
-    #[error("the record of the import is damaged")]
+    #[error("the record of the transfer is damaged")]
     RecordCorrupt(#[source] serde_json::Error),
     /// The work was told to stop.
     #[error("stopped")]
     Cancelled,
     /// A worker is gone: the program is shutting down, or it panicked.
-    #[error("a worker of the import is gone")]
+    #[error("a worker of the transfer is gone")]
     Worker(#[from] tokio::task::JoinError),
     /// It was tried as often as allowed.
     #[error("given up after {attempts} attempts")]
@@ -184,11 +198,14 @@ impl TransferError {
             Self::Verify(error) => verify_reason(error),
             Self::Publish(error) => publish_reason(error),
             Self::Store(error) => store_reason(error),
+            Self::Write(error) => write_reason(error),
+            Self::Object { .. } => Reason::VerificationFailed,
             Self::Promise { .. } => Reason::PromiseBroken,
             Self::File { source, .. } => io_reason(source),
             Self::RecordChange(ChangeError::StaleGeneration { .. }) => Reason::Superseded,
             Self::Exhausted { .. } => Reason::RetriesExhausted,
             Self::Probe(ProbeError::Io { .. })
+            | Self::NotOurs
             | Self::RecordRead(_)
             | Self::RecordChange(_)
             | Self::RecordCorrupt(_)
@@ -283,6 +300,22 @@ fn read_reason(error: &ReadError) -> Reason {
         ReadError::NotNative { .. } => Reason::ImageFormatUnsupported,
         ReadError::Probe(ProbeError::Refused { source, .. }) => source.reason(),
         ReadError::Io { .. } | ReadError::Changed { .. } | ReadError::Probe(_) => Reason::Retrying,
+    }
+}
+
+fn write_reason(error: &WriteError) -> Reason {
+    match error {
+        WriteError::Empty | WriteError::Unaligned { .. } | WriteError::TooLarge { .. } => {
+            Reason::ImageFormatUnsupported
+        }
+        WriteError::Level { .. } => Reason::InvalidSpec,
+        WriteError::OutOfOrder { .. }
+        | WriteError::BlockLength { .. }
+        | WriteError::OtherOutput
+        | WriteError::Incomplete { .. }
+        | WriteError::StateVersion { .. }
+        | WriteError::State { .. }
+        | WriteError::Diverged => Reason::Retrying,
     }
 }
 

@@ -1,4 +1,4 @@
-//! What an import is given, and what it hands back. Nothing here knows Kubernetes.
+//! What a transfer is given, and what it hands back. Nothing here knows Kubernetes.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::TransferError;
 
-/// Bounds of one import.
+/// Bounds of one transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// The largest virtual size.
@@ -24,7 +24,7 @@ pub struct Limits {
     pub retries: u32,
 }
 
-/// One import.
+/// One transfer.
 #[derive(Clone, Debug)]
 pub struct TransferJob {
     /// The object's UID: owner of session and manifest.
@@ -120,6 +120,22 @@ pub struct Durable {
     pub chunks: u64,
 }
 
+/// An object that an image has become, verified.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SentObject {
+    /// Its size.
+    pub size: Bytes,
+    /// The size of the disk.
+    pub virtual_size: Bytes,
+    /// The sum of the source's bytes, where all of them were read.
+    pub source_digest: Option<Digest>,
+    /// What the store calls this version of it, where it says so.
+    pub etag: Option<String>,
+    /// The id of its version, in a bucket that keeps versions.
+    pub version: Option<String>,
+}
+
 /// How far an attempt is, as it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -135,8 +151,11 @@ pub struct Snapshot {
     pub on_wire: Bytes,
 }
 
-/// Where an import tells how far it is. Called often; must not block.
+/// Where a transfer tells how far it is. Called often; must not block.
 pub trait Reporter: Send + Sync {
     /// Takes note.
     fn progress(&self, shape: &Shape, now: Snapshot);
+
+    /// Takes note of what another node needs to go on. Said after it is recorded here.
+    fn resume(&self, _text: String) {}
 }

@@ -1,4 +1,4 @@
-//! The import's record on the node: how far it is, so that a kill at any instruction costs one checkpoint window.
+//! A transfer's record on the node: how far it is, so that a kill at any instruction costs one checkpoint window.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,12 +13,13 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use super::error::TransferError;
-use super::job::Durable;
+use super::job::{Durable, SentObject};
+use super::object::Sending;
 
-/// The kind of an import's entry among the node's jobs.
-pub const KIND: &str = "import";
+/// The kind of a transfer's entry among the node's jobs.
+pub const KIND: &str = "transfer";
 
-/// How far an import is. Each state carries what is true in it, and nothing else.
+/// How far a transfer is. Each state carries what is true in it, and nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", tag = "phase")]
 pub enum Phase {
@@ -57,6 +58,18 @@ pub enum Phase {
         /// What is to be done with it.
         shape: Shape,
     },
+    /// Parts of an object are in its store.
+    Sending {
+        /// Where the image is: one of the three before.
+        ready: Box<Phase>,
+        /// How far its upload is.
+        sending: Sending,
+    },
+    /// The object is durable; files may still be there.
+    Sent {
+        /// What became of it.
+        object: SentObject,
+    },
     /// The image is durable and published; files and session may still be there.
     Published {
         /// What was published.
@@ -64,7 +77,7 @@ pub enum Phase {
     },
 }
 
-/// The journal of one import, and the threads that work for it.
+/// The journal of one transfer, and the threads that work for it.
 #[derive(Clone)]
 pub struct Journal {
     record: Arc<NodeRecord>,
@@ -74,7 +87,7 @@ pub struct Journal {
     reached: Arc<[AtomicU64; 2]>,
 }
 
-/// What an import comes nearer to its end by.
+/// What a transfer comes nearer to its end by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mark {
     /// Bytes of the source that are here.
@@ -84,7 +97,7 @@ pub(crate) enum Mark {
 }
 
 impl Journal {
-    /// The journal of this generation of an import.
+    /// The journal of this generation of a transfer.
     pub fn new(record: Arc<NodeRecord>, uid: Uid, generation: Generation) -> Self {
         let workers = TaskTracker::new();
         workers.close();
@@ -155,13 +168,13 @@ impl Journal {
         self.reached[mark as usize].fetch_max(bytes.0, Ordering::Relaxed);
     }
 
-    /// Rises when the import has come nearer to its end than ever before in this process. What is done again, however
+    /// Rises when the transfer has come nearer to its end than ever before in this process. What is done again, however
     /// often, does not count.
     pub(crate) fn reached(&self) -> u64 {
         self.reached.iter().map(|bytes| bytes.load(Ordering::Relaxed)).fold(0, u64::saturating_add)
     }
 
-    /// Forgets the import.
+    /// Forgets the transfer.
     pub async fn forget(&self) -> Result<(), TransferError> {
         let (record, uid) = (Arc::clone(&self.record), self.uid.clone());
         self.work(move || record.forget_job(&uid)).await??;
@@ -177,6 +190,8 @@ impl Phase {
             Self::Reading { .. } => "Reading",
             Self::Fetched { .. } => "Fetched",
             Self::Converted { .. } => "Converted",
+            Self::Sending { .. } => "Sending",
+            Self::Sent { .. } => "Sent",
             Self::Published { .. } => "Published",
         }
     }

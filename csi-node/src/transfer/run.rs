@@ -12,13 +12,12 @@ use berth_objectstore::chunks::store::ChunkStore;
 use berth_objectstore::chunks::upload::FinishedIndex;
 use berth_objectstore::chunks::verify::{VerifyError, verify};
 
-use super::direct::{self, Readable, Source};
+use super::direct::{self, Source};
 use super::error::TransferError;
 use super::fetch::remove_if_there;
 use super::job::{Durable, Reporter, Snapshot, TransferJob};
 use super::journal::{Journal, Phase, now};
 use super::name;
-use super::stage::Staging;
 use super::upload::upload;
 
 /// Everything that one attempt works with.
@@ -46,7 +45,9 @@ impl<S: ObjectStore> Attempt<'_, S> {
         self.refuse_taken().await?;
         // Before the first byte, so that an attempt that is behind touches nothing.
         let mut session = self.session(&phase).await?;
-        let image = self.image(phase).await?;
+        let chunk_size = Some(self.chunks.chunk_size().size());
+        let Self { job, source, journal, reporter, .. } = *self;
+        let image = direct::ready(job, source, journal, reporter, chunk_size, phase).await?;
         let shape = image.shape;
         if crate::sabotage::active("ready-before-verified") {
             return Ok(self.pretended(&shape));
@@ -95,19 +96,6 @@ impl<S: ObjectStore> Attempt<'_, S> {
             Phase::Begun => Session::begin(chunks, writer).await?,
             _ => Session::resume(chunks, writer).await?,
         })
-    }
-
-    /// Brings the image to where it can be read.
-    async fn image(&self, phase: Phase) -> Result<Readable, TransferError> {
-        let chunk_size = Some(self.chunks.chunk_size().size());
-        let Self { job, journal, reporter, .. } = *self;
-        match self.source {
-            Source::Staged(origin) => {
-                let staging = Staging { job, origin, journal, reporter, chunk_size };
-                staging.prepare(phase).await?.open(journal).await
-            }
-            Source::Direct(source) => direct::open(job, source, journal, chunk_size, &phase).await,
-        }
     }
 
     /// Verifies the chunks in the store. What is wrong with them is sent again by the next attempt.

@@ -52,7 +52,13 @@ impl Prepared {
         });
         let content = Content::File { reader: open(&self.path, &probe.await??).await?, path: self.path };
         let (identity, sum) = (self.source_digest.to_string(), SourceSum::Known(self.source_digest));
-        Ok(Readable { content, identity, shape: self.shape, sum })
+        let (source_digest, shape) = (self.source_digest, self.shape);
+        let phase = if shape.converted {
+            Phase::Converted { source_digest, shape }
+        } else {
+            Phase::Fetched { source_digest, shape }
+        };
+        Ok(Readable { content, identity, shape, sum, phase })
     }
 }
 
@@ -69,7 +75,11 @@ impl Staging<'_> {
                 // The record can be older than a directory that was made anew.
                 has_length(&path, shape.source_bytes).then_some((source_digest, shape))
             }
-            Phase::Begun | Phase::Reading { .. } | Phase::Published { .. } => None,
+            Phase::Begun
+            | Phase::Reading { .. }
+            | Phase::Sending { .. }
+            | Phase::Sent { .. }
+            | Phase::Published { .. } => None,
             fetching @ Phase::Fetching { .. } => Some(self.fetched(fetching).await?),
         };
         let (source_digest, shape) = match known {

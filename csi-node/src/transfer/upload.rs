@@ -35,7 +35,7 @@ pub(crate) async fn upload<S: ObjectStore>(
     journal: &Journal,
     reporter: &dyn Reporter,
 ) -> Result<(FinishedIndex, Option<Digest>), TransferError> {
-    let Readable { content, identity, shape, sum } = image;
+    let Readable { content, identity, shape, sum, .. } = image;
     let (mut uploader, mut counting) = begin(session, index, &identity, sum).await?;
     let mut saved = uploader.counters().bytes_data;
     tracing::info!(stage = "Upload", offset = uploader.offset(), "uploading");

@@ -6,4 +6,5 @@
 mod bed;
 mod direct;
 mod import;
+mod object;
 mod store_away;

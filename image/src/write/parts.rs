@@ -93,6 +93,11 @@ impl PartWriter {
         self.writer.encoder()
     }
 
+    /// How many parts of the body are complete.
+    pub fn parts_done(&self) -> u64 {
+        self.done
+    }
+
     /// Where the content goes on: a multiple of [`BLOCK`](crate::BLOCK), or the virtual size at the end.
     pub fn position(&self) -> Bytes {
         self.writer.position()
