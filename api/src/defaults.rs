@@ -12,6 +12,8 @@ pub const OPERATOR_LEASE: &str = "berth-operator";
 pub const RELEASE_FINALIZER: &str = "staging.berth.dev/release";
 /// The finalizer of an import whose session a node may still hold.
 pub const IMPORT_FINALIZER: &str = "staging.berth.dev/import";
+/// The finalizer of a transfer whose traces a node may still hold.
+pub const TRANSFER_FINALIZER: &str = "staging.berth.dev/transfer";
 /// The finalizer of a pool that has ledgers.
 pub const POOL_FINALIZER: &str = "staging.berth.dev/pool";
 /// Annotation of a staged image whose template was deleted: it may go although no other copy is known.
@@ -31,7 +33,7 @@ pub const ANNOTATION_PERSISTENT_VOLUME: &str = "staging.berth.dev/persistent-vol
 
 /// Annotation with the time, RFC 3339, at which a person last said that a reservation is still needed.
 pub const ANNOTATION_RENEWED: &str = "staging.berth.dev/renewed-at";
-/// With a new value, lets an import that has failed be tried again, once.
+/// With a new value, lets an import or a transfer that has failed be tried again, once.
 pub const ANNOTATION_RETRY: &str = "staging.berth.dev/retry";
 /// Annotation by which a person consents, with the value `true`, to losing a file that is in no object store yet.
 pub const ANNOTATION_DISCARD: &str = "staging.berth.dev/discard-only-copy";

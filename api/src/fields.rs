@@ -228,6 +228,57 @@ pub struct Source {
     pub s3: Option<S3Source>,
 }
 
+/// Bounds of the work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TransferLimits {
+    /// The largest virtual size. Default `256Gi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_size: Option<Quantity>,
+    /// The most bytes that the source may have. Default `256Gi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Quantity>,
+    /// How long the source may send nothing. Default `60s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<Span>,
+    /// How often in a row a fault that passes is tried again. Default 10. While the image store is away it is tried again
+    /// without end, whatever this says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub retries: Option<i32>,
+}
+
+/// What a transfer will do, an import's among them.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TransferPlan {
+    /// The source's format: `Raw`, `Qcow2`, `Vmdk`, `Vhd`, `Vhdx` or, in an image store, `Chunked`.
+    pub format: String,
+    /// The source's bytes.
+    pub source_bytes: i64,
+    /// The image's virtual size in bytes.
+    pub virtual_size: i64,
+    /// The most that the work occupies in a pool at once.
+    pub peak_bytes: i64,
+    /// The stages, in order.
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub steps: Vec<String>,
+    /// Why it is done this way.
+    pub why: String,
+    /// Whether the source comes into a pool first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staging: Option<PlannedStaging>,
+}
+
+/// Whether a source comes into a pool before it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum PlannedStaging {
+    /// It goes straight to the destination.
+    Direct,
+    /// It comes into a pool first.
+    Staged,
+}
+
 /// What went wrong last.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -5,7 +5,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Assignment, LastError, PoolSelector, Progress, Quantity, Source, Span, Stage};
+use crate::fields::{
+    Assignment, LastError, PoolSelector, Progress, Source, Stage, TransferLimits, TransferPlan,
+};
 
 /// What is to be imported.
 #[derive(CustomResource, Clone, Debug, Deserialize, Serialize, KubeSchema)]
@@ -52,7 +54,7 @@ pub struct TemplateImportSpec {
     pub checksum: Option<String>,
     /// Bounds of the work.
     #[serde(default)]
-    pub limits: ImportLimits,
+    pub limits: TransferLimits,
     /// Pools that may stage what the work needs. Default: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool_selector: Option<PoolSelector>,
@@ -74,26 +76,6 @@ pub struct StoreReference {
     pub name: String,
 }
 
-/// Bounds of the work.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ImportLimits {
-    /// The largest virtual size. Default `256Gi`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub virtual_size: Option<Quantity>,
-    /// The most bytes that the source may have. Default `256Gi`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<Quantity>,
-    /// How long the source may send nothing. Default `60s`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stall_timeout: Option<Span>,
-    /// How often in a row a fault that passes is tried again. Default 10. While the image store is away it is tried again
-    /// without end, whatever this says.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 1000))]
-    pub retries: Option<i32>,
-}
-
 /// The states, in the order they are passed through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum ImportState {
@@ -113,7 +95,7 @@ pub enum ImportState {
 
 /// What became of an import.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, KubeSchema)]
-#[x_kube(validation = Rule::new(crate::states::rule::<berth_core::view::ImportState>()).message(crate::states::MESSAGE))]
+#[x_kube(validation = Rule::new(crate::states::rule_of(berth_core::transfer::TransferKind::Import)).message(crate::states::MESSAGE))]
 #[serde(rename_all = "camelCase")]
 pub struct TemplateImportStatus {
     /// The discriminant of its state. Written by the operator.
@@ -124,7 +106,7 @@ pub struct TemplateImportStatus {
     pub assignment: Option<Assignment>,
     /// What will be done, known before anything is. Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub plan: Option<ImportPlan>,
+    pub plan: Option<TransferPlan>,
     /// Written by the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stage: Option<Stage>,
@@ -154,25 +136,6 @@ pub struct TemplateImportStatus {
     #[serde(default)]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
-}
-
-/// What an import will do.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, KubeSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ImportPlan {
-    /// The source's format: `Raw`, `Qcow2`, `Vmdk`, `Vhd` or `Vhdx`.
-    pub format: String,
-    /// The source's bytes.
-    pub source_bytes: i64,
-    /// The image's virtual size in bytes.
-    pub virtual_size: i64,
-    /// The most that the work occupies in a pool at once.
-    pub peak_bytes: i64,
-    /// The stages, in order.
-    #[x_kube(merge_strategy = ListMerge::Atomic)]
-    pub steps: Vec<String>,
-    /// Why it is done this way.
-    pub why: String,
 }
 
 /// An image in its store.

@@ -9,8 +9,8 @@ use crate::reclaim::Cause;
 use crate::reservation::Claim;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
-    Access, AssignedImage, DurableImage, ImportState, LedgerCapacity, ObjectVersion, Placement,
-    ReservationState,
+    Access, AssignedImage, DurableImage, LedgerCapacity, ObjectVersion, Placement, ReservationState,
+    TransferState,
 };
 
 /// One write, or a wish to be asked again.
@@ -266,7 +266,7 @@ pub enum Change {
         /// The version that is replaced.
         version: ObjectVersion,
         /// Its state.
-        state: ImportState,
+        state: TransferState,
         /// Why.
         reason: Reason,
         /// For people, with numbers.

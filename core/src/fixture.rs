@@ -13,9 +13,9 @@ use crate::reason::Reason;
 use crate::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
-    Access, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy,
-    NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy,
-    ReservationState, ReservationView, Service, StoreView, Strategy, View, WhenFull,
+    Access, DurableImage, ImageView, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy, NodePoolState,
+    NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationState,
+    ReservationView, Service, StoreView, Strategy, TransferState, View, WhenFull,
 };
 
 pub const HOUR: u64 = 3_600_000;
@@ -207,7 +207,7 @@ pub fn template(virtual_size: u64, real_size: u64) -> ImportView {
         pools: PoolChoice::Labelled(BTreeMap::new()),
         store: ObjectName::new("ns", "store"),
         allowed_namespaces: Vec::new(),
-        state: ImportState::Ready,
+        state: TransferState::Done,
         assignment: Some(placed("p", "a", 1)),
         peak: Some(Bytes(10)),
         durable: Some(DurableImage {

@@ -10,7 +10,6 @@ pub mod extents;
 pub mod hydration;
 pub mod ids;
 pub mod image;
-pub mod import;
 pub mod ledger;
 pub mod local;
 pub mod lost;
@@ -30,6 +29,7 @@ pub mod states;
 pub mod store;
 pub mod table;
 pub mod thin;
+pub mod transfer;
 pub mod units;
 pub mod view;
 

@@ -249,6 +249,14 @@ reasons! {
     NotRelated => Terminal,
     /// An object cannot be read: it is of a newer version, or a field of it was changed to what no version knows.
     ObjectUnreadable => Transient,
+    /// It was finished: all of it is at its destination.
+    Succeeded => Normal,
+    /// It pauses because its specification says so, and goes on where it was once that says otherwise.
+    Suspended => Normal,
+    /// It had not ended when the time that it is allowed was over.
+    DeadlineExceeded => Terminal,
+    /// The work needs space in a pool, and `spec.staging` does not allow it.
+    StagingNotAllowed => Terminal,
 }
 
 impl fmt::Display for Reason {

@@ -343,7 +343,7 @@ fn deleting_a_template_gives_its_last_copies_up() {
     let name = ObjectName::new("ns", "template");
     let import = view.imports.get_mut(&name).expect("there");
     (import.deleting, import.released) = (true, Some(Generation::FIRST));
-    let ask = |view: &View| crate::import::decide(view, &name, Timestamp(0));
+    let ask = |view: &View| crate::transfer::decide(view, &name, Timestamp(0));
     assert!(matches!(&ask(&view)[..], [Change::GiveUpImage { name, .. }] if name == "one"));
     view.images.values_mut().for_each(|image| image.given_up = true);
     assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]));

@@ -40,20 +40,34 @@ impl<M: Machine> std::error::Error for IllegalTransition<M> {}
 
 /// The table of all pairs, as Markdown for the documentation. An empty field is an event that the state does not take.
 pub fn table<M: Machine>() -> String {
+    table_named(|state: M| Some(format!("{state:?}")))
+}
+
+/// The same of a kind that has names of its own for the states. One without a name is left out, and so is an event that leads
+/// nowhere else.
+pub fn table_named<M: Machine>(name: impl Fn(M) -> Option<String>) -> String {
+    let states: Vec<(M, String)> =
+        M::STATES.iter().filter_map(|state| Some((*state, name(*state)?))).collect();
+    let leads = |state: M, event: M::Event| state.after(event).ok().and_then(&name);
+    let events: Vec<M::Event> = M::EVENTS
+        .iter()
+        .copied()
+        .filter(|event| states.iter().any(|(state, _)| leads(*state, *event).is_some()))
+        .collect();
     let mut table = String::from("| state |");
-    for event in M::EVENTS {
+    for event in &events {
         let _ = write!(table, " {event:?} |"); // writing to a String cannot fail
     }
     table.push_str("\n|---|");
-    table.push_str(&"---|".repeat(M::EVENTS.len()));
-    for state in M::STATES {
-        let _ = write!(table, "\n| {state:?} |");
-        for event in M::EVENTS {
-            match state.after(*event) {
-                Ok(after) => {
-                    let _ = write!(table, " {after:?} |");
+    table.push_str(&"---|".repeat(events.len()));
+    for (state, called) in &states {
+        let _ = write!(table, "\n| {called} |");
+        for event in &events {
+            match leads(*state, *event) {
+                Some(after) => {
+                    let _ = write!(table, " {after} |");
                 }
-                Err(_) => table.push_str(" |"),
+                None => table.push_str(" |"),
             }
         }
     }

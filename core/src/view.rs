@@ -300,7 +300,7 @@ pub struct ImportView {
     /// Namespaces that may use it; `*` is all.
     pub allowed_namespaces: Vec<String>,
     /// Its recorded state.
-    pub state: ImportState,
+    pub state: TransferState,
     /// The node that works on it.
     pub assignment: Option<Placement>,
     /// The most that the work occupies at once, once a node has found out.
@@ -317,19 +317,21 @@ pub struct ImportView {
     pub invalid: Option<String>,
 }
 
-/// The recorded state of an import.
+/// The recorded state of a transfer. The API has names of its own for some: [`crate::transfer::TransferKind::name_of`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ImportState {
+pub enum TransferState {
     /// Nothing has looked at it yet, or no node can.
     Pending,
     /// A node reads the head of the source.
     Probing,
     /// It waits for its reservation.
     Queued,
-    /// A node imports it.
-    Importing,
-    /// It is durable.
-    Ready,
+    /// A node works on it.
+    Working,
+    /// A person has it pause.
+    Suspended,
+    /// All of it is at its destination.
+    Done,
     /// It has ended without success.
     Failed,
 }

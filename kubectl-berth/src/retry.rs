@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use berth_api::defaults::ANNOTATION_RETRY;
 use berth_api::{TemplateImport, parse};
-use berth_core::view::{ImportState, ImportView};
+use berth_core::transfer::TransferKind;
+use berth_core::view::{ImportView, TransferState};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
@@ -30,12 +31,12 @@ pub enum NotRetryable {
         problem: String,
     },
     /// It has not failed.
-    #[error("import {name} has not failed: it is {state:?}")]
+    #[error("import {name} has not failed: it is {state}")]
     NotFailed {
         /// Which.
         name: String,
         /// What it is.
-        state: ImportState,
+        state: &'static str,
     },
 }
 
@@ -75,8 +76,11 @@ fn require_failed(import: &ImportView) -> Result<(), NotRetryable> {
         return Err(NotRetryable::Invalid { name, problem });
     }
     match import.state {
-        ImportState::Failed => Ok(()),
-        state => Err(NotRetryable::NotFailed { name, state }),
+        TransferState::Failed => Ok(()),
+        state => {
+            let state = TransferKind::Import.name_of(state).unwrap_or("in no state");
+            Err(NotRetryable::NotFailed { name, state })
+        }
     }
 }
 

@@ -13,9 +13,11 @@ use berth_core::budget::{Area, Sums};
 use berth_core::ledger::Class;
 use berth_core::metric::{Metric, MetricKind, Program};
 use berth_core::overcommit::Percent;
+use berth_core::states::Machine as _;
 use berth_core::thin::ThinState;
+use berth_core::transfer::TransferKind;
 use berth_core::units::Bytes;
-use berth_core::view::{ImportState, LedgerView, ReservationState, View};
+use berth_core::view::{LedgerView, ReservationState, TransferState, View};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -99,9 +101,10 @@ impl Metrics {
             let count = view.reservations.values().filter(|reservation| reservation.state == *state).count();
             self.set(Metric::Reservations, &[("state", &format!("{state:?}"))], size(count));
         }
-        for state in IMPORT_STATES {
+        for state in TransferState::STATES {
+            let Some(name) = TransferKind::Import.name_of(*state) else { continue };
             let count = view.imports.values().filter(|import| import.state == *state).count();
-            self.set(Metric::Imports, &[("state", &format!("{state:?}"))], size(count));
+            self.set(Metric::Imports, &[("state", name)], size(count));
         }
         self.clear(Metric::UnreadableObjects);
         for one in &view.unreadable {
@@ -199,15 +202,6 @@ const RESERVATION_STATES: &[ReservationState] = &[
     ReservationState::Ready,
     ReservationState::Releasing,
     ReservationState::Refused,
-];
-
-const IMPORT_STATES: &[ImportState] = &[
-    ImportState::Pending,
-    ImportState::Probing,
-    ImportState::Queued,
-    ImportState::Importing,
-    ImportState::Ready,
-    ImportState::Failed,
 ];
 
 fn owned(labels: &[(&str, &str)]) -> Labels {

@@ -10,7 +10,7 @@ use berth_core::change::Change;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::reason::Reason;
 use berth_core::reservation::Claim;
-use berth_core::view::{ImportState, ObjectVersion};
+use berth_core::view::{ObjectVersion, TransferState};
 use berth_operator::apply::ApplyError;
 use serde_json::{Value, json};
 
@@ -156,7 +156,7 @@ async fn an_import_is_reported_on_only_at_the_version_that_the_decision_saw() {
         name: ObjectName::new("ns", "t"),
         uid: Uid::from("uid-t"),
         version: ObjectVersion(version.to_owned()),
-        state: ImportState::Queued,
+        state: TransferState::Queued,
         reason: Reason::Progressing,
         message: "m".to_owned(),
         reserved: false,

@@ -1,24 +1,18 @@
 //! `TemplateImport` to its view.
 
 use berth_core::ids::ObjectName;
-use berth_core::import::Limits;
 use berth_core::reason::Reason;
 use berth_core::units::Bytes;
-use berth_core::view::{DurableImage, ImportState, ImportView, WorkError};
+use berth_core::view::{DurableImage, ImportView, TransferState, WorkError};
 
 use super::{
-    InvalidField, bytes, created_of, generation, has_finalizer, labelled, name_of, placement, reason,
-    seconds, uid_of, version_of,
+    asked_import, created_of, generation, has_finalizer, labelled, name_of, placement, reason, uid_of,
+    version_of,
 };
 use crate::TemplateImport;
 use crate::conditions::{ConditionType, find};
-use crate::defaults::{
-    ANNOTATION_RETRY, IMPORT_FINALIZER, RETRY_LIMIT, SIZE_LIMIT_BYTES, STALL_TIMEOUT_SECONDS,
-};
-use crate::template_import::{
-    DurableImage as ApiDurable, ImportLimits, ImportState as ApiState, TemplateImportSpec,
-    TemplateImportStatus,
-};
+use crate::defaults::{ANNOTATION_RETRY, IMPORT_FINALIZER};
+use crate::template_import::{DurableImage as ApiDurable, ImportState as ApiState, TemplateImportStatus};
 
 /// What decisions look at.
 pub fn import_view(import: &TemplateImport) -> ImportView {
@@ -36,14 +30,14 @@ pub fn import_view(import: &TemplateImport) -> ImportView {
         pools: labelled(spec.pool_selector.as_ref()),
         store: ObjectName::new(&name.namespace, &spec.store.name),
         allowed_namespaces: spec.allowed_namespaces.clone(),
-        state: status.state.map_or(ImportState::Pending, state),
+        state: status.state.map_or(TransferState::Pending, state),
         assignment: placement(status.assignment.as_ref()),
         peak: known.plan.as_ref().map(|plan| Bytes::from_i64(plan.peak_bytes)),
         durable: status.durable.as_ref().and_then(durable),
         error: standing_error(known),
         retry: retry(meta.annotations.as_ref().and_then(|all| all.get(ANNOTATION_RETRY)), &status),
         released: status.released_generation.map(generation),
-        invalid: check(spec).err().map(|error| error.to_string()),
+        invalid: asked_import(import).err().map(|error| error.to_string()),
         name,
     }
 }
@@ -72,53 +66,6 @@ fn standing_error(status: &TemplateImportStatus) -> Option<WorkError> {
     })
 }
 
-/// The bounds of the work, with their defaults: 256 GiB, 256 GiB, 60 s, 10 times.
-///
-/// # Errors
-/// [`InvalidField`] for a value that cannot be used; sizes and the timeout must not be zero.
-pub fn import_limits(limits: &ImportLimits) -> Result<Limits, InvalidField> {
-    let size = |field, quantity: Option<&crate::fields::Quantity>| match quantity {
-        None => Ok(Bytes(SIZE_LIMIT_BYTES)),
-        Some(quantity) => match bytes(field, quantity)? {
-            Bytes::ZERO => Err(above_zero(field, &quantity.0)),
-            size => Ok(size),
-        },
-    };
-    let field = "spec.limits.stallTimeout";
-    let stall_timeout = match &limits.stall_timeout {
-        None => STALL_TIMEOUT_SECONDS,
-        Some(span) => match seconds(field, span)? {
-            0 => return Err(above_zero(field, &span.0)),
-            seconds => seconds,
-        },
-    };
-    let retries = limits.retries.map_or(Ok(RETRY_LIMIT), |retries| {
-        u32::try_from(retries).map_err(|_| InvalidField::Range {
-            field: "spec.limits.retries",
-            value: retries.to_string(),
-            allowed: "0 or more".to_owned(),
-        })
-    })?;
-    Ok(Limits {
-        virtual_size: size("spec.limits.virtualSize", limits.virtual_size.as_ref())?,
-        bytes: size("spec.limits.bytes", limits.bytes.as_ref())?,
-        stall_timeout,
-        retries,
-    })
-}
-
-fn above_zero(field: &'static str, value: &str) -> InvalidField {
-    InvalidField::Range { field, value: value.to_owned(), allowed: "more than 0".to_owned() }
-}
-
-fn check(spec: &TemplateImportSpec) -> Result<(), InvalidField> {
-    if spec.source.http.is_some() == spec.source.s3.is_some() {
-        let problem = "exactly one of `http` and `s3` must be set".to_owned();
-        return Err(InvalidField::Shape { field: "spec.source", problem });
-    }
-    import_limits(&spec.limits).map(drop)
-}
-
 /// A digest that is none cannot name an image: it counts as not durable.
 fn durable(durable: &ApiDurable) -> Option<DurableImage> {
     Some(DurableImage {
@@ -128,14 +75,14 @@ fn durable(durable: &ApiDurable) -> Option<DurableImage> {
     })
 }
 
-const fn state(state: ApiState) -> ImportState {
+const fn state(state: ApiState) -> TransferState {
     match state {
-        ApiState::Pending => ImportState::Pending,
-        ApiState::Probing => ImportState::Probing,
-        ApiState::Queued => ImportState::Queued,
-        ApiState::Importing => ImportState::Importing,
-        ApiState::Ready => ImportState::Ready,
-        ApiState::Failed => ImportState::Failed,
+        ApiState::Pending => TransferState::Pending,
+        ApiState::Probing => TransferState::Probing,
+        ApiState::Queued => TransferState::Queued,
+        ApiState::Importing => TransferState::Working,
+        ApiState::Ready => TransferState::Done,
+        ApiState::Failed => TransferState::Failed,
     }
 }
 
@@ -154,14 +101,10 @@ mod tests {
     const SOURCE: &str = "source: {http: {url: 'https://example.org/a.qcow2'}}, store: {name: s}";
 
     #[test]
-    fn a_new_import_and_its_default_limits() {
+    fn a_new_import() {
         let view = read(&format!("spec: {{{SOURCE}, allowedNamespaces: ['*']}}\n"));
-        assert_eq!((view.state, view.invalid, view.has_finalizer), (ImportState::Pending, None, true));
+        assert_eq!((view.state, view.invalid, view.has_finalizer), (TransferState::Pending, None, true));
         assert_eq!((view.store.to_string().as_str(), view.pools), ("ns/s", PoolChoice::Labelled([].into())));
-        let limits = import_limits(&ImportLimits::default()).expect("defaults");
-        let expected =
-            Limits { virtual_size: Bytes::gib(256), bytes: Bytes::gib(256), stall_timeout: 60, retries: 10 };
-        assert_eq!(limits, expected);
     }
 
     #[test]

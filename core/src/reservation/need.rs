@@ -4,6 +4,7 @@ use crate::ids::{Digest, NodeName, ObjectName, PoolName, Uid, staged_image_name}
 use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::reason::Reason;
 use crate::thin::{BlockSize, directory_charge, image_charge, volume_charge};
+use crate::transfer::TransferKind;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, AssignedImage, DurableImage, ImageView, PoolView, ReservationView, View};
 
@@ -203,7 +204,8 @@ fn template(
     if let Some(image) = &import.durable {
         Ok(ImageNeed { image: image.clone(), store: import.store.clone() })
     } else {
-        let message = format!("TemplateImport {name} is {:?}, not Ready", import.state);
+        let state = TransferKind::Import.name_of(import.state).unwrap_or("in no state");
+        let message = format!("TemplateImport {name} is {state}, not Ready");
         Err(Unmet { reason: Reason::TemplateNotReady, message, for_ever: false })
     }
 }
@@ -212,7 +214,7 @@ fn template(
 mod tests {
     use super::*;
     use crate::fixture::{reservation, template, view};
-    use crate::view::ImportState;
+    use crate::view::TransferState;
 
     const NOW: Timestamp = Timestamp(GRACE_MILLIS);
 
@@ -283,7 +285,7 @@ mod tests {
         assert_eq!((young.reason, young.for_ever), (Reason::TemplateNotFound, false));
         let mut import = template(50, 20);
         import.durable = None;
-        import.state = ImportState::Importing;
+        import.state = TransferState::Working;
         view.imports.insert(import.name.clone(), import);
         let early = Need::of(&view, &block(1), NOW).expect_err("not ready");
         assert_eq!((early.reason, early.for_ever), (Reason::TemplateNotReady, false));

@@ -11,9 +11,9 @@ use berth_core::overcommit::Percent;
 use berth_core::reason::Reason;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    Access, AssignedImage, DurableImage, ImageView, ImportState, ImportView, LedgerCapacity, LedgerView,
-    NodeLossPolicy, NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy,
-    ReservationView, Service, StoreView, Strategy, View, WhenFull,
+    Access, AssignedImage, DurableImage, ImageView, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy,
+    NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationView,
+    Service, StoreView, Strategy, TransferState, View, WhenFull,
 };
 
 use crate::scenario::Scenario;
@@ -302,7 +302,7 @@ fn import() -> ImportView {
         pools: PoolChoice::Labelled(BTreeMap::new()),
         store: ObjectName::new("ns", "store"),
         allowed_namespaces: Vec::new(),
-        state: ImportState::Ready,
+        state: TransferState::Done,
         assignment: None,
         peak: None,
         durable: Some(DurableImage {

@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use berth_api::fields::{Progress, Stage as ApiStage};
+use berth_api::fields::{PlannedStaging, Progress, Stage as ApiStage, TransferPlan};
 use berth_api::parse::{self, InvalidField};
-use berth_api::template_import::{DurableImage, ImportPlan};
+use berth_api::template_import::DurableImage;
 use berth_api::{TemplateImport, defaults};
 use berth_core::ids::{Digest, ObjectName, Uid};
 use berth_core::reason::Reason;
@@ -44,7 +44,7 @@ fn name_of(import: &TemplateImport) -> ObjectName {
 }
 
 fn limits(import: &TemplateImport) -> Result<Limits, InvalidField> {
-    let limits = parse::import_limits(&import.spec.limits)?;
+    let limits = parse::transfers::transfer_limits(&import.spec.limits)?;
     Ok(Limits {
         virtual_size: limits.virtual_size,
         bytes: limits.bytes,
@@ -81,7 +81,7 @@ pub async fn probe(node: Arc<Node>, uid: Uid, cancel: CancellationToken) {
     }
 }
 
-async fn probe_once(node: &Node, object: &TemplateImport) -> Result<ImportPlan, WorkError> {
+async fn probe_once(node: &Node, object: &TemplateImport) -> Result<TransferPlan, WorkError> {
     let limits = limits(object)?;
     checksum(object)?;
     let store =
@@ -92,20 +92,21 @@ async fn probe_once(node: &Node, object: &TemplateImport) -> Result<ImportPlan, 
     Ok(plan(&probed, chunk_size))
 }
 
-fn plan(probed: &Probed, chunk_size: Bytes) -> ImportPlan {
+fn plan(probed: &Probed, chunk_size: Bytes) -> TransferPlan {
     let shape = probed.shape(Some(chunk_size));
     let why = if probed.converted {
         "a tool converts this format to raw beside the fetched source"
     } else {
         "the fetched source is read as it is"
     };
-    ImportPlan {
+    TransferPlan {
         format: format!("{:?}", probed.format),
         source_bytes: probed.source_bytes.as_i64(),
         virtual_size: probed.virtual_size.as_i64(),
         peak_bytes: shape.peak_bytes().as_i64(),
         steps: shape.stages().iter().map(|stage| stage.as_str().to_owned()).collect(),
         why: why.to_owned(),
+        staging: Some(PlannedStaging::Staged),
     }
 }
 

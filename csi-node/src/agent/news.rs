@@ -6,9 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use berth_api::conditions::time;
+use berth_api::fields::TransferPlan;
 use berth_api::fields::{LastError, Progress, Stage};
 use berth_api::image_store::StoreCapabilities;
-use berth_api::template_import::{DurableImage, ImportPlan};
+use berth_api::template_import::DurableImage;
 use berth_api::{StagingReservation, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::progress::Said;
@@ -21,7 +22,7 @@ use crate::node::now;
 #[derive(Clone, Debug, Default)]
 pub struct ImportNews {
     /// What will be done.
-    pub plan: Option<ImportPlan>,
+    pub plan: Option<TransferPlan>,
     /// What is being done.
     pub stage: Option<Stage>,
     /// How far.

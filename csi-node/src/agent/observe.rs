@@ -262,7 +262,7 @@ fn imports(node: &Node) -> BTreeMap<Uid, NodeImport> {
                 generation: generation(assignment.generation),
                 planned: news.plan.is_some(),
                 // The operator says that it has failed; its space goes once nothing works in it any more.
-                ended: news.durable.is_some() || failed || parse::import_limits(&import.spec.limits).is_err(),
+                ended: news.durable.is_some() || failed || parse::asked_import(import).is_err(),
                 released: news.released_generation.map(generation),
             };
             Some((uid, parsed))

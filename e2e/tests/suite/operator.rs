@@ -173,7 +173,11 @@ async fn refuses_with_the_shortfall() -> anyhow::Result<()> {
     }
 
     let transfers: Api<ImageTransfer> = Api::namespaced(bed.cluster.admin(), "default");
-    transfers.create(&PostParams::default(), &ImageTransfer::new("t", ImageTransferSpec::default())).await?;
+    let spec: ImageTransferSpec = serde_json::from_value(serde_json::json!({
+        "source": {"storeImage": {"store": "s", "image": "i"}},
+        "destination": {"storeImage": {"store": "s", "image": "copy"}},
+    }))?;
+    transfers.create(&PostParams::default(), &ImageTransfer::new("t", spec)).await?;
     wait::until("the transfer's condition", MOMENT, || async {
         let transfer = match transfers.get("t").await {
             Ok(transfer) => transfer,

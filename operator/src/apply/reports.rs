@@ -7,7 +7,8 @@ use berth_api::{ImageTransfer, StagingPool, TemplateImport};
 use berth_core::change::PoolReport;
 use berth_core::ids::{ObjectName, PoolName, Uid};
 use berth_core::reason::Reason;
-use berth_core::view::{ImportState, ObjectVersion};
+use berth_core::transfer::TransferKind;
+use berth_core::view::{ObjectVersion, TransferState};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::Patch;
 use kube::{Api, ResourceExt as _};
@@ -21,7 +22,7 @@ use crate::observe::Observed;
 
 /// What became of an import.
 pub(super) struct ImportReport<'r> {
-    pub state: ImportState,
+    pub state: TransferState,
     pub reason: Reason,
     pub message: &'r str,
     pub reserved: bool,
@@ -61,7 +62,7 @@ impl Applier {
         }
         let status = seen.status.clone().unwrap_or_default();
         let generation = seen.metadata.generation;
-        let ready = report.state == ImportState::Ready;
+        let ready = report.state == TransferState::Done;
         let write = |kind, holds| {
             condition(
                 &status.conditions,
@@ -74,7 +75,7 @@ impl Applier {
             )
         };
         let wanted = ImportFields {
-            state: Some(import_state(report.state)),
+            state: import_state(report.state).or(status.state),
             conditions: vec![
                 write(ConditionType::Ready, ready),
                 write(ConditionType::Reserved, report.reserved),
@@ -89,10 +90,10 @@ impl Applier {
         let Some(written) = written else { return Ok(false) };
         self.observer.absorb(written);
         if is.state != wanted.state || reason_of(&is.conditions) != reason_of(&wanted.conditions) {
-            let action = format!("{:?}", report.state);
+            let action = TransferKind::Import.name_of(report.state).unwrap_or_default();
             tracing::info!(import = %name, state = action, reason = %report.reason, message = report.message,
                 "import reported");
-            self.events.say(&*seen, &action, report.reason, report.message);
+            self.events.say(&*seen, action, report.reason, report.message);
         }
         Ok(true)
     }
@@ -217,13 +218,15 @@ pub(super) fn reason_of(conditions: &[Condition]) -> Option<&str> {
     conditions.first().map(|condition| condition.reason.as_str())
 }
 
-const fn import_state(state: ImportState) -> ApiImportState {
-    match state {
-        ImportState::Pending => ApiImportState::Pending,
-        ImportState::Probing => ApiImportState::Probing,
-        ImportState::Queued => ApiImportState::Queued,
-        ImportState::Importing => ApiImportState::Importing,
-        ImportState::Ready => ApiImportState::Ready,
-        ImportState::Failed => ApiImportState::Failed,
-    }
+/// `None` for a state that no import is ever in.
+const fn import_state(state: TransferState) -> Option<ApiImportState> {
+    Some(match state {
+        TransferState::Pending => ApiImportState::Pending,
+        TransferState::Probing => ApiImportState::Probing,
+        TransferState::Queued => ApiImportState::Queued,
+        TransferState::Working => ApiImportState::Importing,
+        TransferState::Done => ApiImportState::Ready,
+        TransferState::Suspended => return None,
+        TransferState::Failed => ApiImportState::Failed,
+    })
 }

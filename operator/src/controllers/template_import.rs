@@ -4,7 +4,7 @@ use berth_api::TemplateImport;
 use berth_core::change::Change;
 use berth_core::ids::{ObjectName, import_reservation_name};
 use berth_core::units::Timestamp;
-use berth_core::view::{ImportState, ImportView, View};
+use berth_core::view::{ImportView, TransferState, View};
 use kube::ResourceExt as _;
 use kube::runtime::reflector::ObjectRef;
 
@@ -16,7 +16,7 @@ impl Controlled for TemplateImport {
 
     fn decide(&self, view: &View, now: Timestamp) -> Vec<Change> {
         let name = ObjectName::new(self.namespace().unwrap_or_default(), self.name_any());
-        berth_core::import::decide(view, &name, now)
+        berth_core::transfer::decide(view, &name, now)
     }
 
     fn affected(view: &View, touched: &Touched) -> Vec<ObjectRef<Self>> {
@@ -38,5 +38,5 @@ impl Controlled for TemplateImport {
 }
 
 fn is_ended(import: &ImportView) -> bool {
-    matches!(import.state, ImportState::Ready | ImportState::Failed)
+    matches!(import.state, TransferState::Done | TransferState::Failed)
 }

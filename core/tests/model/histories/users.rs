@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::node::view::NodeFile;
 use berth_core::units::Bytes;
-use berth_core::view::{Access, ImportState, ImportView, PoolChoice, Service, WhenFull};
+use berth_core::view::{Access, ImportView, PoolChoice, Service, TransferState, WhenFull};
 
 use super::history::History;
 use super::operator::Object;
@@ -165,7 +165,7 @@ impl History {
             version: self.world.version(),
             created: self.world.now,
             has_finalizer: false,
-            state: ImportState::Pending,
+            state: TransferState::Pending,
             assignment: None,
             durable: None,
             ..template(&name.name, UNIT)

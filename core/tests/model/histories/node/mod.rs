@@ -14,7 +14,7 @@ use berth_core::node::view::{
 };
 use berth_core::node::{Halted, NodeView, plan};
 use berth_core::units::Bytes;
-use berth_core::view::{Access, ImportState, ImportView, LedgerView};
+use berth_core::view::{Access, ImportView, LedgerView, TransferState};
 
 use super::dice::Dice;
 use super::sabotage::Sabotage;
@@ -247,7 +247,8 @@ fn imports(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeImport> {
             generation: place.generation,
             reservation: ObjectName::new(&found.name.namespace, reservation),
             planned: found.peak.is_some(),
-            ended: found.durable.is_some() || matches!(found.state, ImportState::Ready | ImportState::Failed),
+            ended: found.durable.is_some()
+                || matches!(found.state, TransferState::Done | TransferState::Failed),
             released: found.released,
         };
         Some((found.uid.clone(), import))

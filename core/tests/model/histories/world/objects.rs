@@ -8,8 +8,8 @@ use berth_core::reason::Reason;
 use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    DurableImage, ImportState, ImportView, NodeLossPolicy, NodePoolState, ObjectVersion, Placement,
-    PoolChoice, PoolView, ReclaimPolicy, Service, Strategy, WhenFull,
+    DurableImage, ImportView, NodeLossPolicy, NodePoolState, ObjectVersion, Placement, PoolChoice, PoolView,
+    ReclaimPolicy, Service, Strategy, TransferState, WhenFull,
 };
 
 use super::{NODE_BYTES, metadata_device};
@@ -78,7 +78,7 @@ pub fn template(name: &str, size: u64) -> ImportView {
         pools: PoolChoice::Labelled(BTreeMap::new()),
         store: ObjectName::new("ns", "store"),
         allowed_namespaces: vec!["*".to_owned()],
-        state: ImportState::Ready,
+        state: TransferState::Done,
         assignment: Some(Placement {
             pool: PoolName::from("p"),
             node: NodeName::from("a"),

@@ -8,7 +8,7 @@ use crate::reason::Reason;
 use crate::reclaim::templates_of;
 use crate::states::Machine as _;
 use crate::units::{Bytes, Generation, Timestamp};
-use crate::view::{Access, ImportState, ImportView, Placement, ReservationState, ReservationView, View};
+use crate::view::{Access, ImportView, Placement, ReservationState, ReservationView, TransferState, View};
 
 use super::state::Event;
 
@@ -24,7 +24,7 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
             report(import, Event::Finish, Reason::Ready, "durable in its image store".to_owned(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
-    if import.state == ImportState::Ready {
+    if import.state == TransferState::Done {
         return drop_reservation(reservation).into_iter().collect(); // whatever else is shown of it now: that was true
     }
     if let Some(message) = &import.invalid {
@@ -33,7 +33,7 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
     }
     let ended = import.error.as_ref().filter(|error| !error.retryable);
     if let Some(value) =
-        import.retry.as_ref().filter(|_| ended.is_some() || import.state == ImportState::Failed)
+        import.retry.as_ref().filter(|_| ended.is_some() || import.state == TransferState::Failed)
     {
         return retry(view, import, reservation, value);
     }
@@ -41,7 +41,7 @@ pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
         let told = report(import, Event::Fail, error.reason, error.message.clone(), false);
         return [told].into_iter().chain(drop_reservation(reservation)).collect();
     }
-    if import.state == ImportState::Failed {
+    if import.state == TransferState::Failed {
         // Its reservation was refused; that is kept, holds nothing, and says why.
         let held = reservation.filter(|reservation| reservation.state != ReservationState::Refused);
         return drop_reservation(held).into_iter().collect();
@@ -252,7 +252,7 @@ mod tests {
     fn fresh() -> View {
         let mut view = view(&[("a", 100), ("b", 200)]);
         let mut import = template(50, 20);
-        import.state = ImportState::Pending;
+        import.state = TransferState::Pending;
         import.assignment = None;
         import.peak = None;
         import.durable = None;
@@ -268,7 +268,7 @@ mod tests {
         decide(view, &ObjectName::new("ns", "template"), Timestamp(0))
     }
 
-    fn told(view: &View) -> (ImportState, Reason) {
+    fn told(view: &View) -> (TransferState, Reason) {
         match ask(view).iter().find(|change| matches!(change, Change::ReportImport { .. })) {
             Some(Change::ReportImport { state, reason, .. }) => (*state, *reason),
             _ => panic!("no report"),
@@ -293,33 +293,33 @@ mod tests {
             matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "b", 1))
         );
         import(&mut view).assignment = Some(placed("p", "b", 1));
-        assert_eq!(told(&view), (ImportState::Probing, Reason::Probing));
+        assert_eq!(told(&view), (TransferState::Probing, Reason::Probing));
         import(&mut view).peak = Some(Bytes(30));
         assert!(matches!(
             &ask(&view)[..],
             [Change::CreateReservation { size: Bytes(30), access: Access::File, .. }, _]
         ));
         let own = own_reservation(&mut view);
-        assert_eq!(told(&view), (ImportState::Queued, Reason::WaitingForReservation));
+        assert_eq!(told(&view), (TransferState::Queued, Reason::WaitingForReservation));
         view.reservations.get_mut(&own).expect("there").assignment = Some(placed("p", "a", 1));
         let changes = ask(&view);
         assert!(
             matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
         );
         import(&mut view).assignment = Some(placed("p", "a", 2));
-        assert_eq!(told(&view).0, ImportState::Queued, "the room is not made yet");
+        assert_eq!(told(&view).0, TransferState::Queued, "the room is not made yet");
         view.reservations.get_mut(&own).expect("there").prepared = Some(Generation::FIRST);
-        assert_eq!(told(&view), (ImportState::Importing, Reason::Progressing));
+        assert_eq!(told(&view), (TransferState::Working, Reason::Progressing));
         let (reason, message) = (Reason::SourceStalled, "nothing for 60 s".to_owned());
         import(&mut view).error = Some(WorkError { reason, message, retryable: true });
-        assert_eq!(told(&view), (ImportState::Importing, Reason::Retrying));
+        assert_eq!(told(&view), (TransferState::Working, Reason::Retrying));
         let (reason, message) = (Reason::ObjectStoreUnavailable, "connection refused".to_owned());
         import(&mut view).error = Some(WorkError { reason, message, retryable: true });
-        assert_eq!(told(&view), (ImportState::Importing, Reason::ObjectStoreUnavailable));
+        assert_eq!(told(&view), (TransferState::Working, Reason::ObjectStoreUnavailable));
         import(&mut view).durable = template(50, 20).durable;
         assert!(matches!(
             &ask(&view)[..],
-            [Change::ReportImport { state: ImportState::Ready, .. }, Change::DeleteReservation { .. }]
+            [Change::ReportImport { state: TransferState::Done, .. }, Change::DeleteReservation { .. }]
         ));
         view.reservations.clear();
         assert_eq!(ask(&view).len(), 1, "and nothing is made again");
@@ -335,14 +335,14 @@ mod tests {
         assert!(changes.iter().any(
             |change| matches!(change, Change::ReportImport { version, .. } if *version == ObjectVersion("7".to_owned()))
         ));
-        for ended in [ImportState::Ready, ImportState::Failed] {
+        for ended in [TransferState::Done, TransferState::Failed] {
             import(&mut view).state = ended;
             assert_eq!(ask(&view), []);
             let (reason, message) = (Reason::SourceStalled, String::new());
             import(&mut view).error = Some(WorkError { reason, message, retryable: true });
             assert_eq!(ask(&view), []);
         }
-        import(&mut view).state = ImportState::Ready;
+        import(&mut view).state = TransferState::Done;
         import(&mut view).invalid = Some("spec".to_owned());
         assert_eq!(ask(&view), []);
     }
@@ -357,7 +357,7 @@ mod tests {
         assert!(matches!(
             &ask(&view)[..],
             [
-                Change::ReportImport { state: ImportState::Failed, reason: Reason::ChecksumMismatch, .. },
+                Change::ReportImport { state: TransferState::Failed, reason: Reason::ChecksumMismatch, .. },
                 Change::DeleteReservation { .. }
             ]
         ));
@@ -373,7 +373,7 @@ mod tests {
         assert!(matches!(
             &ask(&view)[..],
             [
-                Change::ReportImport { state: ImportState::Failed, reason: Reason::InvalidSpec, .. },
+                Change::ReportImport { state: TransferState::Failed, reason: Reason::InvalidSpec, .. },
                 Change::DeleteReservation { .. }
             ]
         ));
@@ -386,8 +386,8 @@ mod tests {
         import(&mut view).peak = Some(Bytes(30));
         let own = own_reservation(&mut view);
         view.reservations.get_mut(&own).expect("there").state = ReservationState::Refused;
-        assert_eq!(told(&view), (ImportState::Failed, Reason::CapacityRefused));
-        import(&mut view).state = ImportState::Failed;
+        assert_eq!(told(&view), (TransferState::Failed, Reason::CapacityRefused));
+        import(&mut view).state = TransferState::Failed;
         assert_eq!(ask(&view), []);
         view.reservations.clear();
         assert_eq!(ask(&view), []);
@@ -399,18 +399,22 @@ mod tests {
         import(&mut view).assignment = Some(placed("p", "b", 1));
         let state = view.nodes.get_mut(&NodeName::from("b")).expect("there");
         (state.live, state.reported) = (false, false);
-        assert_eq!(told(&view), (ImportState::Probing, Reason::Probing), "nothing is known of the node yet");
+        assert_eq!(
+            told(&view),
+            (TransferState::Probing, Reason::Probing),
+            "nothing is known of the node yet"
+        );
         view.nodes.get_mut(&NodeName::from("b")).expect("there").silent = true;
         let changes = ask(&view);
         assert!(
             matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
         );
         view.nodes.values_mut().for_each(|node| node.live = false);
-        assert_eq!(told(&view).0, ImportState::Probing);
+        assert_eq!(told(&view).0, TransferState::Probing);
         import(&mut view).assignment = None;
-        assert_eq!(told(&view), (ImportState::Pending, Reason::NoMatchingNode));
+        assert_eq!(told(&view), (TransferState::Pending, Reason::NoMatchingNode));
         view.stores.clear();
-        assert_eq!(told(&view), (ImportState::Pending, Reason::ImageStoreNotFound));
+        assert_eq!(told(&view), (TransferState::Pending, Reason::ImageStoreNotFound));
     }
 
     #[test]
@@ -443,7 +447,7 @@ mod tests {
             !ask(&view).iter().any(|change| matches!(change, Change::AssignImport { .. })),
             "it works still"
         );
-        import(&mut view).state = ImportState::Failed;
+        import(&mut view).state = TransferState::Failed;
         let refused = own_reservation(&mut view);
         view.reservations.get_mut(&refused).expect("there").state = ReservationState::Refused;
         assert!(matches!(&ask(&view)[..], [Change::DeleteReservation { uid, .. }] if *uid == refused));
@@ -461,20 +465,20 @@ mod tests {
         // As the write leaves it: it goes on as any other does.
         import(&mut view).assignment = Some(placed("p", "a", 4));
         (import(&mut view).retry, import(&mut view).error) = (None, None);
-        import(&mut view).state = ImportState::Pending;
-        assert_eq!(told(&view), (ImportState::Queued, Reason::WaitingForReservation));
-        import(&mut view).state = ImportState::Failed;
+        import(&mut view).state = TransferState::Pending;
+        assert_eq!(told(&view), (TransferState::Queued, Reason::WaitingForReservation));
+        import(&mut view).state = TransferState::Failed;
         assert_eq!(ask(&view), [], "the same value does nothing more");
         import(&mut view).retry = Some("2".to_owned());
         import(&mut view).durable = template(50, 20).durable;
-        assert_eq!(told(&view).0, ImportState::Ready, "nothing is done again that is done");
+        assert_eq!(told(&view).0, TransferState::Done, "nothing is done again that is done");
     }
 
     #[test]
     fn a54_one_whose_node_is_lost_is_tried_again_on_another() {
         let mut view = fresh();
         import(&mut view).assignment = Some(placed("p", "a", 1));
-        import(&mut view).state = ImportState::Failed;
+        import(&mut view).state = TransferState::Failed;
         import(&mut view).retry = Some("1".to_owned());
         let lost = view.nodes.get_mut(&"a".into()).expect("there");
         (lost.live, lost.silent) = (false, true);
