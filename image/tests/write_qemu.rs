@@ -13,11 +13,13 @@ use common::Numbers;
 use common::disk::{Disk, FILLS, Fill, write};
 use tempfile::TempDir;
 
-const FORMATS: [OutputFormat; 4] = [
+const FORMATS: [OutputFormat; 6] = [
     OutputFormat::Raw,
     OutputFormat::Qcow2 { compression: Compression::None },
     OutputFormat::Qcow2 { compression: Compression::Zlib },
     OutputFormat::Qcow2 { compression: Compression::Zstd },
+    OutputFormat::Vmdk,
+    OutputFormat::Vhd,
 ];
 
 struct Bench {
@@ -55,12 +57,14 @@ fn driver(format: OutputFormat) -> &'static str {
     match format {
         OutputFormat::Raw => "raw",
         OutputFormat::Qcow2 { .. } => "qcow2",
+        OutputFormat::Vmdk => "vmdk",
+        OutputFormat::Vhd => "vpc",
     }
 }
 
 /// Writes the disk and has `qemu-img` check and describe it. Returns the length of the file.
 fn write_checked(bench: &Bench, format: OutputFormat, disk: &Disk) -> usize {
-    let output = Output { format, virtual_size: disk.size, level: None };
+    let output = Output { format, virtual_size: disk.size, level: None, id: [0xAB; 16] };
     let object = write(output, disk);
     fs::write(bench.path("image"), &object).unwrap();
     let info = bench.info(driver(format), "image");
@@ -76,6 +80,11 @@ fn write_checked(bench: &Bench, format: OutputFormat, disk: &Disk) -> usize {
         // Nothing after the last cluster that is referred to.
         assert_eq!(check["image-end-offset"], object.len(), "{check}");
     }
+    if format == OutputFormat::Vmdk {
+        assert_eq!(info["format-specific"]["data"]["create-type"], "streamOptimized");
+        assert_eq!(info["format-specific"]["data"]["extents"][0]["compressed"], true);
+        bench.run(&["check", "-f", "vmdk", "image"]);
+    }
     object.len()
 }
 
@@ -84,7 +93,7 @@ async fn check_content(bench: &Bench, format: OutputFormat, disk: &Disk) {
     let path = bench.path("image");
     let probe = match format {
         OutputFormat::Raw => berth_image::probe_file_as(ImageFormat::Raw, &path),
-        OutputFormat::Qcow2 { .. } => probe_file(&path),
+        _ => probe_file(&path),
     };
     let probe = probe.unwrap();
     assert_eq!(probe.virtual_size, Some(disk.size));
@@ -124,10 +133,16 @@ async fn every_kind_of_content() {
             let len = write_checked(&bench, format, &disk);
             check_content(&bench, format, &disk).await;
             println!("{format:?} of {fill:?}: {len} bytes");
-            if format != OutputFormat::Raw && matches!(fill, Fill::Zeros | Fill::Speck) {
-                // The head, whose padding is 5 MiB, and one cluster for each speck at most.
-                assert!(len <= (5 << 20) + 16 * 65536, "{format:?} of {fill:?}: {len}");
-            }
+            // The head, whose padding is 5 MiB, and one cluster for each speck at most; of a VHD, one block.
+            let most = match (format, fill) {
+                (OutputFormat::Raw, _) => disk.size.0,
+                (OutputFormat::Vhd, Fill::Zeros)
+                | (OutputFormat::Qcow2 { .. }, Fill::Zeros | Fill::Speck) => 6 << 20,
+                (OutputFormat::Vmdk, Fill::Zeros | Fill::Speck) => 128 << 10,
+                (OutputFormat::Vmdk, _) => 25 << 20,
+                _ => 32 << 20,
+            };
+            assert!(len as u64 <= most, "{format:?} of {fill:?}: {len}");
         }
     }
 }
@@ -169,5 +184,22 @@ fn converted_back() {
         bench.run(&["convert", "-f", driver(format), "-O", "raw", "image", "back"]);
         disk.save(&bench.path("raw"));
         assert!(fs::read(bench.path("back")).unwrap() == fs::read(bench.path("raw")).unwrap(), "{format:?}");
+    }
+}
+
+/// Our geometry is the one that `qemu-img` calculates by the same specification.
+#[test]
+fn geometry_of_a_vhd() {
+    let Some(bench) = bench() else { return };
+    for size in ["1M", "10M", "33M", "100M", "504M", "600M", "5G", "126G", "128G", "500G", "2000G"] {
+        // Its own size is that of the geometry.
+        bench.run(&["create", "-f", "vpc", "theirs", size]);
+        let theirs = fs::read(bench.path("theirs")).unwrap();
+        let size = Bytes(bench.info("vpc", "theirs")["virtual-size"].as_u64().unwrap());
+        let ours = write(
+            Output { format: OutputFormat::Vhd, virtual_size: size, level: None, id: [0; 16] },
+            &Disk::new(size),
+        );
+        assert_eq!(ours[56..60], theirs[56..60], "{size}");
     }
 }

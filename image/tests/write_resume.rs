@@ -15,6 +15,8 @@ fn formats() -> impl Strategy<Value = OutputFormat> {
         Just(OutputFormat::Qcow2 { compression: Compression::None }),
         Just(OutputFormat::Qcow2 { compression: Compression::Zlib }),
         Just(OutputFormat::Qcow2 { compression: Compression::Zstd }),
+        Just(OutputFormat::Vmdk),
+        Just(OutputFormat::Vhd),
     ]
 }
 
@@ -33,7 +35,7 @@ fn disks(blocks: u64) -> impl Strategy<Value = Disk> {
 }
 
 fn output(format: OutputFormat, disk: &Disk) -> Output {
-    Output { format, virtual_size: disk.size, level: None }
+    Output { format, virtual_size: disk.size, level: None, id: [7; 16] }
 }
 
 /// Writes the disk with a state and a new writer at each of these blocks.
@@ -68,16 +70,16 @@ proptest! {
         prop_assert!(write_resumed(output, &disk, &stops) == write(output, &disk));
     }
 
-    /// Tables of 512 MiB, sparse.
+    /// Tables of 512 MiB and of 32 MiB, sparse.
     #[test]
     fn resumed_beside_tables(
-        compression in prop_oneof![Just(Compression::Zlib), Just(Compression::Zstd)],
+        format in formats().prop_filter("raw has no tables", |format| *format != OutputFormat::Raw),
         disk in disks(1100),
         mut stops in prop::collection::vec(0..1100_u64, 1..6),
     ) {
-        stops.extend([255, 256, 257]);
+        stops.extend([15, 16, 17, 255, 256, 257]);
         stops.sort_unstable();
-        let output = output(OutputFormat::Qcow2 { compression }, &disk);
+        let output = output(format, &disk);
         prop_assert!(write_resumed(output, &disk, &stops) == write(output, &disk));
     }
 
@@ -207,7 +209,7 @@ fn what_is_not_in_order_is_refused() {
 
 #[test]
 fn limits_are_named() {
-    let plan = |format, size| Output { format, virtual_size: Bytes(size), level: None }.plan();
+    let plan = |format, size| Output { format, virtual_size: Bytes(size), level: None, id: [7; 16] }.plan();
     let zstd = OutputFormat::Qcow2 { compression: Compression::Zstd };
     assert!(matches!(plan(zstd, 0), Err(WriteError::Empty)));
     assert!(matches!(plan(zstd, 1000), Err(WriteError::Unaligned { size: Bytes(1000) })));
@@ -218,7 +220,14 @@ fn limits_are_named() {
             assert!(error.ends_with("an object has at most 10000 parts of 5 GiB"), "{error}");
         }
     }
-    let level = |format, level| Output { format, virtual_size: Bytes(512), level: Some(level) }.plan();
+    for (format, limit) in [(OutputFormat::Vmdk, 2000 << 30), (OutputFormat::Vhd, 2040_u64 << 30)] {
+        assert!(plan(format, limit).unwrap().worst_case < Bytes::gib(2048));
+        let error = plan(format, limit + 512).unwrap_err();
+        assert!(matches!(error, WriteError::TooLarge { .. }), "{error}");
+        assert!(error.to_string().contains(&format!("{} GiB", limit >> 30)), "{error}");
+    }
+    let level =
+        |format, level| Output { format, virtual_size: Bytes(512), level: Some(level), id: [7; 16] }.plan();
     assert!(level(zstd, 19).is_ok());
     assert!(matches!(level(zstd, 20), Err(WriteError::Level { level: 20, .. })));
     assert!(matches!(level(OutputFormat::Raw, 1), Err(WriteError::Level { .. })));

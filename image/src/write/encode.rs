@@ -1,5 +1,7 @@
 //! One block of content, made ready to be appended: the work that can be done by many threads.
 
+use std::borrow::Cow;
+
 use berth_core::units::Bytes;
 use flate2::{Compress, FlushCompress, Status};
 
@@ -31,7 +33,7 @@ pub(super) enum Piece {
     Zero,
     /// As it is, in this many bytes.
     Plain(usize),
-    /// Compressed to this many bytes.
+    /// Compressed to this many bytes, or more than before in a format that knows nothing else.
     Packed(usize),
 }
 
@@ -95,11 +97,15 @@ impl Encoder {
         match self.output.format {
             OutputFormat::Raw => block.push_plain(content, content.len()),
             OutputFormat::Qcow2 { compression } => {
-                let mut packer = Packer::new(compression, self.output.level);
-                for cluster in content.chunks(length(CLUSTER)) {
-                    block.push_cluster(cluster, &mut packer);
-                }
+                let mut packer = Packer::of_clusters(compression, self.output.level);
+                content.chunks(length(CLUSTER)).for_each(|cluster| block.push_cluster(cluster, &mut packer));
             }
+            OutputFormat::Vmdk => {
+                let mut packer = Packer::of_grains(self.output.level);
+                content.chunks(length(CLUSTER)).for_each(|grain| block.push_grain(grain, &mut packer));
+            }
+            OutputFormat::Vhd if is_zero(content) => block.pieces.push(Piece::Zero),
+            OutputFormat::Vhd => block.push_plain(content, length(BLOCK.0)),
         }
         Ok(block)
     }
@@ -123,36 +129,54 @@ impl EncodedBlock {
         self.pieces.push(Piece::Plain(len));
     }
 
-    /// Stores a cluster of qcow2 in the smallest way. The last one of the disk is filled up with zeros.
+    /// Stores a cluster of qcow2 in the smallest way.
     fn push_cluster(&mut self, content: &[u8], packer: &mut Packer) {
         if is_zero(content) {
-            self.pieces.push(Piece::Zero);
-            return;
+            return self.pieces.push(Piece::Zero);
         }
-        let cluster = length(CLUSTER);
-        let mut filled = Vec::new();
-        let whole = if content.len() == cluster {
-            content
-        } else {
-            filled.extend_from_slice(content);
-            filled.resize(cluster, 0);
-            &filled
-        };
-        match packer.pack(whole) {
-            Some(packed) => {
-                self.bytes.extend_from_slice(packed);
-                self.pieces.push(Piece::Packed(packed.len()));
-            }
-            None => self.push_plain(whole, cluster),
+        let cluster = filled(content);
+        match packer.pack(&cluster) {
+            Some(packed) => self.push_packed(packed),
+            None => self.push_plain(&cluster, cluster.len()),
         }
     }
+
+    /// Stores a grain of vmdk, always as a zlib stream.
+    fn push_grain(&mut self, content: &[u8], packer: &mut Packer) {
+        if is_zero(content) {
+            return self.pieces.push(Piece::Zero);
+        }
+        let grain = filled(content);
+        match packer.pack(&grain) {
+            Some(packed) => self.push_packed(packed),
+            None => self.push_packed(&stored_stream(&grain)),
+        }
+    }
+
+    fn push_packed(&mut self, packed: &[u8]) {
+        self.bytes.extend_from_slice(packed);
+        self.pieces.push(Piece::Packed(packed.len()));
+    }
+}
+
+/// The last cluster or grain of a disk, filled up with zeros; all others as they are.
+fn filled(content: &[u8]) -> Cow<'_, [u8]> {
+    if content.len() == length(CLUSTER) {
+        return Cow::Borrowed(content);
+    }
+    let mut filled = content.to_vec();
+    filled.resize(length(CLUSTER), 0);
+    Cow::Owned(filled)
 }
 
 /// The longest that a compressed cluster of qcow2 may be: shorter than a plain one, and a byte less, so that two bytes of a
 /// state can tell all lengths and the plain ones.
 pub(super) const LONGEST_PACKED: usize = (64 << 10) - 2;
 
-/// Compresses clusters, one independent of the other.
+/// The longest that the stream of a grain may be: that of one that is only wrapped, in two pieces.
+pub(super) const LONGEST_GRAIN: usize = (64 << 10) + 16;
+
+/// Compresses clusters or grains, one independent of the other.
 struct Packer {
     kind: Kind,
     buffer: Vec<u8>,
@@ -165,7 +189,7 @@ enum Kind {
 }
 
 impl Packer {
-    fn new(compression: Compression, level: Option<u8>) -> Self {
+    fn of_clusters(compression: Compression, level: Option<u8>) -> Self {
         let kind = match compression {
             Compression::None => Kind::Store,
             // QEMU's own clusters are raw deflate streams with a window of 2^12 bytes, and its decoder asks for no more.
@@ -183,7 +207,12 @@ impl Packer {
         Self { kind, buffer: vec![0; LONGEST_PACKED] }
     }
 
-    /// The compressed cluster, or `None` if that is not shorter. A failure of the library counts as that.
+    fn of_grains(level: Option<u8>) -> Self {
+        let deflate = Compress::new_with_window_bits(deflate_level(level), true, 15);
+        Self { kind: Kind::Deflate(deflate), buffer: vec![0; LONGEST_GRAIN] }
+    }
+
+    /// The compressed content, or `None` if that is not shorter than the buffer. A failure of the library counts as that.
     fn pack(&mut self, content: &[u8]) -> Option<&[u8]> {
         let len = match &mut self.kind {
             Kind::Store => None,
@@ -207,7 +236,82 @@ fn pack_deflate(deflate: &mut Compress, content: &[u8], buffer: &mut [u8]) -> Op
     }
 }
 
+/// A zlib stream of content that compression only makes longer. Sources: RFC 1950, and RFC 1951 section 3.2.4.
+fn stored_stream(content: &[u8]) -> Vec<u8> {
+    // Deflate, no dictionary, made in haste.
+    let mut stream = vec![0x78, 0x01];
+    let mut pieces = content.chunks(usize::from(u16::MAX)).peekable();
+    while let Some(piece) = pieces.next() {
+        let len = u16::try_from(piece.len()).unwrap_or(u16::MAX);
+        stream.push(u8::from(pieces.peek().is_none()));
+        stream.extend(len.to_le_bytes());
+        stream.extend((!len).to_le_bytes());
+        stream.extend_from_slice(piece);
+    }
+    // Adler-32: two sums modulo the greatest prime below 2^16, the second one of the first one's values.
+    let (low, high) = content.iter().fold((1, 0), |(low, high), byte| {
+        let low = (low + u32::from(*byte)) % 65521;
+        (low, (high + low) % 65521)
+    });
+    stream.extend((high << 16 | low).to_be_bytes());
+    stream
+}
+
 fn is_zero(content: &[u8]) -> bool {
     // Without a branch for each byte, the compiler takes many bytes at a time.
     content.chunks(4096).all(|piece| piece.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    /// Content that looks random, from the digits of a generator.
+    fn noise(len: usize) -> Vec<u8> {
+        let mut number = 1_u64;
+        let mut next = || {
+            number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            number.to_be_bytes()[0]
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn a_stored_stream_is_one() {
+        for len in [1, 65535, 65536] {
+            let content = noise(len);
+            let stream = stored_stream(&content);
+            assert!(stream.len() <= LONGEST_GRAIN);
+            let mut read = Vec::new();
+            flate2::read::ZlibDecoder::new(stream.as_slice()).read_to_end(&mut read).unwrap();
+            assert!(read == content);
+        }
+    }
+
+    /// What lies 8 KiB back is out of reach for a decoder that keeps 4 KiB, as QEMU's may.
+    #[test]
+    fn clusters_of_qcow2_refer_back_by_4_kib_at_most() {
+        let far = noise(8 << 10).repeat(8);
+        let near = noise(2 << 10).repeat(32);
+        let mut clusters = Packer::of_clusters(Compression::Zlib, None);
+        assert_eq!(clusters.pack(&far), None);
+        assert!(clusters.pack(&near).unwrap().len() < 16 << 10);
+        assert!(Packer::of_grains(None).pack(&far).unwrap().len() < 10 << 10);
+        assert!(Packer::of_clusters(Compression::Zstd, None).pack(&far).unwrap().len() < 10 << 10);
+    }
+
+    #[test]
+    fn zeros_are_found_wherever_they_end() {
+        for len in [512, 4096, 5000, 65536] {
+            let mut content = vec![0; len];
+            assert!(is_zero(&content));
+            for at in [0, len / 2, len - 1] {
+                content[at] = 1;
+                assert!(!is_zero(&content), "{len}, {at}");
+                content[at] = 0;
+            }
+        }
+    }
 }

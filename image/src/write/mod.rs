@@ -16,6 +16,8 @@ mod output;
 mod parts;
 mod qcow2;
 mod state;
+mod vhd;
+mod vmdk;
 mod writer;
 
 pub use encode::{EncodedBlock, Encoder};

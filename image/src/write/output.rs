@@ -5,7 +5,7 @@ use std::fmt;
 use berth_core::units::Bytes;
 use thiserror::Error;
 
-use super::qcow2;
+use super::{qcow2, vhd, vmdk};
 use crate::probe::SECTOR;
 
 /// Parts of an upload must have at least 5 MiB, but for the last one (S3: "Multipart upload limits").
@@ -27,6 +27,10 @@ pub enum OutputFormat {
         /// Of clusters that become smaller by it.
         compression: Compression,
     },
+    /// `VMware`'s, stream-optimised: for sending, and read-only for many programs. Levels 1 to 9, 6 if none is given.
+    Vmdk,
+    /// Virtual PC's and Hyper-V's, dynamic.
+    Vhd,
 }
 
 /// How clusters are compressed.
@@ -45,6 +49,8 @@ impl fmt::Display for OutputFormat {
         f.write_str(match self {
             Self::Raw => "raw",
             Self::Qcow2 { .. } => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vhd => "vhd",
         })
     }
 }
@@ -59,6 +65,9 @@ pub struct Output {
     pub virtual_size: Bytes,
     /// How much work is put into compression; `None` for what the format's library calls its default.
     pub level: Option<u8>,
+    /// What tells the image from others: the unique id of a VHD, and its first 4 bytes the content id of a vmdk. The other
+    /// formats have no place for it.
+    pub id: [u8; 16],
 }
 
 /// How an object is divided, known before its content is.
@@ -161,6 +170,8 @@ impl Output {
         let (least_head, worst_body) = match self.format {
             OutputFormat::Raw => (Bytes::ZERO, self.virtual_size),
             OutputFormat::Qcow2 { .. } => qcow2::bounds(self.virtual_size),
+            OutputFormat::Vmdk => (Bytes::ZERO, vmdk::bound(self.virtual_size)),
+            OutputFormat::Vhd => vhd::bounds(self.virtual_size),
         };
         let least = least_head.saturating_add(worst_body);
         let whole = least <= USUAL_PART;
@@ -185,6 +196,10 @@ impl Output {
             OutputFormat::Raw | OutputFormat::Qcow2 { compression: Compression::None } => (0..=0, None),
             OutputFormat::Qcow2 { compression: Compression::Zlib } => (1..=9, None),
             OutputFormat::Qcow2 { compression: Compression::Zstd } => (1..=19, None),
+            OutputFormat::Vmdk => {
+                (1..=9, Some((vmdk::LIMIT, "its sectors have 32-bit numbers, enough for 2000 GiB")))
+            }
+            OutputFormat::Vhd => (0..=0, Some((vhd::LIMIT, "its readers take 2040 GiB at most"))),
         };
         if let Some(level) = self.level.filter(|level| !levels.contains(level)) {
             return Err(WriteError::Level { format: self.format, level });

@@ -304,8 +304,8 @@ impl Qcow2Writer {
     /// meanwhile, follow from that.
     pub fn save(&self, save: &mut Save) {
         save.number(self.began.end / CLUSTER);
-        save.clusters(&self.l1);
-        save.clusters(&self.began.refcounts.blocks);
+        save.offsets(&self.l1, CLUSTER);
+        save.offsets(&self.began.refcounts.blocks, CLUSTER);
         self.began.refcounts.counts.iter().for_each(|count| save.number(u64::from(*count)));
         self.stored.iter().for_each(|stored| save.bytes(&stored.to_le_bytes()));
     }
@@ -321,8 +321,8 @@ impl Qcow2Writer {
         let done = position.0.div_ceil(CLUSTER);
         let (tables, filled) = (done / ENTRIES, done % ENTRIES);
         let end = load.number(plan.worst_case.0 / CLUSTER)?;
-        let l1 = load.clusters(tables, plan.head_len.0, end * CLUSTER)?;
-        let blocks = load.clusters(end / COUNTS, plan.head_len.0, end * CLUSTER)?;
+        let l1 = load.offsets(tables, plan.head_len.0, end * CLUSTER, CLUSTER)?;
+        let blocks = load.offsets(end / COUNTS, plan.head_len.0, end * CLUSTER, CLUSTER)?;
         let written = l1.iter().filter(|table| **table != 0).count() + blocks.len();
         let most = plan.head_len.0 / CLUSTER + tables * ENTRIES + written as u64;
         if !(plan.head_len.0 / CLUSTER..=most).contains(&end) || blocks.contains(&0) {

@@ -2,13 +2,14 @@
 
 use berth_core::units::Bytes;
 
+use super::length;
 use super::output::{Compression, Output, OutputFormat, WriteError};
-use super::{CLUSTER, length};
 
 /// Also changes with every change of what is written, of lengths of heads and of parts: a state of one way of writing must
 /// not be resumed by another.
 const VERSION: u8 = 1;
-/// What a state has in it at most. The largest is that of a qcow2 of 50,000 GiB: 100,000 tables, 10 bytes each.
+/// What a state has in it at most. The largest are those of a qcow2 of 50,000 GiB, which has
+/// 100,000 tables, and of a vmdk of 2000 GiB, which has 64,000: below 10 bytes each.
 const LIMIT: usize = 2 << 20;
 
 /// Writes a state.
@@ -31,16 +32,17 @@ impl Save {
         self.0.push((value & 0x7F) as u8);
     }
 
-    /// Offsets of clusters, as differences: ascending, with zeros for those that are not there.
-    pub fn clusters(&mut self, offsets: &[u64]) {
+    /// Offsets, multiples of `unit`, as differences: ascending, with zeros for what is not there.
+    pub fn offsets(&mut self, offsets: &[u64], unit: u64) {
         let mut last = 0;
         for offset in offsets {
-            let cluster = offset / CLUSTER;
-            self.number(if cluster == 0 { 0 } else { cluster - last });
-            last = last.max(cluster);
+            let at = offset / unit;
+            self.number(if at == 0 { 0 } else { at - last });
+            last = last.max(at);
         }
     }
 
+    /// As they are.
     pub fn bytes(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(bytes);
     }
@@ -51,10 +53,13 @@ impl Save {
             OutputFormat::Qcow2 { compression: Compression::None } => 1,
             OutputFormat::Qcow2 { compression: Compression::Zlib } => 2,
             OutputFormat::Qcow2 { compression: Compression::Zstd } => 3,
+            OutputFormat::Vmdk => 4,
+            OutputFormat::Vhd => 5,
         };
         self.number(format);
         self.number(output.virtual_size.0);
         self.number(output.level.map_or(0, |level| u64::from(level) + 1));
+        self.bytes(&output.id);
     }
 
     pub fn seal(self) -> Vec<u8> {
@@ -110,17 +115,17 @@ impl<'a> Load<'a> {
         Err(WriteError::State { what: "number without an end" })
     }
 
-    /// What [`Save::clusters`] wrote: `count` offsets from `from` on and below `below`.
-    pub fn clusters(&mut self, count: u64, from: u64, below: u64) -> Result<Vec<u64>, WriteError> {
+    /// What [`Save::offsets`] wrote: `count` offsets from `from` on and below `below`.
+    pub fn offsets(&mut self, count: u64, from: u64, below: u64, unit: u64) -> Result<Vec<u64>, WriteError> {
         let (mut offsets, mut last) = (Vec::new(), 0);
         for _ in 0..count {
-            let gap = self.number(below / CLUSTER)?;
-            let cluster = if gap == 0 { 0 } else { last + gap };
-            if cluster != 0 && !(from..below).contains(&(cluster * CLUSTER)) {
+            let gap = self.number(below / unit)?;
+            let at = if gap == 0 { 0 } else { last + gap };
+            if at != 0 && !(from..below).contains(&(at * unit)) {
                 return Err(WriteError::State { what: "offset out of range" });
             }
-            last = last.max(cluster);
-            offsets.push(cluster * CLUSTER);
+            last = last.max(at);
+            offsets.push(at * unit);
         }
         Ok(offsets)
     }
@@ -131,12 +136,16 @@ impl<'a> Load<'a> {
             1 => OutputFormat::Qcow2 { compression: Compression::None },
             2 => OutputFormat::Qcow2 { compression: Compression::Zlib },
             3 => OutputFormat::Qcow2 { compression: Compression::Zstd },
+            4 => OutputFormat::Vmdk,
+            5 => OutputFormat::Vhd,
             _ => return Err(WriteError::State { what: "unknown format" }),
         };
         let virtual_size = Bytes(self.number(u64::MAX)?);
         let level =
             self.number(u64::from(u8::MAX))?.checked_sub(1).and_then(|level| u8::try_from(level).ok());
-        Ok(Output { format, virtual_size, level })
+        let mut id = [0; 16];
+        id.copy_from_slice(self.bytes(16)?);
+        Ok(Output { format, virtual_size, level, id })
     }
 
     /// A part of the state as it is.

@@ -28,7 +28,7 @@ impl Numbers {
 }
 
 fn writer(size: Bytes) -> (Output, PartPlan, Qcow2Writer) {
-    let output = Output { format: ZSTD, virtual_size: size, level: None };
+    let output = Output { format: ZSTD, virtual_size: size, level: None, id: [7; 16] };
     let plan = output.plan().unwrap();
     (output, plan, Qcow2Writer::new(&output, &plan))
 }
