@@ -57,7 +57,7 @@ fn write_resumed(output: Output, disk: &Disk, stops: &[u64]) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn resumed_at_any_block(
@@ -128,7 +128,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn parts_make_up_the_object(format in formats(), seed in any::<u64>(), blocks in 1..48_u64) {
@@ -148,6 +148,34 @@ proptest! {
             prop_assert_eq!(Bytes(part.len() as u64), plan.part_size);
         }
         prop_assert!(plan.whole || parts.len() == 1 || parts[&1].len() >= 5 << 20);
+    }
+}
+
+/// Every damage to a single byte is noticed, or does not matter.
+#[test]
+fn damaged_states() {
+    let mut disk = Disk::new(Bytes::mib(600));
+    for block in 0..20 {
+        disk.fill(block * 7, Fill::Mixed, &mut Numbers(block));
+    }
+    for format in
+        [OutputFormat::Qcow2 { compression: Compression::Zstd }, OutputFormat::Vmdk, OutputFormat::Vhd]
+    {
+        let mut writer = OnePassWriter::new(output(format, &disk)).unwrap();
+        feed(&mut writer, &disk, Bytes::mib(280), &mut Vec::new());
+        let state = writer.state();
+        for index in 0..state.len() {
+            for change in [1, 4, 0x10, 0x80] {
+                let mut damaged = state.clone();
+                damaged[index] ^= change;
+                match OnePassWriter::resume(&damaged) {
+                    Err(WriteError::State { what: "it is damaged" } | WriteError::StateVersion { .. }) => {}
+                    Err(error) => panic!("{format:?}: byte {index}: {error}"),
+                    Ok(resumed) => assert!(resumed.state() == state, "{format:?}: byte {index}"),
+                }
+            }
+            assert!(OnePassWriter::resume(&state[..index]).is_err());
+        }
     }
 }
 

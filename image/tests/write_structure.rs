@@ -153,6 +153,27 @@ fn footers_of_a_vhd() {
     }
 }
 
+#[test]
+fn blocks_of_a_vhd() {
+    let disk = sparse_disk();
+    let file = write(output(OutputFormat::Vhd, disk.size), &disk);
+    let mut end = 5 << 20;
+    for block in 0..76 {
+        let entry = u32::from_be_bytes(file[1536 + block * 4..][..4].try_into().unwrap());
+        let Some(content) = disk.blocks.get(&(block as u64)) else {
+            assert_eq!(entry, u32::MAX, "block {block}");
+            continue;
+        };
+        let at = entry as usize * 512;
+        assert_eq!(at, end, "block {block}");
+        assert!(file[at..at + 512].iter().all(|bits| *bits == 0xFF), "bitmap of block {block}");
+        end = at + 512 + (2 << 20);
+        assert!(file[at + 512..][..content.len()] == *content, "block {block}");
+        assert!(file[at + 512 + content.len()..end].iter().all(|byte| *byte == 0));
+    }
+    assert_eq!(end + 512, file.len());
+}
+
 /// Blocks that were encoded in any order, by many threads, make the same object as those of one.
 #[test]
 fn encoded_by_many_threads() {

@@ -3,7 +3,7 @@
 //! ```text
 //! head   header | refcount table | L1 table | zeros up to the length of the head
 //! body   clusters of the first 512 MiB | their L2 table | clusters of the next ones | their L2 table | ...
-//!        and a refcount block wherever 2 GiB of the file are complete, and at the end
+//!        and a refcount block after the table with which 2 GiB of the file are complete, and at the end
 //! ```
 //!
 //! Compressed clusters lie one after the other, whatever cluster of the file they begin in. Everything else begins at a
@@ -213,7 +213,6 @@ impl Qcow2Writer {
         };
         self.table.push(entry);
         self.stored.push(stored);
-        self.put_refcounts(out);
         if self.table.len() as u64 == ENTRIES {
             self.put_table(out);
         }
