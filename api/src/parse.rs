@@ -3,11 +3,11 @@
 
 mod claims;
 mod images;
-mod imports;
 mod ledgers;
 mod nodes;
 mod pools;
 mod reservations;
+mod transfer_views;
 pub mod transfers;
 
 use std::collections::BTreeMap;
@@ -24,7 +24,6 @@ use crate::fields::{Assignment, PoolSelector, Quantity, Span};
 
 pub use claims::{SELECTED_NODE, named_reservation};
 pub use images::{image_view, staged_state, store_view};
-pub use imports::import_view;
 use ledgers::promise;
 pub use ledgers::{
     ledger_view, to_ledger_capacity, to_ledger_promise, to_ledger_promises, to_ledger_spec, to_rebuilt_from,
@@ -33,6 +32,7 @@ pub use nodes::{node_state, to_thin_pools};
 use pools::when_full;
 pub use pools::{FilesystemArea, PoolArea, ThinArea, ThinGroup, pool_area, pool_view};
 pub use reservations::{file_name, reservation_view};
+pub use transfer_views::{import_view, to_import_state, to_transfer_state, transfer_view};
 pub use transfers::{Asked, AskedDestination, AskedSource, asked_import, asked_transfer, transfer_deadline};
 
 /// A field whose value cannot be used.

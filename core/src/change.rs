@@ -7,6 +7,7 @@ use crate::ledger::{Holder, Promise, Rebuilt};
 use crate::reason::Reason;
 use crate::reclaim::Cause;
 use crate::reservation::Claim;
+use crate::transfer::TransferId;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
     Access, AssignedImage, DurableImage, LedgerCapacity, ObjectVersion, Placement, ReservationState,
@@ -164,15 +165,13 @@ pub enum Change {
         /// Its state and why.
         report: ReservationReport,
     },
-    /// Make the reservation that an import needs, owned by it.
+    /// Make the reservation that a transfer needs, owned by it.
     CreateReservation {
         /// Its name.
         name: ObjectName,
-        /// The import.
-        owner: ObjectName,
-        /// The import's UID.
-        owner_uid: Uid,
-        /// The import's pools.
+        /// The transfer.
+        owner: TransferId,
+        /// The transfer's pools.
         pools: crate::view::PoolChoice,
         /// The most that the work occupies.
         size: Bytes,
@@ -231,24 +230,20 @@ pub enum Change {
         /// Its UID.
         uid: Uid,
     },
-    /// Put the import finalizer on.
-    GuardImport {
+    /// Put the finalizer of its kind on a transfer.
+    GuardTransfer {
         /// Which.
-        name: ObjectName,
-        /// Its UID.
-        uid: Uid,
+        id: TransferId,
     },
     /// Take it off.
-    UnguardImport {
+    UnguardTransfer {
         /// Which.
-        name: ObjectName,
-        /// Its UID.
-        uid: Uid,
+        id: TransferId,
     },
-    /// Fix an import's placement, if it is still at this version.
-    AssignImport {
+    /// Fix a transfer's placement, if it is still at this version.
+    AssignTransfer {
         /// Which.
-        name: ObjectName,
+        id: TransferId,
         /// The version that is replaced.
         version: ObjectVersion,
         /// Where.
@@ -256,13 +251,11 @@ pub enum Change {
         /// What asked for it to be tried again, if something did: recorded with it.
         retried: Option<String>,
     },
-    /// Say what became of an import, if it is still at this version: what ended must not be taken back by an operator
+    /// Say what became of a transfer, if it is still at this version: what ended must not be taken back by an operator
     /// that saw an older one. Written only where it differs.
-    ReportImport {
+    ReportTransfer {
         /// Which.
-        name: ObjectName,
-        /// Its UID.
-        uid: Uid,
+        id: TransferId,
         /// The version that is replaced.
         version: ObjectVersion,
         /// Its state.
@@ -273,6 +266,13 @@ pub enum Change {
         message: String,
         /// Whether its reservation is there.
         reserved: bool,
+    },
+    /// Delete a transfer that ended as long ago as it says, if it is still at this version: one that is to be tried again stays.
+    DeleteTransfer {
+        /// Which.
+        id: TransferId,
+        /// The version that was decided about.
+        version: ObjectVersion,
     },
     /// Fix the node that looks after an image store, if it is still at this version.
     AssignStore {

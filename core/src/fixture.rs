@@ -11,11 +11,12 @@ use crate::ledger::{Charge, Class, Holder, Promise};
 use crate::overcommit::Percent;
 use crate::reason::Reason;
 use crate::thin::{BlockSize, PoolMode, PoolState, ThinState, Usage};
+use crate::transfer::TransferKind;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{
-    Access, DurableImage, ImageView, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy, NodePoolState,
-    NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationState,
-    ReservationView, Service, StoreView, Strategy, TransferState, View, WhenFull,
+    Access, DurableImage, ImageView, LedgerCapacity, LedgerView, NodeLossPolicy, NodePoolState, NodeState,
+    ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationState, ReservationView,
+    Service, StoreView, Strategy, TransferState, TransferView, View, WhenFull,
 };
 
 pub const HOUR: u64 = 3_600_000;
@@ -196,8 +197,9 @@ pub fn digest() -> Digest {
 }
 
 /// An import that is done: `ns/template`.
-pub fn template(virtual_size: u64, real_size: u64) -> ImportView {
-    ImportView {
+pub fn template(virtual_size: u64, real_size: u64) -> TransferView {
+    TransferView {
+        kind: TransferKind::Import,
         uid: Uid::from("import"),
         name: ObjectName::new("ns", "template"),
         version: ObjectVersion("1".to_owned()),
@@ -205,7 +207,12 @@ pub fn template(virtual_size: u64, real_size: u64) -> ImportView {
         deleting: false,
         has_finalizer: true,
         pools: PoolChoice::Labelled(BTreeMap::new()),
-        store: ObjectName::new("ns", "store"),
+        stores: vec![ObjectName::new("ns", "store")],
+        suspended: false,
+        deadline: None,
+        ttl_after_finished: None,
+        finished: None,
+        done: false,
         allowed_namespaces: Vec::new(),
         state: TransferState::Done,
         assignment: Some(placed("p", "a", 1)),

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
+use crate::transfer::TransferKind;
+
 /// Why a text is not the identity it was taken for.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ParseIdError {
@@ -230,9 +232,31 @@ pub fn staged_image_name(digest: &Digest, pool: &PoolName, node: &NodeName) -> S
     hashed_name(&digest.short(), &[&digest.hex(), pool.as_str(), node.as_str()])
 }
 
-/// The reservation that stages what the import with this `uid` needs.
-pub fn import_reservation_name(import: &str, uid: &Uid) -> String {
-    hashed_name(&format!("import-{import}"), &[uid.as_str()])
+/// The reservation that holds what the transfer with this `uid` needs.
+pub fn transfer_reservation_name(kind: TransferKind, transfer: &str, uid: &Uid) -> String {
+    hashed_name(&format!("{}-{transfer}", kind.noun()), &[uid.as_str()])
+}
+
+/// How many reservations may stand in for the first of a transfer, one after the other.
+const SPARE_RESERVATIONS: u8 = 7;
+
+/// The names of all reservations that a transfer may have. Only one of no bytes has any but the first: it is replaced by the next
+/// one where its node is lost, which may give it back much later.
+pub fn transfer_reservation_names<'n>(
+    kind: TransferKind,
+    transfer: &'n str,
+    uid: &'n Uid,
+) -> impl Iterator<Item = String> + 'n {
+    let spare = move |number: u8| {
+        hashed_name(&format!("{}-{transfer}", kind.noun()), &[uid.as_str(), &number.to_string()])
+    };
+    std::iter::once(transfer_reservation_name(kind, transfer, uid)).chain((1..=SPARE_RESERVATIONS).map(spare))
+}
+
+/// True if a transfer may have a reservation of this name. Names that begin otherwise are told apart without a hash.
+pub fn is_transfer_reservation(kind: TransferKind, transfer: &str, uid: &Uid, name: &str) -> bool {
+    name.starts_with(&readable(&format!("{}-{transfer}", kind.noun())))
+        && transfer_reservation_names(kind, transfer, uid).any(|made| made == name)
 }
 
 /// The Lease that a node's agent renews.
@@ -249,13 +273,18 @@ fn hashed_name(prefix: &str, parts: &[&str]) -> String {
         hash.update(part);
     }
     let sum = Sha256Sum(hash.finalize().into()).to_string();
+    let readable = readable(prefix);
+    if readable.is_empty() { format!("x-{}", &sum[..16]) } else { format!("{readable}-{}", &sum[..16]) }
+}
+
+/// What people see of a hashed name.
+fn readable(prefix: &str) -> String {
     let readable: String = prefix
         .chars()
         .map(|c| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' })
         .take(46)
         .collect();
-    let readable = readable.trim_matches('-');
-    if readable.is_empty() { format!("x-{}", &sum[..16]) } else { format!("{readable}-{}", &sum[..16]) }
+    readable.trim_matches('-').to_owned()
 }
 
 /// True for what may stand for a UID in names, keys and paths: 1 to 64 lower-case letters, digits and dashes.
@@ -296,5 +325,22 @@ mod tests {
             ledger_name(&PoolName::from("ab"), &NodeName::from("c"))
         );
         assert_eq!(csi_reservation_name("___", &node).split('-').next(), Some("csi"));
+    }
+
+    #[test]
+    fn the_reservations_of_a_transfer_are_told_by_their_names() {
+        let (uid, other) = (Uid::from("u1"), Uid::from("u2"));
+        for kind in [TransferKind::Import, TransferKind::Transfer] {
+            let names: Vec<String> = transfer_reservation_names(kind, "debian", &uid).collect();
+            assert_eq!(names[0], transfer_reservation_name(kind, "debian", &uid));
+            for (at, name) in names.iter().enumerate() {
+                assert!(name.len() < 64 && !names[..at].contains(name), "{name}");
+                assert!(is_transfer_reservation(kind, "debian", &uid, name));
+                assert!(!is_transfer_reservation(kind, "debian", &other, name));
+                assert!(!is_transfer_reservation(kind, "other", &uid, name));
+            }
+        }
+        let import = transfer_reservation_name(TransferKind::Import, "debian", &uid);
+        assert!(!is_transfer_reservation(TransferKind::Transfer, "debian", &uid, &import));
     }
 }

@@ -114,6 +114,8 @@ metrics! {
     Reservations = "berth_reservations", Gauge, "", Operator, ["state"];
     /// Imports by state.
     Imports = "berth_imports", Gauge, "", Operator, ["state"];
+    /// Transfers by state, without imports.
+    Transfers = "berth_transfers", Gauge, "", Operator, ["state"];
     /// Reservations that wait for space.
     QueueLength = "berth_queue_length", Gauge, "", Operator, [];
     /// Reservations that were given a place.

@@ -8,13 +8,13 @@ use std::collections::BTreeSet;
 
 use crate::budget::{Area, Sums, fits};
 use crate::change::Change;
-use crate::ids::{Digest, Uid};
+use crate::ids::{Digest, ObjectName, Uid};
 use crate::ledger::{Charge, Promise};
 use crate::lost;
 use crate::reservation::{full, is_waiting, wants_image};
 use crate::retire::{is_leaving, leaving, retire};
 use crate::units::{Bytes, Timestamp};
-use crate::view::{ImageView, ImportView, LedgerView, PoolView, ReservationView, Service, View};
+use crate::view::{ImageView, LedgerView, PoolView, ReservationView, Service, TransferView, View};
 
 /// How many images of one ledger are removed in one pass.
 const AT_ONCE: usize = 256;
@@ -94,12 +94,13 @@ impl<'v> Needs<'v> {
 /// True if the image may go without being lost: it is durable in an image store that is there to stay, or its template was
 /// deleted. Where the store is gone, or goes, nobody could fetch the image again.
 pub fn has_other_copy(view: &View, image: &ImageView) -> bool {
-    let stays = |import: &ImportView| view.stores.get(&import.store).is_some_and(|store| !store.deleting);
+    let is_there = |store: &ObjectName| view.stores.get(store).is_some_and(|store| !store.deleting);
+    let stays = |import: &TransferView| import.stores.iter().all(is_there);
     image.given_up || templates_of(view, &image.digest).any(stays)
 }
 
 /// The templates that stay and have this image.
-pub(crate) fn templates_of<'v>(view: &'v View, digest: &Digest) -> impl Iterator<Item = &'v ImportView> {
+pub(crate) fn templates_of<'v>(view: &'v View, digest: &Digest) -> impl Iterator<Item = &'v TransferView> {
     view.imports.values().filter(move |import| {
         !import.deleting && import.durable.as_ref().is_some_and(|durable| durable.digest == *digest)
     })

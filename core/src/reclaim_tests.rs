@@ -7,6 +7,7 @@ use crate::reason::Reason;
 use crate::reservation::{self, fit};
 use crate::retire::retired;
 use crate::thin::{PoolMode, PoolState, ThinState, Usage};
+use crate::transfer::TransferKind;
 use crate::units::Generation;
 use crate::view::{Access, AssignedImage, NodePoolState, ReservationState, StoreView, TenantLimit, WhenFull};
 
@@ -117,7 +118,8 @@ fn an_image_whose_store_is_gone_or_goes_is_the_only_copy_that_can_be_reached() {
     view.stores.clear();
     assert_eq!((retired(&of_pool(&view, 100)), retired(&of_request(&view, 100))), (vec![], vec![]), "gone");
     let mut elsewhere = template(30, 20);
-    (elsewhere.name, elsewhere.store) = (ObjectName::new("ns", "other"), ObjectName::new("ns", "second"));
+    (elsewhere.name, elsewhere.stores) =
+        (ObjectName::new("ns", "other"), vec![ObjectName::new("ns", "second")]);
     view.imports.insert(elsewhere.name.clone(), elsewhere);
     assert_eq!(retired(&of_pool(&view, 100)), [""; 0], "of neither");
     let second = StoreView { name: ObjectName::new("ns", "second"), ..store() };
@@ -343,18 +345,21 @@ fn deleting_a_template_gives_its_last_copies_up() {
     let name = ObjectName::new("ns", "template");
     let import = view.imports.get_mut(&name).expect("there");
     (import.deleting, import.released) = (true, Some(Generation::FIRST));
-    let ask = |view: &View| crate::transfer::decide(view, &name, Timestamp(0));
+    let ask = |view: &View| crate::transfer::decide(view, TransferKind::Import, &name, Timestamp(0));
     assert!(matches!(&ask(&view)[..], [Change::GiveUpImage { name, .. }] if name == "one"));
     view.images.values_mut().for_each(|image| image.given_up = true);
-    assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]));
+    assert!(matches!(&ask(&view)[..], [Change::UnguardTransfer { .. }]));
     view.images.values_mut().for_each(|image| image.given_up = false);
     let mut other = template(30, 20);
     other.name = ObjectName::new("ns", "other");
     view.imports.insert(other.name.clone(), other);
-    assert!(matches!(&ask(&view)[..], [Change::UnguardImport { .. }]), "another template has the same image");
+    assert!(
+        matches!(&ask(&view)[..], [Change::UnguardTransfer { .. }]),
+        "another template has the same image"
+    );
     view.stores.clear();
     assert!(
-        matches!(&ask(&view)[..], [Change::UnguardImport { .. }]),
+        matches!(&ask(&view)[..], [Change::UnguardTransfer { .. }]),
         "and has nothing else where its store is gone"
     );
 }

@@ -5,6 +5,7 @@ mod index;
 mod policy;
 mod scope;
 mod told;
+mod transfer;
 mod unreadable;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +22,7 @@ use crate::units::{Bytes, Generation, Timestamp};
 pub use claims::Claims;
 pub use index::Index;
 pub use policy::{NodeLossPolicy, ReclaimPolicy, Service, Strategy, TenantLimit, WhenFull};
+pub use transfer::{DurableImage, TransferState, TransferView, WorkError};
 pub use unreadable::Unreadable;
 
 /// The version of an object that a write replaces: the API server's `resourceVersion`, which only it understands.
@@ -278,86 +280,6 @@ pub struct AssignedImage {
     pub virtual_size: Bytes,
 }
 
-/// A `TemplateImport`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImportView {
-    /// Its UID.
-    pub uid: Uid,
-    /// Its name.
-    pub name: ObjectName,
-    /// The version that a write replaces.
-    pub version: ObjectVersion,
-    /// When it was made.
-    pub created: Timestamp,
-    /// True if it is being deleted.
-    pub deleting: bool,
-    /// True if it carries the import finalizer.
-    pub has_finalizer: bool,
-    /// Which pools may stage what it needs.
-    pub pools: PoolChoice,
-    /// The name of its image store, in its namespace.
-    pub store: ObjectName,
-    /// Namespaces that may use it; `*` is all.
-    pub allowed_namespaces: Vec<String>,
-    /// Its recorded state.
-    pub state: TransferState,
-    /// The node that works on it.
-    pub assignment: Option<Placement>,
-    /// The most that the work occupies at once, once a node has found out.
-    pub peak: Option<Bytes>,
-    /// The image, once it is durable.
-    pub durable: Option<DurableImage>,
-    /// The error that ended it or interrupts it.
-    pub error: Option<WorkError>,
-    /// Set if a person asks for it to be tried again: what that is recorded as, so that it is done once.
-    pub retry: Option<String>,
-    /// The generation whose traces are gone.
-    pub released: Option<Generation>,
-    /// Set if a field's value cannot be used: the message.
-    pub invalid: Option<String>,
-}
-
-/// The recorded state of a transfer. The API has names of its own for some: [`crate::transfer::TransferKind::name_of`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum TransferState {
-    /// Nothing has looked at it yet, or no node can.
-    Pending,
-    /// A node reads the head of the source.
-    Probing,
-    /// It waits for its reservation.
-    Queued,
-    /// A node works on it.
-    Working,
-    /// A person has it pause.
-    Suspended,
-    /// All of it is at its destination.
-    Done,
-    /// It has ended without success.
-    Failed,
-}
-
-/// An image in its store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DurableImage {
-    /// Its identity.
-    pub digest: Digest,
-    /// The size of the disk.
-    pub virtual_size: Bytes,
-    /// Bytes that are not holes: what a staged copy is charged.
-    pub real_size: Bytes,
-}
-
-/// What went wrong with a piece of work.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkError {
-    /// Why.
-    pub reason: Reason,
-    /// For people.
-    pub message: String,
-    /// Whether it is tried again by itself.
-    pub retryable: bool,
-}
-
 /// A `StagedImage`.
 #[allow(clippy::struct_excessive_bools)] // what was seen of it, each on its own
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -415,7 +337,9 @@ pub struct View {
     /// Reservations by UID.
     pub reservations: BTreeMap<Uid, ReservationView>,
     /// Imports by name.
-    pub imports: BTreeMap<ObjectName, ImportView>,
+    pub imports: BTreeMap<ObjectName, TransferView>,
+    /// Transfers by name, without imports.
+    pub transfers: BTreeMap<ObjectName, TransferView>,
     /// Staged images by name.
     pub images: BTreeMap<String, ImageView>,
     /// Image stores by name.

@@ -109,6 +109,7 @@ impl Link {
 fn the_table_of_states_is_the_codes() {
     has_table(&table::<ReservationState>(), "## Reservations");
     has_table(&TransferKind::Import.table(), "## Imports");
+    has_table(&TransferKind::Transfer.table(), "## Transfers");
     has_table(&table::<StagedState>(), "## Staged images");
 }
 
@@ -126,7 +127,7 @@ fn has_table(table: &str, heading: &str) {
 
 #[test]
 fn every_state_of_an_import_and_of_a_transfer_is_explained() {
-    for (kind, heading) in [(TransferKind::Import, "## Imports")] {
+    for (kind, heading) in [(TransferKind::Import, "## Imports"), (TransferKind::Transfer, "## Transfers")] {
         let part = SEMANTICS.split(heading).nth(1).expect("it has a part of its own");
         for name in TransferState::STATES.iter().filter_map(|state| kind.name_of(*state)) {
             assert!(part.contains(&format!("\n| `{name}` | ")), "{name}");

@@ -131,8 +131,8 @@ fn step_name(step: &Step) -> &'static str {
         Step::Released { .. } => "Released",
         Step::Forget { .. } => "Forget",
         Step::StartProbe { .. } => "StartProbe",
-        Step::StartImport { .. } => "StartImport",
-        Step::AbandonImport { .. } => "AbandonImport",
+        Step::StartTransfer { .. } => "StartTransfer",
+        Step::AbandonTransfer { .. } => "AbandonTransfer",
         Step::StopJob { .. } => "StopJob",
         Step::ProbeStore { .. } => "ProbeStore",
     }

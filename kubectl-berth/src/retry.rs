@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use berth_api::defaults::ANNOTATION_RETRY;
 use berth_api::{TemplateImport, parse};
 use berth_core::transfer::TransferKind;
-use berth_core::view::{ImportView, TransferState};
+use berth_core::view::{TransferState, TransferView};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
@@ -67,7 +67,7 @@ pub async fn run(client: &Client, scope: &Scope, args: &RetryArgs) -> anyhow::Re
     Ok(ExitCode::SUCCESS)
 }
 
-fn require_failed(import: &ImportView) -> Result<(), NotRetryable> {
+fn require_failed(import: &TransferView) -> Result<(), NotRetryable> {
     let name = import.name.to_string();
     if import.deleting {
         return Err(NotRetryable::Deleted(name));
@@ -104,7 +104,7 @@ mod tests {
             parse::import_view(&object)
         };
         assert_eq!(require_failed(&import("Failed", "1Gi")), Ok(()));
-        let says = |import: &ImportView| require_failed(import).expect_err("refused").to_string();
+        let says = |import: &TransferView| require_failed(import).expect_err("refused").to_string();
         assert!(says(&import("Ready", "1Gi")).contains("ns/t has not failed: it is Ready"));
         assert!(says(&import("Failed", "0")).contains("spec.limits.bytes"));
         let mut deleted = import("Failed", "1Gi");

@@ -12,6 +12,7 @@ mod pools;
 mod rebuild;
 mod reports;
 mod reservations;
+mod transfers;
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use kube::{Api, Client, Resource};
 
 pub use error::ApplyError;
 
-use self::reports::ImportReport;
+use self::transfers::TransferReport;
 use crate::events::Events;
 use crate::metrics::Metrics;
 use crate::observe::Observer;
@@ -116,8 +117,8 @@ impl Applier {
             Change::ReportReservation { name, uid, version, report } => {
                 self.report_reservation(name, uid, version, report).await
             }
-            Change::CreateReservation { name, owner, owner_uid, pools, size, access } => {
-                self.create_reservation(name, owner, owner_uid, pools, *size, *access).await
+            Change::CreateReservation { name, owner, pools, size, access } => {
+                self.create_reservation(name, owner, pools, *size, *access).await
             }
             Change::DeleteReservation { name, uid } => self.delete_reservation(name, uid).await,
             Change::CreateImage { name, image, pool, node, store } => {
@@ -125,15 +126,16 @@ impl Applier {
             }
             Change::DeleteImage { name, uid } => self.delete_image(name, uid).await,
             Change::UnguardImage { name, uid } => self.unguard_image(name, uid).await,
-            Change::GuardImport { name, uid } => self.guard_import(name, uid).await,
-            Change::UnguardImport { name, uid } => self.unguard_import(name, uid).await,
-            Change::AssignImport { name, version, placement, retried } => {
-                self.assign_import(name, version, placement, retried.as_deref()).await
+            Change::GuardTransfer { id } => self.guard_transfer(id, true).await,
+            Change::UnguardTransfer { id } => self.guard_transfer(id, false).await,
+            Change::AssignTransfer { id, version, placement, retried } => {
+                self.assign_transfer(id, version, placement, retried.as_deref()).await
             }
-            Change::ReportImport { name, uid, version, state, reason, message, reserved } => {
-                let report = ImportReport { state: *state, reason: *reason, message, reserved: *reserved };
-                self.report_import(name, uid, version, &report).await
+            Change::ReportTransfer { id, version, state, reason, message, reserved } => {
+                let report = TransferReport { state: *state, reason: *reason, message, reserved: *reserved };
+                self.report_transfer(id, version, &report).await
             }
+            Change::DeleteTransfer { id, version } => self.delete_transfer(id, version).await,
             Change::AssignStore { name, version, node, generation } => {
                 self.assign_store(name, version, node, *generation).await
             }

@@ -7,6 +7,7 @@ mod reservation;
 mod staged_image;
 mod staging_ledger;
 mod template_import;
+mod transfers;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -45,8 +46,6 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 pub trait Controlled: Observed {
     /// Its name in logs and metrics.
     const KIND: &'static str;
-    /// False for a kind of which this version can only say that it does nothing with it.
-    const CARRIED_OUT: bool = true;
     /// How many objects are worked on at once.
     const AT_ONCE: u16 = CONCURRENCY;
     /// How long to wait with the next look at it, of which there may be so many only.
@@ -152,9 +151,6 @@ fn report<Q: std::error::Error + 'static>(
 async fn reconcile<K: Controlled>(object: Arc<K>, context: Arc<Context>) -> Result<Action, ApplyError> {
     if context.observer.view(|view| view.unreadable_object(&uid_of(&*object)).is_some()) {
         return Ok(Action::await_change()); // what is known of it is not what it is
-    }
-    if !K::CARRIED_OUT {
-        context.applier.refuse(&name_of(object.meta())).await?;
     }
     if let Some(pause) = object.pause(&context) {
         return Ok(Action::requeue(pause));

@@ -102,9 +102,15 @@ impl Metrics {
             self.set(Metric::Reservations, &[("state", &format!("{state:?}"))], size(count));
         }
         for state in TransferState::STATES {
-            let Some(name) = TransferKind::Import.name_of(*state) else { continue };
-            let count = view.imports.values().filter(|import| import.state == *state).count();
-            self.set(Metric::Imports, &[("state", name)], size(count));
+            let kinds = [
+                (TransferKind::Import, Metric::Imports, &view.imports),
+                (TransferKind::Transfer, Metric::Transfers, &view.transfers),
+            ];
+            for (kind, metric, transfers) in kinds {
+                let Some(name) = kind.name_of(*state) else { continue };
+                let count = transfers.values().filter(|transfer| transfer.state == *state).count();
+                self.set(metric, &[("state", name)], size(count));
+            }
         }
         self.clear(Metric::UnreadableObjects);
         for one in &view.unreadable {

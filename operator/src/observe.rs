@@ -53,7 +53,7 @@ pub enum Touched {
     Image(String),
     /// An image store.
     Store(ObjectName),
-    /// An image transfer.
+    /// A transfer; it may be gone.
     Transfer(ObjectName),
     /// Anything: after the first lists, after a new list, after the Lease changed hands.
     Everything,

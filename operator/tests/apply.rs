@@ -10,6 +10,7 @@ use berth_core::change::Change;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::reason::Reason;
 use berth_core::reservation::Claim;
+use berth_core::transfer::{TransferId, TransferKind};
 use berth_core::view::{ObjectVersion, TransferState};
 use berth_operator::apply::ApplyError;
 use serde_json::{Value, json};
@@ -152,9 +153,12 @@ async fn an_import_is_reported_on_only_at_the_version_that_the_decision_saw() {
     server.listed.insert("templateimports", vec![import.clone()]);
     server.stored.insert(path.clone(), import);
     let operator = server.operator().await;
-    let report = |version: &str| Change::ReportImport {
-        name: ObjectName::new("ns", "t"),
-        uid: Uid::from("uid-t"),
+    let report = |version: &str| Change::ReportTransfer {
+        id: TransferId {
+            kind: TransferKind::Import,
+            name: ObjectName::new("ns", "t"),
+            uid: Uid::from("uid-t"),
+        },
         version: ObjectVersion(version.to_owned()),
         state: TransferState::Queued,
         reason: Reason::Progressing,

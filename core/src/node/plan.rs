@@ -16,7 +16,7 @@ use crate::view::{Access, LedgerView};
 use super::files;
 use super::step::{Origin, Step};
 use super::view::{
-    AreaView, HeldWorkDir, JobKey, JobKind, NodeImage, NodeImport, NodeReservation, NodeView, PoolOnNode,
+    AreaView, HeldWorkDir, JobKey, JobKind, NodeImage, NodeReservation, NodeTransfer, NodeView, PoolOnNode,
 };
 
 /// Why `ledger` must not be obeyed by a node with this record, in words that name the ledger; `None` if it may be.
@@ -30,8 +30,8 @@ pub fn plan(view: &NodeView, now: Timestamp) -> Vec<Step> {
     for (name, pool) in &view.pools {
         plan_pool(view, name, pool, &mut steps);
     }
-    for (uid, import) in &view.imports {
-        steps.extend(plan_import(view, uid, import));
+    for (uid, transfer) in &view.transfers {
+        steps.extend(plan_transfer(view, uid, transfer));
     }
     for (name, store) in &view.stores {
         let job = JobKey { kind: JobKind::Store, uid: store.uid.clone(), generation: store.generation };
@@ -185,12 +185,12 @@ fn serve(
     vec![Step::MakeVolume { pool, reservation: reservation_uid, generation, size: bytes, origin, labels }]
 }
 
-/// Whether the directory of a reservation has to bound whoever writes in it. An import's does not: its promise is exactly what
-/// its files take, and it checks every byte. `None` while the import that it is for is not shown, or does not need it.
+/// Whether the directory of a reservation has to bound whoever writes in it. A transfer's does not: its promise is exactly what
+/// its files take, and it checks every byte. `None` while the transfer that it is for is not shown, or does not need it.
 fn is_bounded(view: &NodeView, reservation: &NodeReservation) -> Option<bool> {
-    let Some(import) = &reservation.import else { return Some(true) };
-    let import = view.imports.get(import)?;
-    (import.reservation == reservation.name && !import.deleting && !import.ended).then_some(false)
+    let Some(transfer) = &reservation.transfer else { return Some(true) };
+    let transfer = view.transfers.get(transfer)?;
+    (transfer.reservation == reservation.name && !transfer.deleting && !transfer.ended).then_some(false)
 }
 
 /// Makes a volume as large as it is promised.
@@ -230,19 +230,19 @@ fn give_back(
     steps
 }
 
-/// True while an import of whatever generation may still write in this reservation's directory. Where one works that is
+/// True while a transfer of whatever generation may still write in this reservation's directory. Where one works that is
 /// not shown any more, or whose reservation is not, is not known.
 fn works_in(view: &NodeView, reservation: &Uid) -> bool {
     let Some(reservation) = view.reservations.get(reservation) else {
-        return view.jobs.iter().any(|job| job.kind == JobKind::Import);
+        return view.jobs.iter().any(|job| job.kind == JobKind::Transfer);
     };
     if reservation.access != Access::File {
         return false;
     }
     view.jobs
         .iter()
-        .filter(|job| job.kind == JobKind::Import)
-        .any(|job| view.imports.get(&job.uid).is_none_or(|import| import.reservation == reservation.name))
+        .filter(|job| job.kind == JobKind::Transfer)
+        .any(|job| view.transfers.get(&job.uid).is_none_or(|found| found.reservation == reservation.name))
 }
 
 fn serve_image(
@@ -312,30 +312,31 @@ fn is_awaited(view: &NodeView, area: &AreaView, pool: &PoolName, digest: &Digest
     })
 }
 
-fn plan_import(view: &NodeView, uid: &Uid, import: &NodeImport) -> Option<Step> {
+/// What a transfer needs next. One that pauses is neither probed nor begun; what is promised to it and what it has made stays.
+fn plan_transfer(view: &NodeView, uid: &Uid, transfer: &NodeTransfer) -> Option<Step> {
     let running =
-        |kind| view.jobs.contains(&JobKey { kind, uid: uid.clone(), generation: import.generation });
-    let (import_uid, generation) = (uid.clone(), import.generation);
-    if import.deleting {
-        let done = import.released.is_some_and(|released| released >= generation);
-        return (!done).then_some(Step::AbandonImport { import: import_uid, generation });
+        |kind| view.jobs.contains(&JobKey { kind, uid: uid.clone(), generation: transfer.generation });
+    let (transfer_uid, generation) = (uid.clone(), transfer.generation);
+    if transfer.deleting {
+        let done = transfer.released.is_some_and(|released| released >= generation);
+        return (!done).then_some(Step::AbandonTransfer { transfer: transfer_uid, generation });
     }
-    if import.ended || running(JobKind::Probe) || running(JobKind::Import) {
+    if transfer.ended || transfer.suspended || running(JobKind::Probe) || running(JobKind::Transfer) {
         return None;
     }
-    if !import.planned {
-        return Some(Step::StartProbe { import: import_uid, generation });
+    if !transfer.planned {
+        return Some(Step::StartProbe { transfer: transfer_uid, generation });
     }
     let (reservation, found) =
-        view.reservations.iter().find(|(_, found)| found.name == import.reservation)?;
+        view.reservations.iter().find(|(_, found)| !found.deleting && works_for(found, uid, transfer))?;
     let pool = view.pools.get(&found.pool)?;
     let promise = pool.promise(reservation).filter(|promise| promise.generation == found.generation)?;
     let area = pool.area.as_ref()?;
-    if found.deleting || !found.is_prepared(reservation, area) {
+    if !found.is_prepared(reservation, area) {
         return None;
     }
-    Some(Step::StartImport {
-        import: import_uid,
+    Some(Step::StartTransfer {
+        transfer: transfer_uid,
         generation,
         pool: found.pool.clone(),
         reservation: reservation.clone(),
@@ -343,12 +344,20 @@ fn plan_import(view: &NodeView, uid: &Uid, import: &NodeImport) -> Option<Step> 
     })
 }
 
-/// Imports that have moved away, been finished elsewhere or been placed anew, and fills without an image.
+/// True if a reservation holds what this transfer needs. One of no bytes may have taken the place of the first.
+fn works_for(reservation: &NodeReservation, uid: &Uid, transfer: &NodeTransfer) -> bool {
+    let stands_in = reservation.access == Access::Stream && reservation.transfer.as_ref() == Some(uid);
+    reservation.name == transfer.reservation || stands_in
+}
+
+/// Transfers that have moved away, been finished elsewhere, been placed anew or are to pause, and fills without an image.
 fn stop_unwanted(view: &NodeView) -> Vec<Step> {
     let wanted = |job: &&JobKey| match job.kind {
-        JobKind::Probe | JobKind::Import => {
-            let is_due = |import: &NodeImport| import.generation == job.generation && !import.ended;
-            view.imports.get(&job.uid).is_some_and(is_due)
+        JobKind::Probe | JobKind::Transfer => {
+            let is_due = |transfer: &NodeTransfer| {
+                transfer.generation == job.generation && !transfer.ended && !transfer.suspended
+            };
+            view.transfers.get(&job.uid).is_some_and(is_due)
         }
         JobKind::Fill => view.images.contains_key(&job.uid),
         JobKind::Fetch => view.reservations.get(&job.uid).is_some_and(|r| r.generation == job.generation),

@@ -10,7 +10,7 @@ mod imports;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::view::{
-    AreaView, HeldImage, HeldVolume, HeldWorkDir, JobKey, JobKind, NodeImage, NodeImport, NodeReservation,
+    AreaView, HeldImage, HeldVolume, HeldWorkDir, JobKey, JobKind, NodeImage, NodeReservation, NodeTransfer,
     NodeView, ObeyedPromise, PoolOnNode,
 };
 use super::{Halted, Origin, Step, behind, plan};
@@ -243,7 +243,7 @@ fn reservation(name: &str, access: Access, image: Option<Digest>) -> (Uid, NodeR
         access,
         image,
         file: None,
-        import: None,
+        transfer: None,
         labels: BTreeMap::new(),
     };
     (Uid::from(name), reservation)

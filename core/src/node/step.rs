@@ -174,17 +174,17 @@ pub enum Step {
         /// Their holders.
         holders: Vec<Uid>,
     },
-    /// Start to read the head of an import's source.
+    /// Start to read the head of a transfer's source.
     StartProbe {
-        /// The import.
-        import: Uid,
+        /// The transfer.
+        transfer: Uid,
         /// Its generation.
         generation: Generation,
     },
-    /// Start an import, or go on.
-    StartImport {
-        /// The import.
-        import: Uid,
+    /// Start a transfer, or go on.
+    StartTransfer {
+        /// The transfer.
+        transfer: Uid,
         /// Its generation.
         generation: Generation,
         /// Where it may work.
@@ -194,10 +194,10 @@ pub enum Step {
         /// How many bytes that may hold.
         promised: Bytes,
     },
-    /// Remove every trace of an import from this node and from the store.
-    AbandonImport {
-        /// The import.
-        import: Uid,
+    /// Remove every trace of a transfer that is being deleted from this node and from its stores.
+    AbandonTransfer {
+        /// The transfer.
+        transfer: Uid,
         /// Its generation.
         generation: Generation,
     },
@@ -230,9 +230,9 @@ impl Step {
             | Self::RemoveVolume { reservation, .. } => Some(reservation),
             Self::FillImage { image, .. } | Self::RemoveImage { image, .. } => Some(image),
             Self::Released { holder, .. } => Some(holder),
-            Self::StartProbe { import, .. }
-            | Self::StartImport { import, .. }
-            | Self::AbandonImport { import, .. } => Some(import),
+            Self::StartProbe { transfer, .. }
+            | Self::StartTransfer { transfer, .. }
+            | Self::AbandonTransfer { transfer, .. } => Some(transfer),
             Self::StopJob { job } => Some(&job.uid),
             Self::PreparePool { .. }
             | Self::ClosePool { .. }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{Digest, Lineage, NodeName, ObjectName, PoolName, Uid};
 use crate::ledger::{Class, LedgerRecord, Promise, is_behind};
+use crate::transfer::TransferKind;
 use crate::units::{Bytes, Generation, Timestamp};
 use crate::view::{Access, LedgerView};
 
@@ -18,8 +19,8 @@ pub struct NodeView {
     pub reservations: BTreeMap<Uid, NodeReservation>,
     /// Staged images of this node.
     pub images: BTreeMap<Uid, NodeImage>,
-    /// Imports that are assigned to this node.
-    pub imports: BTreeMap<Uid, NodeImport>,
+    /// Transfers that are assigned to this node, imports among them.
+    pub transfers: BTreeMap<Uid, NodeTransfer>,
     /// Image stores that this node looks after.
     pub stores: BTreeMap<ObjectName, NodeStore>,
     /// Work that runs, or that waits to be tried again.
@@ -42,8 +43,8 @@ pub struct JobKey {
 pub enum JobKind {
     /// Reads the head of a source.
     Probe,
-    /// Imports.
-    Import,
+    /// Moves an image: a transfer or an import.
+    Transfer,
     /// Fetches a staged image's chunks.
     Fill,
     /// Looks at an image store.
@@ -199,8 +200,8 @@ pub struct NodeReservation {
     pub image: Option<Digest>,
     /// The file that its directory is for, if it is for one that pods see.
     pub file: Option<NodeFile>,
-    /// The import that works in it, if it was made for one.
-    pub import: Option<Uid>,
+    /// The transfer that works in it, if it was made for one.
+    pub transfer: Option<Uid>,
     /// What people know its volume by.
     pub labels: BTreeMap<String, String>,
 }
@@ -222,9 +223,12 @@ pub struct NodeImage {
     pub virtual_size: Bytes,
 }
 
-/// An import that is assigned to this node.
+/// A transfer or an import that is assigned to this node.
+#[allow(clippy::struct_excessive_bools)] // what was seen of it, each on its own
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeImport {
+pub struct NodeTransfer {
+    /// Which of the two.
+    pub kind: TransferKind,
     /// Its name.
     pub name: ObjectName,
     /// True if it is being deleted.
@@ -233,9 +237,11 @@ pub struct NodeImport {
     pub generation: Generation,
     /// The reservation that it stages in, by name.
     pub reservation: ObjectName,
+    /// True if a person has it pause: what it has done stays, and nothing is done.
+    pub suspended: bool,
     /// True if its plan is known.
     pub planned: bool,
-    /// True if it is durable, or has ended without success.
+    /// True if all of it is at its destination, or if it has ended without success, by its node's word or by the operator's.
     pub ended: bool,
     /// The generation whose traces are gone.
     pub released: Option<Generation>,

@@ -201,8 +201,8 @@ fn template(
         let message = format!("TemplateImport {name} does not allow namespace {namespace}");
         return Err(Unmet { reason: Reason::NamespaceNotAllowed, message, for_ever: true });
     }
-    if let Some(image) = &import.durable {
-        Ok(ImageNeed { image: image.clone(), store: import.store.clone() })
+    if let (Some(image), Some(store)) = (&import.durable, import.stores.last()) {
+        Ok(ImageNeed { image: image.clone(), store: store.clone() })
     } else {
         let state = TransferKind::Import.name_of(import.state).unwrap_or("in no state");
         let message = format!("TemplateImport {name} is {state}, not Ready");

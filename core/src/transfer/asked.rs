@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::ids::{ObjectName, Uid};
 use crate::units::Bytes;
 
 /// Which of the two kinds of object asks for it.
@@ -34,6 +35,23 @@ impl TransferKind {
 impl fmt::Display for TransferKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// One object of either kind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TransferId {
+    /// Its kind.
+    pub kind: TransferKind,
+    /// Its name.
+    pub name: ObjectName,
+    /// Its UID.
+    pub uid: Uid,
+}
+
+impl fmt::Display for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind, self.name)
     }
 }
 

@@ -1,210 +1,242 @@
-//! The next steps for one import.
+//! The next steps for one transfer, of either kind.
+//!
+//! **Guarantees.** What is done is never taken back, and what has ended without success begins again only if a person asks for
+//! it. One that pauses keeps what it was promised and is placed nowhere else. Space is given back with the same step that says
+//! that it has ended.
 
-use crate::budget::free;
 use crate::change::Change;
-use crate::ids::{NodeName, ObjectName, PoolName, import_reservation_name};
-use crate::ledger::Class;
+use crate::ids::{ObjectName, transfer_reservation_names};
 use crate::reason::Reason;
 use crate::reclaim::templates_of;
 use crate::states::Machine as _;
 use crate::units::{Bytes, Generation, Timestamp};
-use crate::view::{Access, ImportView, Placement, ReservationState, ReservationView, TransferState, View};
+use crate::view::{Access, Placement, ReservationState, ReservationView, TransferState, TransferView, View};
 
+use super::TransferKind;
+use super::place::{most_free, probe};
 use super::state::Event;
+use super::time::{end_of_life, overdue};
 
-/// The next steps for the import with this name. Time plays no part in them yet.
-pub fn decide(view: &View, name: &ObjectName, _now: Timestamp) -> Vec<Change> {
-    let Some(import) = view.imports.get(name) else { return Vec::new() };
-    let reservation = view.reservation_named(&reservation_name(import));
-    if import.deleting {
-        return release(view, import, reservation);
+/// The next steps for the transfer of this kind and name.
+pub fn decide(view: &View, kind: TransferKind, name: &ObjectName, now: Timestamp) -> Vec<Change> {
+    let Some(transfer) = view.transfer(kind, name) else { return Vec::new() };
+    let own = Own::of(view, transfer);
+    if transfer.deleting {
+        return release(view, transfer, &own);
     }
-    if import.durable.is_some() {
-        let told =
-            report(import, Event::Finish, Reason::Ready, "durable in its image store".to_owned(), false);
-        return [told].into_iter().chain(drop_reservation(reservation)).collect();
+    let mut changes = step(view, transfer, &own, now);
+    changes.extend(end_of_life(view, transfer, now));
+    changes
+}
+
+fn step(view: &View, transfer: &TransferView, own: &Own<'_>, now: Timestamp) -> Vec<Change> {
+    let end = |event, reason, message| {
+        let told = report(transfer, event, reason, message, false);
+        [told].into_iter().chain(own.drop()).collect()
+    };
+    if transfer.is_done() {
+        let (reason, message) = match transfer.kind {
+            TransferKind::Import => (Reason::Ready, "durable in its image store"),
+            TransferKind::Transfer => (Reason::Succeeded, "all of it is at its destination"),
+        };
+        return end(Event::Finish, reason, message.to_owned());
     }
-    if import.state == TransferState::Done {
-        return drop_reservation(reservation).into_iter().collect(); // whatever else is shown of it now: that was true
+    if transfer.state == TransferState::Done {
+        return own.drop().into_iter().collect(); // whatever else is shown of it now: that was true
     }
-    if let Some(message) = &import.invalid {
-        let told = report(import, Event::Fail, Reason::InvalidSpec, message.clone(), false);
-        return [told].into_iter().chain(drop_reservation(reservation)).collect();
+    if let Some(message) = &transfer.invalid {
+        return end(Event::Fail, Reason::InvalidSpec, message.clone());
     }
-    let ended = import.error.as_ref().filter(|error| !error.retryable);
-    if let Some(value) =
-        import.retry.as_ref().filter(|_| ended.is_some() || import.state == TransferState::Failed)
-    {
-        return retry(view, import, reservation, value);
+    let ended = transfer.error.as_ref().filter(|error| !error.retryable);
+    let failed = transfer.state == TransferState::Failed;
+    if let Some(value) = transfer.retry.as_ref().filter(|_| ended.is_some() || failed) {
+        return retry(view, transfer, own, value);
     }
     if let Some(error) = ended {
-        let told = report(import, Event::Fail, error.reason, error.message.clone(), false);
-        return [told].into_iter().chain(drop_reservation(reservation)).collect();
+        return end(Event::Fail, error.reason, error.message.clone());
     }
-    if import.state == TransferState::Failed {
+    if failed {
         // Its reservation was refused; that is kept, holds nothing, and says why.
-        let held = reservation.filter(|reservation| reservation.state != ReservationState::Refused);
-        return drop_reservation(held).into_iter().collect();
+        let refused = own.live.is_some_and(|reservation| reservation.state == ReservationState::Refused);
+        return own.drop().into_iter().filter(|_| !refused).collect();
     }
-    if view.stores.get(&import.store).is_none_or(|store| store.deleting) {
-        let message = format!("there is no ImageStore {}", import.store);
-        return vec![report(import, Event::Wait, Reason::ImageStoreNotFound, message, false)];
+    if let Some(message) = overdue(transfer, now) {
+        return end(Event::Fail, Reason::DeadlineExceeded, message);
     }
-    if !import.has_finalizer {
-        return vec![Change::GuardImport { name: import.name.clone(), uid: import.uid.clone() }];
+    if transfer.suspended {
+        return vec![pause(transfer, own)];
     }
-    match (&import.assignment, import.peak) {
-        (Some(place), Some(peak)) => stage(import, place, peak, reservation),
-        (place, None) => probe(view, import, place.as_ref()),
-        (None, Some(_)) => probe(view, import, None),
+    go_on(view, transfer, own)
+}
+
+/// What a transfer needs that neither ended nor pauses.
+fn go_on(view: &View, transfer: &TransferView, own: &Own<'_>) -> Vec<Change> {
+    let is_missing = |store: &&ObjectName| view.stores.get(*store).is_none_or(|store| store.deleting);
+    if let Some(store) = transfer.stores.iter().find(is_missing) {
+        let message = format!("there is no ImageStore {store}");
+        return vec![report(transfer, Event::Wait, Reason::ImageStoreNotFound, message, false)];
+    }
+    if !transfer.has_finalizer {
+        return vec![Change::GuardTransfer { id: transfer.id() }];
+    }
+    match (&transfer.assignment, transfer.peak) {
+        (Some(place), Some(peak)) => stage(view, transfer, place, peak, own),
+        (place, None) => probe(view, transfer, place.as_ref()),
+        (None, Some(_)) => probe(view, transfer, None),
+    }
+}
+
+/// The reservation of a transfer, by its name.
+struct Own<'v> {
+    /// The one that counts, if it is there.
+    live: Option<&'v ReservationView>,
+    /// What the next one is called.
+    next: ObjectName,
+}
+
+impl<'v> Own<'v> {
+    /// One of no bytes that is being given back is replaced by the next one: where its node is lost, that takes until the node
+    /// returns.
+    fn of(view: &'v View, transfer: &TransferView) -> Self {
+        let names = transfer_reservation_names(transfer.kind, &transfer.name.name, &transfer.uid);
+        let known: Vec<(ObjectName, Option<&ReservationView>)> = names
+            .map(|name| ObjectName::new(&transfer.name.namespace, name))
+            .map(|name| (name.clone(), view.reservation_named(&name)))
+            .collect();
+        let streams = transfer.peak == Some(Bytes::ZERO);
+        let chosen = known
+            .iter()
+            .position(|(_, found)| found.is_some_and(|found| !found.deleting))
+            .or_else(|| known.iter().position(|(_, found)| found.is_none()).filter(|_| streams))
+            .unwrap_or_default(); // the first, whatever becomes of it
+        match known.into_iter().nth(chosen) {
+            Some((next, live)) => Self { live, next },
+            None => Self { live: None, next: transfer.name.clone() },
+        }
+    }
+
+    /// The write that gives it back.
+    fn drop(&self) -> Option<Change> {
+        let live = self.live.filter(|live| !live.deleting)?;
+        Some(Change::DeleteReservation { name: live.name.clone(), uid: live.uid.clone() })
+    }
+
+    /// True if its space is promised and its node has made room.
+    fn is_prepared(&self) -> bool {
+        self.live.filter(|live| !live.deleting).is_some_and(|live| {
+            live.assignment.as_ref().is_some_and(|place| live.prepared == Some(place.generation))
+        })
     }
 }
 
 /// It begins again with an assignment of its own, to which nothing counts that an earlier one has come to, once what that
-/// held is given back.
-fn retry(view: &View, import: &ImportView, held: Option<&ReservationView>, value: &str) -> Vec<Change> {
-    if held.is_some() {
-        return drop_reservation(held).into_iter().collect();
+/// held is given back. One that pauses waits with that too.
+fn retry(view: &View, transfer: &TransferView, own: &Own<'_>, value: &str) -> Vec<Change> {
+    if own.live.is_some() {
+        return own.drop().into_iter().collect();
     }
-    let before = import.assignment.as_ref();
+    if transfer.suspended {
+        return Vec::new();
+    }
+    let before = transfer.assignment.as_ref();
     let same = before
         .filter(|place| !view.is_lost(&place.node))
         .map(|place| (place.pool.clone(), place.node.clone()));
-    let Some((pool, node)) = same.or_else(|| most_free(view, import)) else { return Vec::new() };
+    let Some((pool, node)) = same.or_else(|| most_free(view, transfer)) else { return Vec::new() };
     let generation = before.map_or(Generation::FIRST, |place| place.generation.next());
-    let placement = Placement { pool, node, generation };
-    vec![Change::AssignImport {
-        name: import.name.clone(),
-        version: import.version.clone(),
-        placement,
+    vec![Change::AssignTransfer {
+        id: transfer.id(),
+        version: transfer.version.clone(),
+        placement: Placement { pool, node, generation },
         retried: Some(value.to_owned()),
     }]
 }
 
-fn reservation_name(import: &ImportView) -> ObjectName {
-    ObjectName::new(&import.name.namespace, import_reservation_name(&import.name.name, &import.uid))
-}
-
-/// The head of the source is read by any live node; by another one if that is lost, which nothing depends on.
-fn probe(view: &View, import: &ImportView, place: Option<&Placement>) -> Vec<Change> {
-    let best = most_free(view, import);
-    match (place, best) {
-        (Some(place), None) => {
-            let message = format!("node {} reads the head of the source", place.node);
-            vec![report(import, Event::Probe, Reason::Probing, message, false)]
-        }
-        (Some(place), Some(_)) if !view.is_lost(&place.node) => {
-            let message = format!("node {} reads the head of the source", place.node);
-            vec![report(import, Event::Probe, Reason::Probing, message, false)]
-        }
-        (_, Some((pool, node))) => {
-            let generation = place.map_or(Generation::FIRST, |place| place.generation.next());
-            vec![assign(import, Placement { pool, node, generation })]
-        }
-        (None, None) if !view.pools.values().any(|pool| import.pools.allows(pool)) => {
-            let message = "no pool has these labels".to_owned();
-            vec![report(import, Event::Wait, Reason::NoMatchingPool, message, false)]
-        }
-        (None, None) => {
-            let message = "no live node carries a pool that may be used".to_owned();
-            vec![report(import, Event::Wait, Reason::NoMatchingNode, message, false)]
-        }
-    }
-}
-
-/// The live node with most left in a usable pool that the import allows; ties go to the first by pool and node.
-fn most_free(view: &View, import: &ImportView) -> Option<(PoolName, NodeName)> {
-    let mut best: Option<(Bytes, (PoolName, NodeName))> = None;
-    let allowed = view
-        .pools
-        .values()
-        .filter(|pool| !pool.deleting && pool.invalid.is_none() && import.pools.allows(pool));
-    for pool in allowed {
-        for (name, node) in view.nodes.iter().filter(|(_, node)| node.live) {
-            if !node.pools.get(&pool.name).is_some_and(|report| report.usable) {
-                continue;
-            }
-            let place = (pool.name.clone(), name.clone());
-            let left = view.ledgers.get(&place).map_or(Bytes::ZERO, |ledger| free(ledger, Class::Images));
-            if best.as_ref().is_none_or(|(most, _)| left > *most) {
-                best = Some((left, place));
-            }
-        }
-    }
-    best.map(|(_, place)| place)
+fn pause(transfer: &TransferView, own: &Own<'_>) -> Change {
+    let message = match &transfer.assignment {
+        None => "`spec.suspend` is true; nothing has begun".to_owned(),
+        Some(place) => format!("`spec.suspend` is true; node {} keeps what is done", place.node),
+    };
+    report(transfer, Event::Suspend, Reason::Suspended, message, own.is_prepared())
 }
 
 /// What is needed is known: it is reserved, and the work goes where the reservation is.
-fn stage(
-    import: &ImportView,
-    place: &Placement,
-    peak: Bytes,
-    reservation: Option<&ReservationView>,
-) -> Vec<Change> {
-    let Some(reservation) = reservation else {
+fn stage(view: &View, transfer: &TransferView, place: &Placement, peak: Bytes, own: &Own<'_>) -> Vec<Change> {
+    let waits = |message: String, reserved| {
+        report(transfer, Event::Reserve, Reason::WaitingForReservation, message, reserved)
+    };
+    let Some(reservation) = own.live else {
+        let access = if peak == Bytes::ZERO { Access::Stream } else { Access::File };
         let create = Change::CreateReservation {
-            name: reservation_name(import),
-            owner: import.name.clone(),
-            owner_uid: import.uid.clone(),
-            pools: import.pools.clone(),
+            name: own.next.clone(),
+            owner: transfer.id(),
+            pools: transfer.pools.clone(),
             size: peak,
-            access: Access::File,
+            access,
         };
-        let message = format!("needs {peak} in a pool");
-        return vec![create, report(import, Event::Reserve, Reason::WaitingForReservation, message, false)];
+        return vec![create, waits(format!("needs {peak} in a pool"), false)];
     };
     if reservation.state == ReservationState::Refused && !reservation.deleting {
         let message = format!("StagingReservation {} of {peak} was refused; it says why", reservation.name);
-        return vec![report(import, Event::Fail, Reason::CapacityRefused, message, false)];
+        return vec![report(transfer, Event::Fail, Reason::CapacityRefused, message, false)];
     }
     let Some(reserved) = reservation.assignment.as_ref().filter(|_| !reservation.deleting) else {
         let message = format!("StagingReservation {} of {peak} is {:?}", reservation.name, reservation.state);
-        return vec![report(import, Event::Reserve, Reason::WaitingForReservation, message, false)];
+        return vec![waits(message, false)];
     };
+    if reservation.access == Access::Stream && view.is_lost(&reserved.node) {
+        let message = format!("node {} is lost, and holds nothing of it: another one goes on", reserved.node);
+        return own.drop().into_iter().chain([waits(message, false)]).collect();
+    }
     if (&reserved.pool, &reserved.node) != (&place.pool, &place.node) {
         let generation = place.generation.next();
         let placement = Placement { pool: reserved.pool.clone(), node: reserved.node.clone(), generation };
-        return vec![assign(import, placement)];
+        return vec![assign(transfer, placement)];
     }
     if reservation.prepared != Some(reserved.generation) {
         let message = format!("node {} makes room in pool {}", reserved.node, reserved.pool);
-        return vec![report(import, Event::Reserve, Reason::WaitingForReservation, message, true)];
+        return vec![waits(message, true)];
     }
-    let (reason, message) = match &import.error {
+    let (reason, message) = match &transfer.error {
         Some(error) if error.reason == Reason::ObjectStoreUnavailable => {
             (error.reason, error.message.clone())
         }
         Some(error) => (Reason::Retrying, format!("{}: {}", error.reason, error.message)),
-        None => (Reason::Progressing, format!("node {} imports in pool {}", reserved.node, reserved.pool)),
+        None => {
+            let works = if transfer.kind == TransferKind::Import { "imports" } else { "transfers" };
+            (Reason::Progressing, format!("node {} {works} in pool {}", reserved.node, reserved.pool))
+        }
     };
-    vec![report(import, Event::Work, reason, message, true)]
+    vec![report(transfer, Event::Work, reason, message, true)]
 }
 
 /// The node ends the work and removes its traces; then the reservation goes, then the finalizer.
-fn release(view: &View, import: &ImportView, reservation: Option<&ReservationView>) -> Vec<Change> {
-    let gone = match &import.assignment {
+fn release(view: &View, transfer: &TransferView, own: &Own<'_>) -> Vec<Change> {
+    let gone = match &transfer.assignment {
         None => true,
         Some(place) => {
             // A report that cannot be read is not gone.
             !view.nodes.contains_key(&place.node) && !view.hides_reports()
-                || import.released.is_some_and(|released| released >= place.generation)
+                || transfer.released.is_some_and(|released| released >= place.generation)
         }
     };
     if !gone {
         return Vec::new();
     }
-    let given_up = give_up_copies(view, import);
+    let given_up = give_up_copies(view, transfer);
     if !given_up.is_empty() {
         return given_up;
     }
-    let unguard = || Change::UnguardImport { name: import.name.clone(), uid: import.uid.clone() };
-    drop_reservation(reservation).into_iter().chain(import.has_finalizer.then(unguard)).collect()
+    let unguard = transfer.has_finalizer.then(|| Change::UnguardTransfer { id: transfer.id() });
+    own.drop().into_iter().chain(unguard).collect()
 }
 
 /// Who deletes a template gives up its image: staged copies that no other template has need not be kept as the last ones.
 /// Another template keeps them also where its store is gone: then they are all that it has.
-fn give_up_copies(view: &View, import: &ImportView) -> Vec<Change> {
-    let Some(durable) = import.durable.as_ref().filter(|_| import.has_finalizer) else { return Vec::new() };
+fn give_up_copies(view: &View, transfer: &TransferView) -> Vec<Change> {
+    let Some(durable) = transfer.durable.as_ref().filter(|_| transfer.has_finalizer) else {
+        return Vec::new();
+    };
     if templates_of(view, &durable.digest).next().is_some() {
         return Vec::new();
     }
@@ -215,27 +247,22 @@ fn give_up_copies(view: &View, import: &ImportView) -> Vec<Change> {
     copies.map(|image| Change::GiveUpImage { name: image.name.clone(), uid: image.uid.clone() }).collect()
 }
 
-fn drop_reservation(reservation: Option<&ReservationView>) -> Option<Change> {
-    let reservation = reservation.filter(|reservation| !reservation.deleting)?;
-    Some(Change::DeleteReservation { name: reservation.name.clone(), uid: reservation.uid.clone() })
-}
-
-fn assign(import: &ImportView, placement: Placement) -> Change {
-    Change::AssignImport {
-        name: import.name.clone(),
-        version: import.version.clone(),
-        placement,
-        retried: None,
-    }
+pub(super) fn assign(transfer: &TransferView, placement: Placement) -> Change {
+    Change::AssignTransfer { id: transfer.id(), version: transfer.version.clone(), placement, retried: None }
 }
 
 /// What it takes no more changes nothing of its state.
-fn report(import: &ImportView, event: Event, reason: Reason, message: String, reserved: bool) -> Change {
-    Change::ReportImport {
-        name: import.name.clone(),
-        uid: import.uid.clone(),
-        version: import.version.clone(),
-        state: import.state.after(event).unwrap_or(import.state),
+pub(super) fn report(
+    transfer: &TransferView,
+    event: Event,
+    reason: Reason,
+    message: String,
+    reserved: bool,
+) -> Change {
+    Change::ReportTransfer {
+        id: transfer.id(),
+        version: transfer.version.clone(),
+        state: transfer.state.after(event).unwrap_or(transfer.state),
         reason,
         message,
         reserved,
@@ -243,247 +270,5 @@ fn report(import: &ImportView, event: Event, reason: Reason, message: String, re
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fixture::{add, placed, reservation, template, unreadable, view};
-    use crate::ids::Uid;
-    use crate::view::{ObjectVersion, WorkError};
-
-    fn fresh() -> View {
-        let mut view = view(&[("a", 100), ("b", 200)]);
-        let mut import = template(50, 20);
-        import.state = TransferState::Pending;
-        import.assignment = None;
-        import.peak = None;
-        import.durable = None;
-        view.imports.insert(import.name.clone(), import);
-        view
-    }
-
-    fn import(view: &mut View) -> &mut ImportView {
-        view.imports.values_mut().next().expect("one")
-    }
-
-    fn ask(view: &View) -> Vec<Change> {
-        decide(view, &ObjectName::new("ns", "template"), Timestamp(0))
-    }
-
-    fn told(view: &View) -> (TransferState, Reason) {
-        match ask(view).iter().find(|change| matches!(change, Change::ReportImport { .. })) {
-            Some(Change::ReportImport { state, reason, .. }) => (*state, *reason),
-            _ => panic!("no report"),
-        }
-    }
-
-    fn own_reservation(view: &mut View) -> Uid {
-        let name = reservation_name(import(view));
-        let mut own = reservation("own", 30, 0);
-        own.name = name;
-        add(view, own)
-    }
-
-    #[test]
-    fn it_goes_from_probe_to_reservation_to_its_node_to_ready() {
-        let mut view = fresh();
-        import(&mut view).has_finalizer = false;
-        assert!(matches!(&ask(&view)[..], [Change::GuardImport { .. }]));
-        import(&mut view).has_finalizer = true;
-        let changes = ask(&view);
-        assert!(
-            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "b", 1))
-        );
-        import(&mut view).assignment = Some(placed("p", "b", 1));
-        assert_eq!(told(&view), (TransferState::Probing, Reason::Probing));
-        import(&mut view).peak = Some(Bytes(30));
-        assert!(matches!(
-            &ask(&view)[..],
-            [Change::CreateReservation { size: Bytes(30), access: Access::File, .. }, _]
-        ));
-        let own = own_reservation(&mut view);
-        assert_eq!(told(&view), (TransferState::Queued, Reason::WaitingForReservation));
-        view.reservations.get_mut(&own).expect("there").assignment = Some(placed("p", "a", 1));
-        let changes = ask(&view);
-        assert!(
-            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
-        );
-        import(&mut view).assignment = Some(placed("p", "a", 2));
-        assert_eq!(told(&view).0, TransferState::Queued, "the room is not made yet");
-        view.reservations.get_mut(&own).expect("there").prepared = Some(Generation::FIRST);
-        assert_eq!(told(&view), (TransferState::Working, Reason::Progressing));
-        let (reason, message) = (Reason::SourceStalled, "nothing for 60 s".to_owned());
-        import(&mut view).error = Some(WorkError { reason, message, retryable: true });
-        assert_eq!(told(&view), (TransferState::Working, Reason::Retrying));
-        let (reason, message) = (Reason::ObjectStoreUnavailable, "connection refused".to_owned());
-        import(&mut view).error = Some(WorkError { reason, message, retryable: true });
-        assert_eq!(told(&view), (TransferState::Working, Reason::ObjectStoreUnavailable));
-        import(&mut view).durable = template(50, 20).durable;
-        assert!(matches!(
-            &ask(&view)[..],
-            [Change::ReportImport { state: TransferState::Done, .. }, Change::DeleteReservation { .. }]
-        ));
-        view.reservations.clear();
-        assert_eq!(ask(&view).len(), 1, "and nothing is made again");
-    }
-
-    #[test]
-    fn what_ended_does_not_begin_again_and_is_reported_at_the_version_that_was_seen() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 1));
-        import(&mut view).peak = Some(Bytes(30));
-        import(&mut view).version = ObjectVersion("7".to_owned());
-        let changes = ask(&view);
-        assert!(changes.iter().any(
-            |change| matches!(change, Change::ReportImport { version, .. } if *version == ObjectVersion("7".to_owned()))
-        ));
-        for ended in [TransferState::Done, TransferState::Failed] {
-            import(&mut view).state = ended;
-            assert_eq!(ask(&view), []);
-            let (reason, message) = (Reason::SourceStalled, String::new());
-            import(&mut view).error = Some(WorkError { reason, message, retryable: true });
-            assert_eq!(ask(&view), []);
-        }
-        import(&mut view).state = TransferState::Done;
-        import(&mut view).invalid = Some("spec".to_owned());
-        assert_eq!(ask(&view), []);
-    }
-
-    #[test]
-    fn a_terminal_error_ends_it_and_gives_the_space_back() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 1));
-        own_reservation(&mut view);
-        let (reason, message) = (Reason::ChecksumMismatch, "expected x".to_owned());
-        import(&mut view).error = Some(WorkError { reason, message, retryable: false });
-        assert!(matches!(
-            &ask(&view)[..],
-            [
-                Change::ReportImport { state: TransferState::Failed, reason: Reason::ChecksumMismatch, .. },
-                Change::DeleteReservation { .. }
-            ]
-        ));
-    }
-
-    #[test]
-    fn what_is_not_valid_any_more_fails_and_gives_the_space_back() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 1));
-        import(&mut view).peak = Some(Bytes(30));
-        own_reservation(&mut view);
-        import(&mut view).invalid = Some("spec.limits.bytes: `0` must be more than 0".to_owned());
-        assert!(matches!(
-            &ask(&view)[..],
-            [
-                Change::ReportImport { state: TransferState::Failed, reason: Reason::InvalidSpec, .. },
-                Change::DeleteReservation { .. }
-            ]
-        ));
-    }
-
-    #[test]
-    fn a_refused_reservation_fails_it_once_and_is_not_made_again() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 1));
-        import(&mut view).peak = Some(Bytes(30));
-        let own = own_reservation(&mut view);
-        view.reservations.get_mut(&own).expect("there").state = ReservationState::Refused;
-        assert_eq!(told(&view), (TransferState::Failed, Reason::CapacityRefused));
-        import(&mut view).state = TransferState::Failed;
-        assert_eq!(ask(&view), []);
-        view.reservations.clear();
-        assert_eq!(ask(&view), []);
-    }
-
-    #[test]
-    fn a_probe_moves_away_from_a_lost_node_and_waits_where_there_is_no_other() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "b", 1));
-        let state = view.nodes.get_mut(&NodeName::from("b")).expect("there");
-        (state.live, state.reported) = (false, false);
-        assert_eq!(
-            told(&view),
-            (TransferState::Probing, Reason::Probing),
-            "nothing is known of the node yet"
-        );
-        view.nodes.get_mut(&NodeName::from("b")).expect("there").silent = true;
-        let changes = ask(&view);
-        assert!(
-            matches!(&changes[..], [Change::AssignImport { placement, .. }] if *placement == placed("p", "a", 2))
-        );
-        view.nodes.values_mut().for_each(|node| node.live = false);
-        assert_eq!(told(&view).0, TransferState::Probing);
-        import(&mut view).assignment = None;
-        assert_eq!(told(&view), (TransferState::Pending, Reason::NoMatchingNode));
-        view.stores.clear();
-        assert_eq!(told(&view), (TransferState::Pending, Reason::ImageStoreNotFound));
-    }
-
-    #[test]
-    fn deletion_waits_for_the_node_then_gives_everything_back() {
-        let mut view = fresh();
-        own_reservation(&mut view);
-        import(&mut view).deleting = true;
-        import(&mut view).assignment = Some(placed("p", "a", 2));
-        assert_eq!(ask(&view), []);
-        import(&mut view).released = Some(Generation(1));
-        assert_eq!(ask(&view), [], "an older generation's end is not this one's");
-        import(&mut view).released = Some(Generation(2));
-        assert!(matches!(&ask(&view)[..], [Change::DeleteReservation { .. }, Change::UnguardImport { .. }]));
-        import(&mut view).released = None;
-        view.nodes.clear();
-        view.unreadable.push(unreadable("StagingNode", ObjectName::new("", "a"), "node"));
-        assert_eq!(ask(&view), [], "its report may be the one that cannot be read");
-        view.unreadable.clear();
-        assert_eq!(ask(&view).len(), 2, "the node is gone for good");
-    }
-
-    #[test]
-    fn a54_one_that_failed_is_tried_again_once_for_each_value() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 3));
-        import(&mut view).has_finalizer = true;
-        import(&mut view).peak = Some(Bytes(30));
-        import(&mut view).retry = Some("1".to_owned());
-        assert!(
-            !ask(&view).iter().any(|change| matches!(change, Change::AssignImport { .. })),
-            "it works still"
-        );
-        import(&mut view).state = TransferState::Failed;
-        let refused = own_reservation(&mut view);
-        view.reservations.get_mut(&refused).expect("there").state = ReservationState::Refused;
-        assert!(matches!(&ask(&view)[..], [Change::DeleteReservation { uid, .. }] if *uid == refused));
-        view.reservations.get_mut(&refused).expect("there").deleting = true;
-        assert_eq!(ask(&view), [], "what it held is being given back");
-        view.reservations.clear();
-        let error = WorkError { reason: Reason::SourceChanged, message: "m".to_owned(), retryable: false };
-        for error in [None, Some(error)] {
-            import(&mut view).error = error;
-            let [Change::AssignImport { placement, retried: Some(value), .. }] = &ask(&view)[..] else {
-                panic!("{:?}", ask(&view))
-            };
-            assert_eq!((placement, &**value), (&placed("p", "a", 4), "1"));
-        }
-        // As the write leaves it: it goes on as any other does.
-        import(&mut view).assignment = Some(placed("p", "a", 4));
-        (import(&mut view).retry, import(&mut view).error) = (None, None);
-        import(&mut view).state = TransferState::Pending;
-        assert_eq!(told(&view), (TransferState::Queued, Reason::WaitingForReservation));
-        import(&mut view).state = TransferState::Failed;
-        assert_eq!(ask(&view), [], "the same value does nothing more");
-        import(&mut view).retry = Some("2".to_owned());
-        import(&mut view).durable = template(50, 20).durable;
-        assert_eq!(told(&view).0, TransferState::Done, "nothing is done again that is done");
-    }
-
-    #[test]
-    fn a54_one_whose_node_is_lost_is_tried_again_on_another() {
-        let mut view = fresh();
-        import(&mut view).assignment = Some(placed("p", "a", 1));
-        import(&mut view).state = TransferState::Failed;
-        import(&mut view).retry = Some("1".to_owned());
-        let lost = view.nodes.get_mut(&"a".into()).expect("there");
-        (lost.live, lost.silent) = (false, true);
-        assert!(view.is_lost(&"a".into()), "{:?}", view.nodes);
-        let [Change::AssignImport { placement, .. }] = &ask(&view)[..] else { panic!("{:?}", ask(&view)) };
-        assert_eq!(*placement, placed("p", "b", 2));
-    }
-}
+#[path = "decide_tests.rs"]
+mod tests;

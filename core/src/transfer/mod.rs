@@ -2,8 +2,10 @@
 
 mod asked;
 mod decide;
+mod place;
 mod state;
+mod time;
 
-pub use asked::{Compression, Limits, OutputFormat, SourceFormat, Staging, TransferKind};
+pub use asked::{Compression, Limits, OutputFormat, SourceFormat, Staging, TransferId, TransferKind};
 pub use decide::decide;
 pub use state::Event;

@@ -9,11 +9,12 @@ use berth_core::ids::{
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::overcommit::Percent;
 use berth_core::reason::Reason;
+use berth_core::transfer::TransferKind;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    Access, AssignedImage, DurableImage, ImageView, ImportView, LedgerCapacity, LedgerView, NodeLossPolicy,
+    Access, AssignedImage, DurableImage, ImageView, LedgerCapacity, LedgerView, NodeLossPolicy,
     NodePoolState, NodeState, ObjectVersion, Placement, PoolChoice, PoolView, ReclaimPolicy, ReservationView,
-    Service, StoreView, Strategy, TransferState, View, WhenFull,
+    Service, StoreView, Strategy, TransferState, TransferView, View, WhenFull,
 };
 
 use crate::scenario::Scenario;
@@ -170,7 +171,7 @@ fn view(scenario: &Scenario, seen: &Objects, leader: bool) -> View {
         }
     }
     let import = import();
-    let (name, version) = (import.store.clone(), ObjectVersion::default());
+    let (name, version) = (import.stores[0].clone(), ObjectVersion::default());
     view.stores.insert(name.clone(), StoreView { name, version, assignment: None, deleting: false });
     view.imports.insert(import.name.clone(), import);
     view
@@ -291,8 +292,9 @@ fn reservation_view(scenario: &Scenario, at: usize, reservation: Reservation) ->
     }
 }
 
-fn import() -> ImportView {
-    ImportView {
+fn import() -> TransferView {
+    TransferView {
+        kind: TransferKind::Import,
         uid: Uid::from("import"),
         name: ObjectName::new("ns", "template"),
         version: ObjectVersion::default(),
@@ -300,7 +302,12 @@ fn import() -> ImportView {
         deleting: false,
         has_finalizer: true,
         pools: PoolChoice::Labelled(BTreeMap::new()),
-        store: ObjectName::new("ns", "store"),
+        stores: vec![ObjectName::new("ns", "store")],
+        suspended: false,
+        deadline: None,
+        ttl_after_finished: None,
+        finished: None,
+        done: false,
         allowed_namespaces: Vec::new(),
         state: TransferState::Done,
         assignment: None,

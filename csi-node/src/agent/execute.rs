@@ -99,13 +99,13 @@ pub async fn execute(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let holders = holders.clone();
             on_pool(node, pool, move |pool| holders.iter().try_for_each(|uid| Ok(pool.forget(uid)?))).await
         }
-        Step::AbandonImport { import, generation } => abandon(node, import, *generation).await,
+        Step::AbandonTransfer { transfer, generation } => abandon(node, transfer, *generation).await,
         Step::StopJob { job } => Ok(node.jobs.stop(job).await?),
         Step::FillImage { .. }
         | Step::FetchFile { .. }
         | Step::PushFile { .. }
         | Step::StartProbe { .. }
-        | Step::StartImport { .. }
+        | Step::StartTransfer { .. }
         | Step::ProbeStore { .. } => start(node, step),
     }
 }
@@ -151,7 +151,7 @@ async fn close(node: &Arc<Node>, pool: &PoolName) -> Result<(), StepError> {
 
 /// Ends the work of an import before its traces go.
 async fn abandon(node: &Arc<Node>, import: &Uid, generation: Generation) -> Result<(), StepError> {
-    for kind in [JobKind::Probe, JobKind::Import] {
+    for kind in [JobKind::Probe, JobKind::Transfer] {
         node.jobs.stop(&JobKey { kind, uid: import.clone(), generation }).await?;
     }
     Ok(imports::abandon(node, import, generation).await?)
@@ -200,15 +200,15 @@ fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
             let key = key(JobKind::Push, reservation, generation);
             node.jobs.start(key, |cancel| files::push(here, pool, uid, generation, cancel));
         }
-        Step::StartProbe { import, generation } => {
-            let uid = import.clone();
-            node.jobs
-                .start(key(JobKind::Probe, import, *generation), |cancel| imports::probe(here, uid, cancel));
+        Step::StartProbe { transfer, generation } => {
+            let uid = transfer.clone();
+            let key = key(JobKind::Probe, transfer, *generation);
+            node.jobs.start(key, |cancel| imports::probe(here, uid, cancel));
         }
-        Step::StartImport { import, generation, pool, reservation, promised } => {
-            let (uid, generation, pool) = (import.clone(), *generation, open(pool)?);
+        Step::StartTransfer { transfer, generation, pool, reservation, promised } => {
+            let (uid, generation, pool) = (transfer.clone(), *generation, open(pool)?);
             let (reservation, promised) = (reservation.clone(), *promised);
-            node.jobs.start(key(JobKind::Import, import, generation), move |cancel| {
+            node.jobs.start(key(JobKind::Transfer, transfer, generation), move |cancel| {
                 imports::run(here, uid, generation, pool, reservation, promised, cancel)
             });
         }

@@ -421,7 +421,11 @@ pub async fn forget_others(node: &Arc<Node>) {
 pub async fn abandon(node: &Arc<Node>, uid: &Uid, generation: Generation) -> Result<(), WorkError> {
     let object = find(node, uid)?;
     let name = name_of(&object);
-    let reservation_name = berth_core::ids::import_reservation_name(&name.name, uid);
+    let reservation_name = berth_core::ids::transfer_reservation_name(
+        berth_core::transfer::TransferKind::Import,
+        &name.name,
+        uid,
+    );
     let reservation = node.watches.assigned.find(|found| {
         found.name_any() == reservation_name && found.namespace().as_deref() == Some(name.namespace.as_str())
     });

@@ -6,14 +6,18 @@ use std::sync::Arc;
 use berth_api::defaults::ANNOTATION_DISCARD;
 use berth_api::parse::{self, PoolArea, generation};
 use berth_api::staging_reservation::Access as ApiAccess;
+use berth_api::template_import::ImportState;
 use berth_api::{StagingPool, StagingReservation, TemplateImport};
-use berth_core::ids::{Digest, ObjectName, PoolName, Uid, import_reservation_name};
+use berth_core::ids::{
+    Digest, ObjectName, PoolName, Uid, is_transfer_reservation, transfer_reservation_name,
+};
 use berth_core::ledger::{Charge, Class, Holder, Promise};
 use berth_core::node::NodeView;
 use berth_core::node::view::{
-    AreaView, HeldFile, HeldImage, HeldVolume, HeldWorkDir, NodeFile, NodeImage, NodeImport, NodeReservation,
-    NodeStore, ObeyedPromise, PoolOnNode, Shown,
+    AreaView, HeldFile, HeldImage, HeldVolume, HeldWorkDir, NodeFile, NodeImage, NodeReservation, NodeStore,
+    NodeTransfer, ObeyedPromise, PoolOnNode, Shown,
 };
+use berth_core::transfer::TransferKind;
 use berth_core::units::Bytes;
 use berth_core::view::Access;
 use berth_record::{FileEntry, FileFetch, ImageState, ReadError, VolumeState, tables};
@@ -73,7 +77,7 @@ fn look(node: &Node) -> Result<NodeView, ObserveError> {
     let assigned = node.watches.assigned.state();
     view.reservations = assigned.iter().filter_map(|found| reservation(node, found)).collect();
     view.images = images(node);
-    view.imports = imports(node);
+    view.transfers = imports(node);
     view.stores = stores(node);
     if sabotage::active(sabotage::OBEY_WITHOUT_LEDGER) {
         invent_promises(&mut view);
@@ -210,22 +214,25 @@ fn reservation(node: &Node, found: &StagingReservation) -> Option<(Uid, NodeRese
         access,
         image,
         file: file(node, &found.uid()?.into(), found),
-        import: import_of(found),
+        transfer: transfer_of(found),
         labels: found.labels().clone(),
     };
     Some((found.uid()?.into(), reservation))
 }
 
-/// The import that a reservation was made for: that controls it, and after which it is named. What only says so of itself is
-/// told apart by the plan, which knows the imports.
-fn import_of(found: &StagingReservation) -> Option<Uid> {
+/// The transfer that a reservation was made for: that controls it, and after which it is named. What only says so of itself is
+/// told apart by the plan, which knows the transfers.
+fn transfer_of(found: &StagingReservation) -> Option<Uid> {
     let owners = found.metadata.owner_references.iter().flatten();
     let mut controllers = owners.filter(|owner| owner.controller == Some(true));
-    let owner = controllers.find(|owner| {
-        owner.kind == TemplateImport::kind(&()) && owner.api_version == TemplateImport::api_version(&())
-    })?;
-    let uid = Uid::from(owner.uid.as_str());
-    (import_reservation_name(&owner.name, &uid) == found.name_any()).then_some(uid)
+    let kinds = [TransferKind::Import, TransferKind::Transfer];
+    controllers.find_map(|owner| {
+        let kind = kinds.into_iter().find(|kind| owner.kind == kind.as_str())?;
+        let uid = Uid::from(owner.uid.as_str());
+        let is_ours = owner.api_version == TemplateImport::api_version(&())
+            && is_transfer_reservation(kind, &owner.name, &uid, &found.name_any());
+        is_ours.then_some(uid)
+    })
 }
 
 fn images(node: &Node) -> BTreeMap<Uid, NodeImage> {
@@ -245,7 +252,7 @@ fn images(node: &Node) -> BTreeMap<Uid, NodeImage> {
     .collect()
 }
 
-fn imports(node: &Node) -> BTreeMap<Uid, NodeImport> {
+fn imports(node: &Node) -> BTreeMap<Uid, NodeTransfer> {
     let imports = node.watches.imports.state();
     imports
         .iter()
@@ -255,14 +262,22 @@ fn imports(node: &Node) -> BTreeMap<Uid, NodeImport> {
             let (namespace, name, uid) = (import.namespace()?, import.name_any(), Uid::from(import.uid()?));
             let news = node.news.import(&uid, import);
             let failed = news.last_error.as_ref().is_some_and(|error| !error.retryable);
-            let parsed = NodeImport {
-                reservation: ObjectName::new(namespace.clone(), import_reservation_name(&name, &uid)),
+            let parsed = NodeTransfer {
+                kind: TransferKind::Import,
+                reservation: ObjectName::new(
+                    namespace.clone(),
+                    transfer_reservation_name(TransferKind::Import, &name, &uid),
+                ),
                 name: ObjectName::new(namespace, name),
                 deleting: import.metadata.deletion_timestamp.is_some(),
                 generation: generation(assignment.generation),
+                suspended: false,
                 planned: news.plan.is_some(),
                 // The operator says that it has failed; its space goes once nothing works in it any more.
-                ended: news.durable.is_some() || failed || parse::asked_import(import).is_err(),
+                ended: news.durable.is_some()
+                    || failed
+                    || status.state == Some(ImportState::Failed)
+                    || parse::asked_import(import).is_err(),
                 released: news.released_generation.map(generation),
             };
             Some((uid, parsed))
@@ -306,8 +321,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_reservation_that_an_import_controls_and_named_is_that_imports() {
-        let name = import_reservation_name("debian", &Uid::from("u1"));
+    fn only_a_reservation_that_a_transfer_controls_and_named_is_that_transfers() {
+        let name = transfer_reservation_name(TransferKind::Import, "debian", &Uid::from("u1"));
         let reservation = |name: &str, kind: &str, api: &str, controller: bool| -> StagingReservation {
             serde_json::from_value(serde_json::json!({
                 "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
@@ -319,14 +334,15 @@ mod tests {
             .unwrap()
         };
         let (kind, api) = ("TemplateImport", "staging.berth.dev/v1alpha1");
-        assert_eq!(import_of(&reservation(&name, kind, api, true)), Some(Uid::from("u1")));
+        assert_eq!(transfer_of(&reservation(&name, kind, api, true)), Some(Uid::from("u1")));
         for other in [
             reservation("mine", kind, api, true),
             reservation(&name, "ConfigMap", api, true),
             reservation(&name, kind, "example.org/v1", true),
             reservation(&name, kind, api, false),
+            reservation(&name, "ImageTransfer", api, true),
         ] {
-            assert_eq!(import_of(&other), None, "{:?}", other.metadata);
+            assert_eq!(transfer_of(&other), None, "{:?}", other.metadata);
         }
     }
 }

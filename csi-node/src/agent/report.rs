@@ -78,7 +78,7 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
     node.news.retain_files(|uid| view.reservations.contains_key(uid));
     let stores = view.stores.values().map(|store| store.uid.clone()).collect();
     node.news.retain(
-        &view.imports.keys().cloned().collect(),
+        &view.transfers.keys().cloned().collect(),
         &view.images.keys().cloned().collect(),
         &stores,
     );
@@ -199,7 +199,7 @@ const IMPORT_FIELDS: &[&str] = &[
 
 async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) -> Result<(), ReportError> {
     let uid = Uid::from(object.uid().unwrap_or_default());
-    if !view.imports.contains_key(&uid) {
+    if !view.transfers.contains_key(&uid) {
         return Ok(());
     }
     let news = node.news.import(&uid, object);

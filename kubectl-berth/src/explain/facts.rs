@@ -355,7 +355,10 @@ fn image(
             message: durable.is_none().then(|| {
                 import.map_or_else(
                     || format!("there is no TemplateImport {template}"),
-                    |import| format!("TemplateImport {template} is {:?}", import.state),
+                    |import| {
+                        let state = import.kind.name_of(import.state).unwrap_or("in no state");
+                        format!("TemplateImport {template} is {state}")
+                    },
                 )
             }),
         });

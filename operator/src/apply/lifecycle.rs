@@ -2,13 +2,14 @@
 //!
 //! What is made or ended shows up, or goes, by its watch only; looking again at once would show the same as before.
 
-use berth_api::defaults::{IMPORT_FINALIZER, RELEASE_FINALIZER};
+use berth_api::defaults::RELEASE_FINALIZER;
 use berth_api::fields::{ObjectRef, PoolSelector, Quantity};
 use berth_api::staged_image::StagedImageSpec;
 use berth_api::staging_reservation::{Access as ApiAccess, StagingReservationSpec};
 use berth_api::{StagedImage, StagingLedger, StagingReservation, TemplateImport};
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::ledger::Holder;
+use berth_core::transfer::TransferId;
 use berth_core::units::Bytes;
 use berth_core::view::{Access, DurableImage, PoolChoice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -37,16 +38,6 @@ impl Applier {
         }
         let api = self.namespaced::<StagingReservation>(name);
         self.finalizer(api, name, uid, RELEASE_FINALIZER, false).await
-    }
-
-    pub(super) async fn guard_import(&self, name: &ObjectName, uid: &Uid) -> Result<bool, ApplyError> {
-        let api = self.namespaced::<TemplateImport>(name);
-        self.finalizer(api, name, uid, IMPORT_FINALIZER, true).await
-    }
-
-    pub(super) async fn unguard_import(&self, name: &ObjectName, uid: &Uid) -> Result<bool, ApplyError> {
-        let api = self.namespaced::<TemplateImport>(name);
-        self.finalizer(api, name, uid, IMPORT_FINALIZER, false).await
     }
 
     pub(super) async fn unguard_image(&self, name: &str, uid: &Uid) -> Result<bool, ApplyError> {
@@ -123,12 +114,11 @@ impl Applier {
         }
     }
 
-    /// Made for an import, and owned by it.
+    /// Made for a transfer, and owned by it.
     pub(super) async fn create_reservation(
         &self,
         name: &ObjectName,
-        owner: &ObjectName,
-        owner_uid: &Uid,
+        owner: &TransferId,
         pools: &PoolChoice,
         size: Bytes,
         access: Access,
@@ -153,9 +143,9 @@ impl Applier {
         reservation.metadata.namespace = Some(name.namespace.clone());
         reservation.metadata.owner_references = Some(vec![OwnerReference {
             api_version: TemplateImport::api_version(&()).into_owned(),
-            kind: TemplateImport::kind(&()).into_owned(),
-            name: owner.name.clone(),
-            uid: owner_uid.0.clone(),
+            kind: owner.kind.as_str().to_owned(),
+            name: owner.name.name.clone(),
+            uid: owner.uid.0.clone(),
             controller: Some(true),
             block_owner_deletion: None,
         }]);

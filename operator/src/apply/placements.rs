@@ -6,8 +6,7 @@ use std::time::Duration;
 use berth_api::conditions::{ConditionType, Truth, condition, timestamp};
 use berth_api::fields::Assignment;
 use berth_api::staging_reservation::{AssignedImage as ApiImage, ReservationState, StagingReservationStatus};
-use berth_api::template_import::ImportState;
-use berth_api::{ImageStore, StagingReservation, TemplateImport};
+use berth_api::{ImageStore, StagingReservation};
 use berth_core::change::Considered;
 use berth_core::ids::{NodeName, ObjectName};
 use berth_core::metric::Metric;
@@ -69,28 +68,6 @@ impl Applier {
         Duration::from_millis(made.map_or(0, |made| now().millis_since(made)))
     }
 
-    /// Which node works on an import. If it is tried again, what asked for that is recorded in the same write, and it has not
-    /// failed any more.
-    pub(super) async fn assign_import(
-        &self,
-        name: &ObjectName,
-        version: &ObjectVersion,
-        placement: &Placement,
-        retried: Option<&str>,
-    ) -> Result<bool, ApplyError> {
-        self.assign(name, version, |import: &mut TemplateImport| {
-            let status = import.status.get_or_insert_default();
-            status.assignment = Some(assignment_of(placement));
-            if let Some(value) = retried {
-                status.retried = Some(value.to_owned());
-                status.state = Some(ImportState::Pending);
-            }
-        })
-        .await?;
-        tracing::info!(import = %name, node = %placement.node, generation = %placement.generation, "import assigned");
-        Ok(true)
-    }
-
     /// Which node looks after an image store.
     pub(super) async fn assign_store(
         &self,
@@ -110,7 +87,7 @@ impl Applier {
     }
 
     /// Compare-and-swap: the object must still be at `version`.
-    async fn assign<K>(
+    pub(super) async fn assign<K>(
         &self,
         name: &ObjectName,
         version: &ObjectVersion,
@@ -151,7 +128,7 @@ fn promise(status: &mut StagingReservationStatus, generation: Option<i64>, place
     (status.queue, status.shortfall_bytes) = (None, None);
 }
 
-fn assignment_of(placement: &Placement) -> Assignment {
+pub(super) fn assignment_of(placement: &Placement) -> Assignment {
     Assignment {
         pool: Some(placement.pool.0.clone()),
         node: placement.node.0.clone(),

@@ -165,11 +165,15 @@ impl Observed for ImageTransfer {
         &observer.transfers
     }
 
-    fn enter(&self, _: &mut State) -> bool {
+    fn enter(&self, state: &mut State) -> bool {
+        let transfer = parse::transfer_view(self);
+        state.view.transfers.insert(transfer.name.clone(), transfer);
         true
     }
 
-    fn leave(&self, _: &mut State) {}
+    fn leave(&self, state: &mut State) {
+        state.view.transfers.remove(&name_of(self.meta()));
+    }
 
     fn touched(&self) -> Touched {
         Touched::Transfer(name_of(self.meta()))

@@ -149,7 +149,7 @@ impl fmt::Display for Coverage {
 /// The name of a kind of write.
 fn kind(change: &Change) -> &'static str {
     match change {
-        Change::AssignImport { .. } => "AssignImport",
+        Change::AssignTransfer { .. } => "AssignTransfer",
         Change::AssignReservation { .. } => "AssignReservation",
         Change::CreateImage { .. } => "CreateImage",
         Change::CreateLedger { .. } => "CreateLedger",
@@ -158,13 +158,14 @@ fn kind(change: &Change) -> &'static str {
         Change::DeleteReservation { .. } => "DeleteReservation",
         Change::ExpireReservation { .. } => "ExpireReservation",
         Change::GiveUpImage { .. } => "GiveUpImage",
-        Change::GuardImport { .. } => "GuardImport",
+        Change::DeleteTransfer { .. } => "DeleteTransfer",
+        Change::GuardTransfer { .. } => "GuardTransfer",
         Change::GuardReservation { .. } => "GuardReservation",
         Change::RebuildLedger { .. } => "RebuildLedger",
-        Change::ReportImport { .. } => "ReportImport",
+        Change::ReportTransfer { .. } => "ReportTransfer",
         Change::ReportReservation { .. } => "ReportReservation",
         Change::UnguardImage { .. } => "UnguardImage",
-        Change::UnguardImport { .. } => "UnguardImport",
+        Change::UnguardTransfer { .. } => "UnguardTransfer",
         Change::UnguardReservation { .. } => "UnguardReservation",
         Change::WriteLedger { .. } => "WriteLedger",
         _ => "other",

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use berth_core::change::Change;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::overcommit::Percent;
+use berth_core::transfer::TransferKind;
 use berth_core::units::Timestamp;
 use berth_core::view::{Access, ImageView, View};
 use berth_core::{image, pool, reservation, transfer};
@@ -129,7 +130,9 @@ impl Operator {
             (None, Object::Pool(name)) => Left::one(pool::decide(&view, name, now)),
             (None, Object::Reservation(uid)) => Left::one(reservation::decide(&view, uid, now)),
             (None, Object::Image(name)) => Left::one(image::decide(&view, name, now)),
-            (None, Object::Import(name)) => Left::one(transfer::decide(&view, name, now)),
+            (None, Object::Import(name)) => {
+                Left::one(transfer::decide(&view, TransferKind::Import, name, now))
+            }
         };
         drop(view);
         self.accused = left.changes().find_map(|change| self.judge(world, change));

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use berth_core::ids::{NodeName, ObjectName, PoolName, Uid};
 use berth_core::node::view::NodeFile;
 use berth_core::units::Bytes;
-use berth_core::view::{Access, ImportView, PoolChoice, Service, TransferState, WhenFull};
+use berth_core::view::{Access, PoolChoice, Service, TransferState, TransferView, WhenFull};
 
 use super::history::History;
 use super::operator::Object;
@@ -160,7 +160,7 @@ impl History {
             return;
         }
         let number = self.world.fresh();
-        let import = ImportView {
+        let import = TransferView {
             uid: Uid(format!("import-{number}")),
             version: self.world.version(),
             created: self.world.now,

@@ -80,13 +80,13 @@ impl Node {
             Step::PushFile { reservation, generation, .. } => {
                 self.view.jobs.insert(job(JobKind::Push, reservation.clone(), *generation));
             }
-            Step::StartProbe { import, generation } => {
-                self.view.jobs.insert(job(JobKind::Probe, import.clone(), *generation));
+            Step::StartProbe { transfer, generation } => {
+                self.view.jobs.insert(job(JobKind::Probe, transfer.clone(), *generation));
             }
-            Step::StartImport { import, generation, .. } => {
-                self.view.jobs.insert(job(JobKind::Import, import.clone(), *generation));
+            Step::StartTransfer { transfer, generation, .. } => {
+                self.view.jobs.insert(job(JobKind::Transfer, transfer.clone(), *generation));
             }
-            Step::AbandonImport { import, generation } => self.abandon(world, import, *generation)?,
+            Step::AbandonTransfer { transfer, generation } => self.abandon(world, transfer, *generation)?,
             Step::StopJob { job } => drop(self.view.jobs.remove(job)),
             Step::Released { pool, holder, generation } => {
                 let never = world.sabotage == Sabotage::NeverReleased;
@@ -167,7 +167,7 @@ impl Node {
         if let Some(found) = all.find(|found| found.uid == *import) {
             (found.released, found.version) = (Some(generation), version);
         }
-        if let Some(known) = self.view.imports.get_mut(import) {
+        if let Some(known) = self.view.transfers.get_mut(import) {
             known.released = Some(generation);
         }
         Ok(())
@@ -255,7 +255,7 @@ impl Node {
                     file.only_copy &= done.kind == JobKind::Fetch;
                 }
             }
-            JobKind::Probe | JobKind::Import => self.import_ends(world, done),
+            JobKind::Probe | JobKind::Transfer => self.import_ends(world, done),
             JobKind::Store => {}
         }
     }

@@ -7,14 +7,15 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use berth_core::ids::ObjectName;
-use berth_core::ids::{Digest, NodeName, PoolName, Uid, import_reservation_name};
+use berth_core::ids::{Digest, NodeName, PoolName, Uid, transfer_reservation_name};
 use berth_core::ledger::Promise;
 use berth_core::node::view::{
-    JobKey, JobKind, NodeFile, NodeImage, NodeImport, NodeReservation, PoolOnNode, Shown,
+    JobKey, JobKind, NodeFile, NodeImage, NodeReservation, NodeTransfer, PoolOnNode, Shown,
 };
 use berth_core::node::{Halted, NodeView, plan};
+use berth_core::transfer::TransferKind;
 use berth_core::units::Bytes;
-use berth_core::view::{Access, ImportView, LedgerView, TransferState};
+use berth_core::view::{Access, LedgerView, TransferState, TransferView};
 
 use super::dice::Dice;
 use super::sabotage::Sabotage;
@@ -88,7 +89,7 @@ impl Node {
             }
             Kind::Reservations => self.view.reservations = reservations(world, node),
             Kind::Images => self.view.images = images(world, node),
-            Kind::Imports => self.view.imports = imports(world, node),
+            Kind::Imports => self.view.transfers = imports(world, node),
             Kind::Pools | Kind::Nodes => {}
         }
     }
@@ -202,7 +203,9 @@ fn reservations(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeReservation
     let all = world.objects().reservations.values();
     let import_of = |name: &ObjectName| {
         let mut imports = world.objects().imports.values();
-        let made = |import: &ImportView| import_reservation_name(&import.name.name, &import.uid) == name.name;
+        let made = |import: &TransferView| {
+            transfer_reservation_name(TransferKind::Import, &import.name.name, &import.uid) == name.name
+        };
         imports.find(|import| made(import)).map(|import| import.uid.clone())
     };
     let here = all.filter_map(|found| {
@@ -215,7 +218,7 @@ fn reservations(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeReservation
             access: found.access,
             image: found.assigned_image.as_ref().map(|image| image.digest),
             file: world.files.get(&found.uid).copied().filter(|_| found.access == Access::File),
-            import: import_of(&found.name),
+            transfer: import_of(&found.name),
             labels: BTreeMap::new(),
         };
         Some((found.uid.clone(), reservation))
@@ -236,16 +239,18 @@ fn images(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeImage> {
     here.map(|found| (found.uid.clone(), image(found))).collect()
 }
 
-fn imports(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeImport> {
+fn imports(world: &World, node: &NodeName) -> BTreeMap<Uid, NodeTransfer> {
     let all = world.objects().imports.values();
     let here = all.filter_map(|found| {
         let place = found.assignment.as_ref().filter(|place| place.node == *node)?;
-        let reservation = import_reservation_name(&found.name.name, &found.uid);
-        let import = NodeImport {
+        let reservation = transfer_reservation_name(TransferKind::Import, &found.name.name, &found.uid);
+        let import = NodeTransfer {
+            kind: TransferKind::Import,
             name: found.name.clone(),
             deleting: found.deleting,
             generation: place.generation,
             reservation: ObjectName::new(&found.name.namespace, reservation),
+            suspended: found.suspended,
             planned: found.peak.is_some(),
             ended: found.durable.is_some()
                 || matches!(found.state, TransferState::Done | TransferState::Failed),
@@ -313,7 +318,7 @@ fn assign_all(view: &mut NodeView) {
                 access: Access::File,
                 image: None,
                 file: None::<NodeFile>,
-                import: None,
+                transfer: None,
                 labels: BTreeMap::new(),
             };
             invented.push((uid.clone(), reservation));

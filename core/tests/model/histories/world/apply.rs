@@ -40,10 +40,11 @@ impl World {
             | Change::DeleteImage { .. }
             | Change::GiveUpImage { .. }
             | Change::UnguardImage { .. } => self.take_image(change),
-            Change::GuardImport { .. }
-            | Change::UnguardImport { .. }
-            | Change::AssignImport { .. }
-            | Change::ReportImport { .. } => self.take_import(change),
+            Change::GuardTransfer { .. }
+            | Change::UnguardTransfer { .. }
+            | Change::AssignTransfer { .. }
+            | Change::DeleteTransfer { .. }
+            | Change::ReportTransfer { .. } => self.take_import(change),
             Change::ReportPool { .. } | Change::ReportReclaim { .. } | Change::RetryAfter { .. } => Ok(false),
             Change::CreateReservation { .. }
             | Change::DeleteReservation { .. }
@@ -296,28 +297,29 @@ impl World {
         let next = self.version();
         let objects = self.edit(Kind::Imports);
         match change {
-            Change::GuardImport { name, uid } => {
-                let import = objects.imports.get_mut(name).filter(|i| i.uid == *uid && !i.deleting);
+            Change::GuardTransfer { id } => {
+                let import = objects.imports.get_mut(&id.name).filter(|i| i.uid == id.uid && !i.deleting);
                 let import = import.ok_or(Refused)?;
                 (import.has_finalizer, import.version) = (true, next);
                 Ok(true)
             }
-            Change::UnguardImport { name, uid } => {
-                let import = objects.imports.get(name).filter(|import| import.uid == *uid).ok_or(Refused)?;
+            Change::UnguardTransfer { id } => {
+                let import =
+                    objects.imports.get(&id.name).filter(|import| import.uid == id.uid).ok_or(Refused)?;
                 if import.deleting {
-                    objects.imports.remove(name);
+                    objects.imports.remove(&id.name);
                 }
                 Ok(true)
             }
-            Change::AssignImport { name, version, placement, .. } => {
+            Change::AssignTransfer { id, version, placement, .. } => {
                 let import =
-                    objects.imports.get_mut(name).filter(|i| i.version == *version).ok_or(Refused)?;
+                    objects.imports.get_mut(&id.name).filter(|i| i.version == *version).ok_or(Refused)?;
                 (import.assignment, import.version) = (Some(placement.clone()), next);
                 Ok(true)
             }
-            Change::ReportImport { name, version, state, .. } => {
+            Change::ReportTransfer { id, version, state, .. } => {
                 let import =
-                    objects.imports.get_mut(name).filter(|i| i.version == *version).ok_or(Refused)?;
+                    objects.imports.get_mut(&id.name).filter(|i| i.version == *version).ok_or(Refused)?;
                 if import.state == *state {
                     return Ok(false);
                 }

@@ -6,10 +6,11 @@ use berth_core::ids::{Digest, NodeName, ObjectName, PoolName, Sha256Sum, Uid};
 use berth_core::overcommit::Percent;
 use berth_core::reason::Reason;
 use berth_core::thin::{PoolMode, PoolState, ThinState, Usage};
+use berth_core::transfer::TransferKind;
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_core::view::{
-    DurableImage, ImportView, NodeLossPolicy, NodePoolState, ObjectVersion, Placement, PoolChoice, PoolView,
-    ReclaimPolicy, Service, Strategy, TransferState, WhenFull,
+    DurableImage, NodeLossPolicy, NodePoolState, ObjectVersion, Placement, PoolChoice, PoolView,
+    ReclaimPolicy, Service, Strategy, TransferState, TransferView, WhenFull,
 };
 
 use super::{NODE_BYTES, metadata_device};
@@ -67,8 +68,9 @@ pub fn grown(data: [u64; 2], percent: u64) -> ThinState {
     ThinState { images, volumes }
 }
 
-pub fn template(name: &str, size: u64) -> ImportView {
-    ImportView {
+pub fn template(name: &str, size: u64) -> TransferView {
+    TransferView {
+        kind: TransferKind::Import,
         uid: Uid(format!("import-{name}")),
         name: ObjectName::new("ns", name),
         version: ObjectVersion::default(),
@@ -76,7 +78,12 @@ pub fn template(name: &str, size: u64) -> ImportView {
         deleting: false,
         has_finalizer: true,
         pools: PoolChoice::Labelled(BTreeMap::new()),
-        store: ObjectName::new("ns", "store"),
+        stores: vec![ObjectName::new("ns", "store")],
+        suspended: false,
+        deadline: None,
+        ttl_after_finished: None,
+        finished: None,
+        done: false,
         allowed_namespaces: vec!["*".to_owned()],
         state: TransferState::Done,
         assignment: Some(Placement {
