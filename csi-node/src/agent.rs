@@ -5,7 +5,6 @@ pub mod execute;
 pub mod files;
 pub mod fill;
 pub mod heartbeat;
-pub mod imports;
 pub mod jobs;
 pub mod news;
 pub mod observe;
@@ -14,6 +13,7 @@ pub mod report;
 pub mod sources;
 pub mod space;
 pub mod stores;
+pub mod transfers;
 pub mod volumes;
 pub mod watches;
 
@@ -97,7 +97,7 @@ pub async fn run(node: Arc<Node>) {
         }
         if !forgotten && node.watches.synced() {
             forgotten = true;
-            imports::forget_others(&node).await;
+            transfers::forget_others(&node).await;
         }
         pass(&node, &mut failed).await;
         let woken = tokio::time::timeout(RESYNC, node.wake.notified());

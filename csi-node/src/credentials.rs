@@ -32,6 +32,13 @@ pub enum CredentialsError {
     },
 }
 
+impl CredentialsError {
+    /// True if the Secret is not there.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if matches!(&**source, kube::Error::Api(status) if status.code == 404))
+    }
+}
+
 /// Where credentials come from.
 pub trait CredentialSource: Send + Sync + 'static {
     /// The credentials that `name` in `namespace` stands for; nothing named means the node's own identity.

@@ -96,7 +96,7 @@ pub enum SourceFormat {
 }
 
 /// How the clusters of a qcow2 object are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Compression {
     /// Not at all.
     None,
@@ -107,7 +107,7 @@ pub enum Compression {
 }
 
 /// What is written where the destination is one object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OutputFormat {
     /// The disk's bytes, holes as zeros.
     Raw,
@@ -120,4 +120,15 @@ pub enum OutputFormat {
     Vmdk,
     /// Virtual PC's and Azure's.
     Vhd,
+}
+
+impl fmt::Display for OutputFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 { .. } => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vhd => "vhd",
+        })
+    }
 }

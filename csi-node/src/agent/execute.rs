@@ -14,9 +14,9 @@ use thiserror::Error;
 
 use super::files::{self, FilesError};
 use super::fill::{self, FillError};
-use super::imports::{self, WorkError};
 use super::jobs::StillRunning;
 use super::pools::{OpenPool, PoolError};
+use super::transfers::{self, WorkError};
 use super::volumes::{self, VolumeError};
 use super::{observe, space, stores};
 use crate::area::AreaError;
@@ -154,7 +154,7 @@ async fn abandon(node: &Arc<Node>, import: &Uid, generation: Generation) -> Resu
     for kind in [JobKind::Probe, JobKind::Transfer] {
         node.jobs.stop(&JobKey { kind, uid: import.clone(), generation }).await?;
     }
-    Ok(imports::abandon(node, import, generation).await?)
+    Ok(transfers::abandon(node, import, generation).await?)
 }
 
 /// Removes the bytes of a holder.
@@ -203,13 +203,13 @@ fn start(node: &Arc<Node>, step: &Step) -> Result<(), StepError> {
         Step::StartProbe { transfer, generation } => {
             let uid = transfer.clone();
             let key = key(JobKind::Probe, transfer, *generation);
-            node.jobs.start(key, |cancel| imports::probe(here, uid, cancel));
+            node.jobs.start(key, |cancel| transfers::probe(here, uid, cancel));
         }
         Step::StartTransfer { transfer, generation, pool, reservation, promised } => {
             let (uid, generation, pool) = (transfer.clone(), *generation, open(pool)?);
             let (reservation, promised) = (reservation.clone(), *promised);
             node.jobs.start(key(JobKind::Transfer, transfer, generation), move |cancel| {
-                imports::run(here, uid, generation, pool, reservation, promised, cancel)
+                transfers::run(here, uid, generation, pool, reservation, promised, cancel)
             });
         }
         Step::ProbeStore { store, generation } => start_probe(node, store, *generation),

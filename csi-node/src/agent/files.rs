@@ -19,9 +19,9 @@ use kube::ResourceExt as _;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
-use super::imports::WorkError;
 use super::news::FileNews;
 use super::pools::OpenPool;
+use super::transfers::WorkError;
 use super::{sources, stores};
 use crate::area::{AreaError, BoundedDir};
 use crate::credentials::{CredentialSource as _, SecretCredentials};

@@ -5,22 +5,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use berth_api::StagingReservation;
 use berth_api::conditions::time;
-use berth_api::fields::TransferPlan;
-use berth_api::fields::{LastError, Progress, Stage};
+use berth_api::fields::{LastError, Progress, Stage, TransferPlan};
 use berth_api::image_store::StoreCapabilities;
-use berth_api::template_import::DurableImage;
-use berth_api::{StagingReservation, TemplateImport};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::progress::Said;
 use berth_core::reason::Reason;
+use berth_core::stages::Stage::Publish;
 use berth_core::units::{Bytes, Generation, Timestamp};
 
+use super::transfers::{Outcome, Subject};
 use crate::node::now;
 
-/// What a node knows of an import: everything in its status that the node writes.
+/// How often at most another node is told anew what it needs to go on, in milliseconds.
+const RESUME_MILLIS: u64 = 2_000;
+
+/// What a node knows of an import or a transfer: everything in its status that the node writes.
 #[derive(Clone, Debug, Default)]
-pub struct ImportNews {
+pub struct TransferNews {
     /// What will be done.
     pub plan: Option<TransferPlan>,
     /// What is being done.
@@ -33,8 +36,12 @@ pub struct ImportNews {
     pub last_error: Option<LastError>,
     /// The generation whose work that has ended.
     pub failed_generation: Option<i64>,
-    /// The image.
-    pub durable: Option<DurableImage>,
+    /// What another node needs to go on, as it is told.
+    pub resume: Option<String>,
+    /// The same as it is, and when it was told last.
+    next_resume: (Option<String>, Option<Timestamp>),
+    /// What came of it.
+    pub outcome: Option<Outcome>,
     /// The generation whose traces are gone.
     pub released_generation: Option<i64>,
     /// While it waits for a fault to pass: what that is called, `Retrying` or `ObjectStoreUnavailable`.
@@ -45,10 +52,10 @@ pub struct ImportNews {
     pub wire: Option<(Timestamp, Bytes)>,
 }
 
-impl ImportNews {
+impl TransferNews {
     /// The same, or nothing if it has failed and is to be tried again: attempts count anew, and the source is looked at anew.
-    fn of_assignment(self, object: &TemplateImport) -> Self {
-        let assigned = object.status.as_ref().and_then(|status| status.assignment.as_ref());
+    fn of_assignment(self, subject: &Subject) -> Self {
+        let assigned = subject.assignment();
         let past = self
             .failed_generation
             .is_some_and(|failed| assigned.is_some_and(|assigned| assigned.generation > failed));
@@ -56,11 +63,44 @@ impl ImportNews {
     }
 
     /// Takes note of the error that ends the work of this assignment.
-    pub fn failed(&mut self, error: LastError, object: &TemplateImport) {
-        let assigned = object.status.as_ref().and_then(|status| status.assignment.as_ref());
-        self.failed_generation = assigned.map(|assigned| assigned.generation);
+    pub fn failed(&mut self, error: LastError, subject: &Subject) {
+        self.failed_generation = subject.assignment().map(|assigned| assigned.generation);
         self.last_error = Some(error);
         self.waiting = None;
+        self.resume = None;
+    }
+
+    /// Takes note of what came of it.
+    pub fn succeeded(&mut self, outcome: Outcome) {
+        self.last_error = None;
+        self.waiting = None;
+        self.resume = None;
+        if let Some(progress) = &mut self.progress {
+            progress.percent = Some(100);
+        }
+        if let Some(stage) = &mut self.stage {
+            *stage = Stage { index: stage.total, total: stage.total, name: Publish.to_string() };
+        }
+        self.outcome = Some(outcome);
+    }
+
+    /// Takes note of what another node needs to go on; true if that is to be told now.
+    pub fn note_resume(&mut self, text: String, now: Timestamp) -> bool {
+        let (next, told) = &mut self.next_resume;
+        *next = Some(text);
+        let due = told.is_none_or(|told| now.millis_since(told) >= RESUME_MILLIS);
+        if due {
+            *told = Some(now);
+            self.publish_resume();
+        }
+        due
+    }
+
+    /// Tells what another node needs to go on, as it is now.
+    pub fn publish_resume(&mut self) {
+        if let Some(next) = self.next_resume.0.take() {
+            self.resume = Some(next);
+        }
     }
 }
 
@@ -107,7 +147,7 @@ pub type ToldPromise = (PoolName, Uid, Generation, Bytes);
 /// All of it.
 #[derive(Default)]
 pub struct News {
-    imports: Mutex<BTreeMap<Uid, ImportNews>>,
+    transfers: Mutex<BTreeMap<Uid, TransferNews>>,
     fills: Mutex<BTreeMap<Uid, FillNews>>,
     files: Mutex<BTreeMap<Uid, FileNews>>,
     stores: Mutex<BTreeMap<Uid, StoreNews>>,
@@ -151,17 +191,17 @@ impl News {
         news
     }
 
-    /// What is known of an import. What ended an earlier assignment of it is over.
-    pub fn import(&self, uid: &Uid, object: &TemplateImport) -> ImportNews {
-        let news = lock(&self.imports).get(uid).cloned().unwrap_or_else(|| reported(object));
-        news.of_assignment(object)
+    /// What is known of an import or a transfer. What ended an earlier assignment of it is over.
+    pub fn transfer(&self, uid: &Uid, subject: &Subject) -> TransferNews {
+        let news = lock(&self.transfers).get(uid).cloned().unwrap_or_else(|| reported(subject));
+        news.of_assignment(subject)
     }
 
-    /// Changes what is known of an import.
-    pub fn edit_import(&self, uid: &Uid, object: &TemplateImport, edit: impl FnOnce(&mut ImportNews)) {
-        let mut imports = lock(&self.imports);
-        let news = imports.entry(uid.clone()).or_insert_with(|| reported(object));
-        *news = std::mem::take(news).of_assignment(object);
+    /// Changes what is known of an import or a transfer.
+    pub fn edit_transfer(&self, uid: &Uid, subject: &Subject, edit: impl FnOnce(&mut TransferNews)) {
+        let mut transfers = lock(&self.transfers);
+        let news = transfers.entry(uid.clone()).or_insert_with(|| reported(subject));
+        *news = std::mem::take(news).of_assignment(subject);
         edit(news);
     }
 
@@ -222,8 +262,8 @@ impl News {
     }
 
     /// Forgets objects that are gone.
-    pub fn retain(&self, imports: &BTreeSet<Uid>, images: &BTreeSet<Uid>, stores: &BTreeSet<Uid>) {
-        lock(&self.imports).retain(|uid, _| imports.contains(uid));
+    pub fn retain(&self, transfers: &BTreeSet<Uid>, images: &BTreeSet<Uid>, stores: &BTreeSet<Uid>) {
+        lock(&self.transfers).retain(|uid, _| transfers.contains(uid));
         lock(&self.fills).retain(|uid, _| images.contains(uid));
         lock(&self.stores).retain(|uid, _| stores.contains(uid));
     }
@@ -239,32 +279,34 @@ fn reported_file(object: &StagingReservation) -> FileNews {
 }
 
 /// What was reported before this process began.
-fn reported(object: &TemplateImport) -> ImportNews {
-    let status = object.status.clone().unwrap_or_default();
-    let percent = status.progress.as_ref().and_then(|progress| progress.percent);
+fn reported(subject: &Subject) -> TransferNews {
+    let told = subject.reported();
+    let percent = told.progress.as_ref().and_then(|progress| progress.percent);
     let percent = percent.and_then(|percent| u8::try_from(percent).ok()).unwrap_or_default();
-    ImportNews {
-        plan: status.plan,
-        stage: status.stage,
-        progress: status.progress,
-        attempts: status.attempts,
-        last_error: status.last_error,
-        failed_generation: status.failed_generation,
-        durable: status.durable,
-        released_generation: status.released_generation,
-        waiting: None,
+    TransferNews {
+        plan: told.plan,
+        stage: told.stage,
+        progress: told.progress,
+        attempts: told.attempts,
+        last_error: told.last_error,
+        failed_generation: told.failed_generation,
+        resume: told.resume,
+        outcome: told.outcome,
+        released_generation: told.released_generation,
         said: Said { percent, ..Said::default() },
-        wire: None,
+        ..TransferNews::default()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
     fn a54_what_ended_an_earlier_assignment_is_over_and_stays_so_after_a_restart() {
-        let import = |assigned: i64, failed: Option<i64>| -> TemplateImport {
+        let import = |assigned: i64, failed: Option<i64>| {
             let mut import = serde_json::json!({
                 "apiVersion": "staging.berth.dev/v1alpha1", "kind": "TemplateImport",
                 "metadata": {"name": "t", "namespace": "ns", "uid": "u"},
@@ -278,24 +320,37 @@ mod tests {
             if let Some(failed) = failed {
                 import["status"]["failedGeneration"] = failed.into();
             }
-            serde_json::from_value(import).unwrap()
+            Subject::Import(Arc::new(serde_json::from_value(import).unwrap()))
         };
         let uid = Uid::from("u");
         let news = News::default();
-        let failed = |news: &News, import: &TemplateImport| {
-            let known = news.import(&uid, import);
+        let failed = |news: &News, import: &Subject| {
+            let known = news.transfer(&uid, import);
             (known.attempts, known.last_error.is_some(), known.failed_generation)
         };
         assert_eq!(failed(&news, &import(2, Some(2))), (Some(11), true, Some(2)), "it has failed");
         assert_eq!(failed(&news, &import(3, Some(2))), (None, false, None), "it is to be tried again");
         let again = import(3, Some(2));
-        news.edit_import(&uid, &again, |news| news.attempts = Some(1));
+        news.edit_transfer(&uid, &again, |news| news.attempts = Some(1));
         assert_eq!(failed(&news, &again), (Some(1), false, None), "it is counted anew");
-        news.edit_import(&uid, &again, |news| {
+        news.edit_transfer(&uid, &again, |news| {
             news.failed(last_error(Reason::SourceChanged, "m", false), &again);
         });
         assert_eq!(failed(&news, &again), (Some(1), true, Some(3)));
         assert_eq!(failed(&News::default(), &import(3, None)), (Some(11), true, None));
+    }
+
+    #[test]
+    fn what_others_need_to_go_on_is_told_in_time_and_not_for_each_part() {
+        let mut news = TransferNews::default();
+        assert!(news.note_resume("1".to_owned(), Timestamp(10_000)));
+        assert!(!news.note_resume("2".to_owned(), Timestamp(11_000)));
+        assert_eq!(news.resume.as_deref(), Some("1"));
+        assert!(news.note_resume("3".to_owned(), Timestamp(12_000)));
+        assert_eq!(news.resume.as_deref(), Some("3"));
+        news.note_resume("4".to_owned(), Timestamp(12_001));
+        news.publish_resume();
+        assert_eq!(news.resume.as_deref(), Some("4"), "before a pause it is told whatever the time");
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use berth_api::defaults::ANNOTATION_DISCARD;
 use berth_api::parse::{self, PoolArea, generation};
 use berth_api::staging_reservation::Access as ApiAccess;
-use berth_api::template_import::ImportState;
 use berth_api::{StagingPool, StagingReservation, TemplateImport};
 use berth_core::ids::{
     Digest, ObjectName, PoolName, Uid, is_transfer_reservation, transfer_reservation_name,
@@ -26,6 +25,7 @@ use thiserror::Error;
 
 use super::files::{FileDir, directory};
 use super::pools::{OpenPool, PoolError, PoolSpec};
+use super::transfers::Subject;
 use crate::area::{Backend, ThinGroup, ThinSpec};
 use crate::files::boot;
 use crate::node::Node;
@@ -77,7 +77,7 @@ fn look(node: &Node) -> Result<NodeView, ObserveError> {
     let assigned = node.watches.assigned.state();
     view.reservations = assigned.iter().filter_map(|found| reservation(node, found)).collect();
     view.images = images(node);
-    view.transfers = imports(node);
+    view.transfers = transfers(node);
     view.stores = stores(node);
     if sabotage::active(sabotage::OBEY_WITHOUT_LEDGER) {
         invent_promises(&mut view);
@@ -252,37 +252,28 @@ fn images(node: &Node) -> BTreeMap<Uid, NodeImage> {
     .collect()
 }
 
-fn imports(node: &Node) -> BTreeMap<Uid, NodeTransfer> {
-    let imports = node.watches.imports.state();
-    imports
-        .iter()
-        .filter_map(|import| {
-            let status = import.status.as_ref()?;
-            let assignment = status.assignment.as_ref().filter(|a| a.node == node.name.as_str())?;
-            let (namespace, name, uid) = (import.namespace()?, import.name_any(), Uid::from(import.uid()?));
-            let news = node.news.import(&uid, import);
-            let failed = news.last_error.as_ref().is_some_and(|error| !error.retryable);
-            let parsed = NodeTransfer {
-                kind: TransferKind::Import,
-                reservation: ObjectName::new(
-                    namespace.clone(),
-                    transfer_reservation_name(TransferKind::Import, &name, &uid),
-                ),
-                name: ObjectName::new(namespace, name),
-                deleting: import.metadata.deletion_timestamp.is_some(),
-                generation: generation(assignment.generation),
-                suspended: false,
-                planned: news.plan.is_some(),
-                // The operator says that it has failed; its space goes once nothing works in it any more.
-                ended: news.durable.is_some()
-                    || failed
-                    || status.state == Some(ImportState::Failed)
-                    || parse::asked_import(import).is_err(),
-                released: news.released_generation.map(generation),
-            };
-            Some((uid, parsed))
-        })
-        .collect()
+fn transfers(node: &Node) -> BTreeMap<Uid, NodeTransfer> {
+    let all = Subject::all(node).into_iter();
+    all.filter_map(|subject| {
+        let (name, uid, kind) = (subject.name(), subject.uid(), subject.kind());
+        let news = node.news.transfer(&uid, &subject);
+        let failed = news.last_error.as_ref().is_some_and(|error| !error.retryable);
+        let reservation = transfer_reservation_name(kind, &name.name, &uid);
+        let parsed = NodeTransfer {
+            kind,
+            reservation: ObjectName::new(name.namespace.clone(), reservation),
+            name,
+            deleting: subject.is_deleting(),
+            generation: subject.assigned_to(node)?,
+            suspended: subject.is_suspended(),
+            planned: news.plan.is_some(),
+            // The operator says that it has failed; its space goes once nothing works in it any more.
+            ended: news.outcome.is_some() || failed || subject.has_failed() || subject.asked().is_err(),
+            released: news.released_generation.map(generation),
+        };
+        Some((uid, parsed))
+    })
+    .collect()
 }
 
 fn stores(node: &Node) -> BTreeMap<ObjectName, NodeStore> {

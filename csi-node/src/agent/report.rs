@@ -5,6 +5,7 @@ mod images;
 mod orphans;
 mod reservations;
 mod scans;
+mod transfers;
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -14,13 +15,12 @@ use berth_api::conditions::{ConditionType, Truth, condition};
 use berth_api::defaults::{LABEL_ZONE, node_manager};
 use berth_api::parse::to_thin_pools;
 use berth_api::staging_node::{NodePool, Obeyed, PreflightCheck, Released, StagingNodeSpec};
-use berth_api::{ImageStore, StagingNode, TemplateImport};
+use berth_api::{ImageStore, StagingNode};
 use berth_core::ids::{PoolName, Uid};
 use berth_core::node::NodeView;
 use berth_core::reason::Reason;
 use berth_core::units::Bytes;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Resource, ResourceExt as _};
 use serde::Serialize;
@@ -29,6 +29,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::observe::{ObserveError, observe, wanted_pools};
+use super::transfers::Subject;
 use crate::area::Backend;
 use crate::node::{Node, now, versions};
 use crate::telemetry::chain;
@@ -69,8 +70,8 @@ pub async fn report(node: &Arc<Node>) -> Result<bool, ReportError> {
     for image in node.watches.images.state() {
         warn(images::report(node, &view, &image).await);
     }
-    for import in node.watches.imports.state() {
-        warn(report_import(node, &view, &import).await);
+    for subject in Subject::all(node) {
+        warn(transfers::report(node, &view, &subject).await);
     }
     for store in node.watches.stores.state() {
         warn(report_store(node, &view, &store).await);
@@ -184,74 +185,6 @@ where
 
 fn shown<T: Serialize>(status: Option<&T>) -> Result<Value, ReportError> {
     Ok(status.map(serde_json::to_value).transpose()?.unwrap_or_else(|| json!({})))
-}
-
-const IMPORT_FIELDS: &[&str] = &[
-    "plan",
-    "stage",
-    "progress",
-    "attempts",
-    "lastError",
-    "failedGeneration",
-    "durable",
-    "releasedGeneration",
-];
-
-async fn report_import(node: &Node, view: &NodeView, object: &TemplateImport) -> Result<(), ReportError> {
-    let uid = Uid::from(object.uid().unwrap_or_default());
-    if !view.transfers.contains_key(&uid) {
-        return Ok(());
-    }
-    let news = node.news.import(&uid, object);
-    let mut status = Map::new();
-    let mut put =
-        |name: &str, value: Value| drop((!value.is_null()).then(|| status.insert(name.to_owned(), value)));
-    put("plan", json!(news.plan));
-    put("stage", json!(news.stage));
-    put("progress", json!(news.progress));
-    put("attempts", json!(news.attempts));
-    put("lastError", json!(news.last_error));
-    put("failedGeneration", json!(news.failed_generation));
-    put("durable", json!(news.durable));
-    put("releasedGeneration", json!(news.released_generation));
-    let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
-    put("conditions", json!(import_conditions(view, &uid, &news, object, &previous)));
-    let conditions = &[ConditionType::Durable, ConditionType::Progressing];
-    let wanted = Wanted { status: Value::Object(status), owned: IMPORT_FIELDS, conditions };
-    apply(node, namespaced(node, object), object, shown(object.status.as_ref())?, wanted).await
-}
-
-fn import_conditions(
-    view: &NodeView,
-    uid: &Uid,
-    news: &super::news::ImportNews,
-    object: &TemplateImport,
-    previous: &[Condition],
-) -> [Condition; 2] {
-    let error = news.last_error.as_ref();
-    let told = error.map(|error| (Reason::from_name(&error.reason).unwrap_or(Reason::Retrying), error));
-    let runs = view.jobs.iter().any(|job| job.uid == *uid);
-    let (durable, progressing) = match (&news.durable, told) {
-        (Some(_), _) => ((Truth::True, Reason::Durable, ""), (Truth::False, Reason::Durable, "")),
-        (None, Some((reason, error))) if !error.retryable => {
-            let message = error.message.as_str();
-            ((Truth::False, reason, message), (Truth::False, reason, message))
-        }
-        (None, told) => {
-            let message = told.map_or("", |(_, error)| error.message.as_str());
-            let reason = match (news.waiting, &news.plan, runs) {
-                (Some(waiting), ..) => (Truth::True, waiting, message),
-                (None, None, _) => (Truth::True, Reason::Probing, ""),
-                (None, Some(_), true) => (Truth::True, Reason::Progressing, ""),
-                (None, Some(_), false) => (Truth::False, Reason::WaitingForReservation, ""),
-            };
-            ((Truth::False, Reason::Progressing, ""), reason)
-        }
-    };
-    let make = |kind, (truth, reason, message): (Truth, Reason, &str)| {
-        condition(previous, kind, truth, reason, message, object.metadata.generation, now())
-    };
-    [make(ConditionType::Durable, durable), make(ConditionType::Progressing, progressing)]
 }
 
 async fn report_store(node: &Node, view: &NodeView, object: &ImageStore) -> Result<(), ReportError> {
@@ -434,7 +367,7 @@ mod tests {
     #[test]
     fn what_another_node_has_left_is_cleared_by_name() {
         let status = json!({"attempts": 2});
-        let wanted = Wanted { status, owned: IMPORT_FIELDS, conditions: &[] };
+        let wanted = Wanted { status, owned: &["attempts", "lastError"], conditions: &[] };
         let answer = json!({"attempts": 2, "lastError": {"reason": "SourceStalled"}, "state": "Importing"});
         assert_eq!(Value::Object(left_over(&answer, &wanted)), json!({"lastError": null}));
         assert!(left_over(&json!({"attempts": 2, "lastError": null}), &wanted).is_empty());

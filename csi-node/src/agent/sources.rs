@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
-use berth_api::TemplateImport;
-use berth_api::fields::{S3Source, Source as ApiSource};
-use berth_api::parse::InvalidField;
+use berth_api::fields::S3Source;
+use berth_api::parse::{AskedSource, InvalidField};
 use berth_objectstore::s3::{S3Config, S3Store};
 use berth_objectstore::source::address::{AddressPolicy, NetworkError};
 use berth_objectstore::source::{HttpConfig, HttpSource, ObjectSource, RangedSource};
-use kube::ResourceExt as _;
 
-use super::imports::WorkError;
 use super::stores;
+use super::transfers::WorkError;
 use crate::credentials::{CredentialSource, SecretCredentials};
 use crate::node::Node;
 use crate::transfer::TransferError;
@@ -27,29 +25,28 @@ pub fn address_policy(allowed: &[String]) -> Result<AddressPolicy, NetworkError>
     })
 }
 
-/// The source of an import, as this node reads it.
+/// A source that something in `namespace` asks for, as this node reads it.
 pub(super) async fn open(
     node: &Node,
-    import: &TemplateImport,
+    namespace: &str,
+    source: &AskedSource,
     stall: Duration,
 ) -> Result<RangedSource, WorkError> {
-    let addresses = address_policy(&node.config.allow_source_cidrs)?;
-    match &import.spec.source {
-        ApiSource { http: Some(http), .. } => {
+    match source {
+        AskedSource::Http(http) => {
             let config = HttpConfig {
                 url: http.url.clone(),
                 headers: Vec::new(),
                 ca_bundle: http.ca_bundle.clone().map(String::into_bytes),
-                addresses,
+                addresses: address_policy(&node.config.allow_source_cidrs)?,
                 stall,
             };
             Ok(HttpSource::new(config).map_err(TransferError::from)?.into())
         }
-        ApiSource { s3: Some(s3), .. } => {
-            open_object(node, &import.namespace().unwrap_or_default(), s3, stall).await
-        }
-        ApiSource { .. } => {
-            Err(InvalidField::Shape { field: "spec.source", problem: "no source is set".to_owned() }.into())
+        AskedSource::S3(s3) => open_object(node, namespace, s3, stall).await,
+        AskedSource::StoreImage { .. } => {
+            let problem = "an image of an image store is not read by range".to_owned();
+            Err(InvalidField::Shape { field: "spec.source", problem }.into())
         }
     }
 }

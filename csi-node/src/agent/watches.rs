@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_api::{
-    ImageStore, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
+    TemplateImport,
 };
 use berth_core::ids::{NodeName, node_lease_name};
 use futures::StreamExt as _;
@@ -38,6 +39,8 @@ pub struct Watches {
     pub made: Store<StagingReservation>,
     /// Imports that are assigned to it.
     pub imports: Store<TemplateImport>,
+    /// Transfers that are assigned to it.
+    pub transfers: Store<ImageTransfer>,
     /// All image stores.
     pub stores: Store<ImageStore>,
     /// Its own report.
@@ -83,6 +86,7 @@ impl Watches {
             made: starter
                 .start(Api::namespaced(client.clone(), namespace), watcher::Config::default().labels(&label)),
             imports: starter.start(Api::all(client.clone()), by("status.assignment.node")),
+            transfers: starter.start(Api::all(client.clone()), by("status.assignment.node")),
             stores: starter.start(Api::all(client.clone()), watcher::Config::default()),
             report: starter.start(Api::all(client.clone()), by("metadata.name")),
             listed: starter.listed,

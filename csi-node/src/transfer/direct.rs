@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::stages::Shape;
+use berth_core::transfer::{Staging as Wish, choose};
 use berth_core::units::Bytes;
-use berth_image::ImageFormat;
 use berth_objectstore::checksum::SourceHash;
 use berth_objectstore::chunks::remote::{RemoteConfig, RemoteImage};
 use berth_objectstore::chunks::store::ChunkStore;
@@ -145,7 +145,7 @@ pub(crate) async fn ready(
     match source {
         Source::Staged(origin) => {
             let staging = Staging { job, origin, journal, reporter, chunk_size };
-            staging.prepare(phase).await?.open(journal).await
+            staging.prepare(phase).await?.open(journal, job.format).await
         }
         Source::Direct(source) => open(job, source, journal, chunk_size, &phase).await,
     }
@@ -176,12 +176,17 @@ async fn open(
     Ok(readable)
 }
 
-/// Tells the image store of a source that this transfer reads it no more.
-pub async fn let_go(job: &TransferJob, source: &Source) -> Result<(), TransferError> {
+/// Lets go of the source, as far as it is held on to.
+pub(crate) async fn let_go(job: &TransferJob, source: &Source) -> Result<(), TransferError> {
     match source {
-        Source::Direct(Direct::Stored { chunks, .. }) => Ok(chunks.unpin(&job.uid).await?),
+        Source::Direct(Direct::Stored { chunks, .. }) => unpin(job, chunks).await,
         Source::Staged(_) | Source::Direct(Direct::Ranged(_)) => Ok(()),
     }
+}
+
+/// Tells an image store that this transfer reads nothing of it any more.
+pub async fn unpin(job: &TransferJob, chunks: &ChunkStore<S3Store>) -> Result<(), TransferError> {
+    Ok(chunks.unpin(&job.uid).await?)
 }
 
 async fn ranged(
@@ -194,14 +199,12 @@ async fn ranged(
         source.open(0, Some(version)).await?;
         (shape, version.to_owned())
     } else {
-        let (probed, info) = open_and_probe(&mut source, &job.limits).await?;
-        let version = info.version.filter(|_| info.accepts_ranges && probed.format == ImageFormat::Raw);
+        let (probed, info) = open_and_probe(&mut source, &job.limits, job.format).await?;
+        // The plan was made of another look at the source.
+        choose(Wish::Never, probed.found()).map_err(TransferError::NotDirect)?;
         let shape = Shape { in_place: true, ..probed.shape(chunk_size) };
-        (shape, version.ok_or(TransferError::NotDirect)?)
+        (shape, info.version.unwrap_or_default())
     };
-    if !shape.source_bytes.0.is_multiple_of(512) {
-        return Err(TransferError::NotDirect);
-    }
     let content = Content::Ranged { source, size: shape.source_bytes };
     let phase = Phase::Reading { shape, version: identity.clone() };
     Ok(Readable { content, identity, shape, sum: SourceSum::Counted(job.checksum), phase })

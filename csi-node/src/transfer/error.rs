@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use berth_core::ids::Sha256Sum;
 use berth_core::reason::{Reason, ReasonClass};
 use berth_core::retry::Fault;
+use berth_core::transfer::NoRoute;
 use berth_core::units::Bytes;
 use berth_device::qemu::{ConvertError, UnknownDriver};
 use berth_image::{ProbeError, ReadError, Refusal, WriteError};
@@ -70,10 +71,8 @@ pub enum TransferError {
     #[error("the source is not what it was when the transfer began")]
     Changed,
     /// The plan was made of another look at the source.
-    #[error(
-        "the source cannot be read where it lies any more: it is not raw, names no version, or cannot be read from the middle"
-    )]
-    NotDirect,
+    #[error("the source is not what it was when the transfer was planned")]
+    NotDirect(#[source] NoRoute),
     /// The source.
     #[error("failed to read the source")]
     Source(#[from] SourceError),
@@ -185,7 +184,7 @@ impl TransferError {
             Self::Checksum { .. } => Reason::ChecksumMismatch,
             Self::Short { .. } => Reason::SourceUnavailable,
             Self::NoSize => Reason::SourceUnusable,
-            Self::Changed | Self::NotDirect => Reason::SourceChanged,
+            Self::Changed | Self::NotDirect(_) => Reason::SourceChanged,
             Self::Source(error) => source_reason(error),
             Self::Read(error) => read_reason(error),
             Self::Remote(error) => remote_reason(error),

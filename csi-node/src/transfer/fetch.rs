@@ -126,7 +126,7 @@ async fn begin(
         }
     }
     // The plan was made of another look at the source: it may be another one by now.
-    let (probed, info) = open_and_probe(&mut source, &staging.job.limits).await?;
+    let (probed, info) = open_and_probe(&mut source, &staging.job.limits, staging.job.format).await?;
     let shape = probed.shape(staging.chunk_size);
     staging.job.check_promise(shape.peak_bytes())?;
     let version = info.version.filter(|_| info.accepts_ranges);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use berth_core::ids::{Digest, NodeName, ObjectName, Sha256Sum, Uid};
 use berth_core::stages::{Shape, Stage};
+use berth_core::transfer::Found;
 use berth_core::units::{Bytes, Generation};
 use berth_image::ImageFormat;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,8 @@ pub struct TransferJob {
     pub node: NodeName,
     /// Bounds.
     pub limits: Limits,
+    /// The source's format; `None` if its head tells it.
+    pub format: Option<ImageFormat>,
     /// What the source's bytes must add up to.
     pub checksum: Option<Sha256Sum>,
     /// The directory of its reservation.
@@ -86,9 +89,21 @@ pub struct Probed {
     pub virtual_size: Bytes,
     /// True if a tool must convert it.
     pub converted: bool,
+    /// True if it can be read from the middle, and says which version it is.
+    pub rereadable: bool,
 }
 
 impl Probed {
+    /// What decides which way it takes.
+    pub fn found(&self) -> Found {
+        Found::File {
+            raw: self.format == ImageFormat::Raw,
+            converted: self.converted,
+            rereadable: self.rereadable,
+            whole_sectors: self.source_bytes.0.is_multiple_of(512),
+        }
+    }
+
     /// What a transfer of it that fetches the source occupies and does; into an image store with chunks of this size, or
     /// into an object.
     pub fn shape(&self, chunk_size: Option<Bytes>) -> Shape {

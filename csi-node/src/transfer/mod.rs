@@ -31,7 +31,7 @@ use berth_objectstore::ObjectStore;
 use berth_objectstore::chunks::store::ChunkStore;
 use tokio_util::sync::CancellationToken;
 
-pub use direct::{Direct, Source, let_go};
+pub use direct::{Direct, Source, unpin};
 pub use error::{TransferError, source_reason, store_reason};
 pub use fetch::Origin;
 pub use job::{Durable, Limits, Probed, Reporter, SentObject, Snapshot, TransferJob};

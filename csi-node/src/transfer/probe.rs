@@ -1,7 +1,7 @@
 //! The first look at a source: its format and sizes, from its head alone, before a byte is promised or written.
 
 use berth_core::units::Bytes;
-use berth_image::{FOOTER_SAMPLE, HEAD_SAMPLE, Probe, Reader, Sample, probe};
+use berth_image::{FOOTER_SAMPLE, HEAD_SAMPLE, ImageFormat, Probe, Reader, Sample, probe, probe_as};
 use berth_objectstore::source::{RangedSource, SourceInfo};
 use futures::StreamExt as _;
 
@@ -12,14 +12,21 @@ use super::job::{Limits, Probed};
 const LONG_HEAD: Bytes = Bytes::mib(8);
 
 /// Reads the head of `source`, and its end where a format keeps its size there. Holds at most 8 MiB.
-pub async fn probe_source(source: &RangedSource, limits: &Limits) -> Result<Probed, TransferError> {
-    Ok(open_and_probe(&mut source.clone(), limits).await?.0)
+///
+/// Its format is `format`, if that is given.
+pub async fn probe_source(
+    source: &RangedSource,
+    limits: &Limits,
+    format: Option<ImageFormat>,
+) -> Result<Probed, TransferError> {
+    Ok(open_and_probe(&mut source.clone(), limits, format).await?.0)
 }
 
 /// As [`probe_source`]; `source` is open afterwards, at the version that was probed.
 pub(crate) async fn open_and_probe(
     source: &mut RangedSource,
     limits: &Limits,
+    format: Option<ImageFormat>,
 ) -> Result<(Probed, SourceInfo), TransferError> {
     let info = source.open(HEAD_SAMPLE.0, None).await?;
     let size = info.size.ok_or(TransferError::NoSize)?;
@@ -31,12 +38,17 @@ pub(crate) async fn open_and_probe(
     } else {
         None
     };
-    let mut found = probe(&Sample { head: &info.head, size, tail: tail.as_deref() })?;
+    let look = |head: &[u8]| {
+        let sample = Sample { head, size, tail: tail.as_deref() };
+        format.map_or_else(|| probe(&sample), |format| probe_as(format, &sample))
+    };
+    let mut found = look(&info.head)?;
     if found.virtual_size.is_none() && info.accepts_ranges {
         let head = read(source, Bytes::ZERO, size.min(LONG_HEAD)).await?;
-        found = probe(&Sample { head: &head, size, tail: tail.as_deref() })?;
+        found = look(&head)?;
     }
-    Ok((checked(&found, size, limits)?, info))
+    let rereadable = info.accepts_ranges && info.version.is_some();
+    Ok((Probed { rereadable, ..checked(&found, size, limits)? }, info))
 }
 
 /// Compares what a probe found with the limits.
@@ -47,7 +59,7 @@ pub fn checked(found: &Probe, size: Bytes, limits: &Limits) -> Result<Probed, Tr
         return Err(TransferError::VirtualSize { found: virtual_size, limit: limits.virtual_size });
     }
     let converted = matches!(found.reader, Reader::QemuImg { .. });
-    Ok(Probed { format: found.format, source_bytes: size, virtual_size, converted })
+    Ok(Probed { format: found.format, source_bytes: size, virtual_size, converted, rereadable: false })
 }
 
 async fn read(source: &RangedSource, from: Bytes, to: Bytes) -> Result<Vec<u8>, TransferError> {

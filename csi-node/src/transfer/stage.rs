@@ -8,7 +8,7 @@ use berth_core::ids::Digest;
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
 use berth_device::qemu::{ConvertLimits, convert_to_raw};
-use berth_image::{ImageFormat, Probe, Reader, open, probe_file, probe_file_as};
+use berth_image::{ImageFormat, Probe, ProbeError, Reader, open, probe_file, probe_file_as};
 
 use super::content::Content;
 use super::direct::{Readable, SourceSum};
@@ -44,12 +44,15 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// Opens the image.
-    pub async fn open(self, journal: &Journal) -> Result<Readable, TransferError> {
-        let (owned, converted) = (self.path.clone(), self.shape.converted);
+    pub async fn open(
+        self,
+        journal: &Journal,
+        format: Option<ImageFormat>,
+    ) -> Result<Readable, TransferError> {
         // The converted image is raw, whatever its bytes look like.
-        let probe = journal.work(move || {
-            if converted { probe_file_as(ImageFormat::Raw, &owned) } else { probe_file(&owned) }
-        });
+        let format = if self.shape.converted { Some(ImageFormat::Raw) } else { format };
+        let owned = self.path.clone();
+        let probe = journal.work(move || probe_given(&owned, format));
         let content = Content::File { reader: open(&self.path, &probe.await??).await?, path: self.path };
         let (identity, sum) = (self.source_digest.to_string(), SourceSum::Known(self.source_digest));
         let (source_digest, shape) = (self.source_digest, self.shape);
@@ -131,8 +134,8 @@ impl Staging<'_> {
     }
 
     async fn probe_whole(&self, path: &Path) -> Result<Probe, TransferError> {
-        let owned = path.to_owned();
-        Ok(self.journal.work(move || probe_file(&owned)).await??)
+        let (owned, format) = (path.to_owned(), self.job.format);
+        Ok(self.journal.work(move || probe_given(&owned, format)).await??)
     }
 
     async fn convert(&self, path: &Path, shape: &Shape) -> Result<(), TransferError> {
@@ -159,6 +162,11 @@ impl Staging<'_> {
         }
         Ok(())
     }
+}
+
+/// Probes a file, of this format if it is given.
+fn probe_given(path: &Path, format: Option<ImageFormat>) -> Result<Probe, ProbeError> {
+    format.map_or_else(|| probe_file(path), |format| probe_file_as(format, path))
 }
 
 fn has_length(path: &Path, len: Bytes) -> bool {

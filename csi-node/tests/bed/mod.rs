@@ -164,6 +164,7 @@ impl Work {
             name: ObjectName::new("ns", name),
             node,
             limits,
+            format: None,
             checksum: None,
             dir,
             promised: Bytes::gib(4),

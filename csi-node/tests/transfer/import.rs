@@ -42,7 +42,7 @@ async fn every_format_comes_back_as_the_disk_it_is() {
         let origin = bed.origin("plain", &name, PATIENCE);
         let Origin::Remote(source) = &origin else { unreachable!() };
         let work = Work::new(&bed, &name);
-        let probed = probe_source(source, &work.job.limits).await.unwrap();
+        let probed = probe_source(source, &work.job.limits, None).await.unwrap();
         assert_eq!(probed.converted, converted, "{name}");
         let durable =
             work.run(&bed, &origin).await.unwrap_or_else(|error| panic!("{name}: {}", error.chain()));

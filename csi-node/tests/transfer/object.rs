@@ -115,7 +115,7 @@ async fn object(bed: &Bed, key: &str) -> PathBuf {
 /// The object as a raw disk, after the tool that owns the format has checked it.
 async fn disk_of(bed: &Bed, key: &str, driver: &str) -> PathBuf {
     let path = object(bed, key).await;
-    if driver != "raw" {
+    if driver == "qcow2" || driver == "vmdk" {
         qemu_img(&["check", "-q", "-f", driver, text(&path)]);
     }
     let raw = path.with_extension("disk");
@@ -159,6 +159,8 @@ async fn every_source_becomes_every_format() {
         ("qcow2", OutputFormat::Qcow2 { compression: Compression::None }),
         ("qcow2", QCOW2),
         ("qcow2", OutputFormat::Qcow2 { compression: Compression::Zstd }),
+        ("vmdk", OutputFormat::Vmdk),
+        ("vpc", OutputFormat::Vhd),
     ];
     for (from, source, summed) in &sources {
         for (number, (driver, format)) in formats.iter().enumerate() {

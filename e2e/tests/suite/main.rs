@@ -27,6 +27,7 @@ mod scale;
 mod scenario;
 mod scene;
 mod thin_cluster;
+mod transfers;
 mod volume;
 mod zone;
 
@@ -49,6 +50,7 @@ fn scenarios() -> Vec<Scenario> {
         thin_cluster::scenarios(),
         sanity::scenarios(),
         files::scenarios(),
+        transfers::scenarios(),
         references::scenarios(),
         bad_input::scenarios(),
         full_area::scenarios(),

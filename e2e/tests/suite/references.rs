@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use berth_api::conditions::{self, ConditionType};
 use berth_api::staging_reservation::{ReservationState, StagingReservationStatus};
-use berth_api::{StagedImage, StagingLedger, StagingReservation, TemplateImport};
+use berth_api::{StagedImage, StagingLedger, StagingPool, StagingReservation, TemplateImport};
 use berth_e2e::cluster::SYSTEM_NAMESPACE;
 use berth_e2e::csi::{Csi, Inline, View, Volume};
 use berth_e2e::site::{BUCKET, NodeKind, S3Kind};
@@ -16,7 +16,7 @@ use berth_e2e::wait::{self, Look};
 use berth_testkit::s3::fault::{FaultAction, FaultRule, write_rules};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 
@@ -123,7 +123,7 @@ fn is(state: ReservationState) -> impl Fn(&StagingReservationStatus) -> bool {
 /// A second reservation of the same template comes while the first one's image is still being copied, a third one after
 /// that: there is one image, charged and fetched once.
 async fn joined() -> anyhow::Result<()> {
-    let bed = Bed::start().await?;
+    let mut bed = Bed::start().await?;
     let made = bed.scene.import_http("disk", &bed.scene.qcow2).await?;
     let data = bed.scene.site.dir().join("s3");
     let before = chunk_reads(&data)?;
@@ -178,7 +178,9 @@ async fn joined() -> anyhow::Result<()> {
     let places = usize::try_from(made.real_size / CHUNK_BYTES)?;
     ensure!(reads.len() == places, "{} reads for {places} places: {made:?}", reads.len());
 
-    for name in ["first", "second", "third"] {
+    a34_only_use_moves_the_time_of_use(&mut bed, &images, &image, &spec).await?;
+
+    for name in ["first", "second", "third", "fourth"] {
         bed.reservations.delete(name, &DeleteParams::default()).await?;
     }
     images.delete(&image, &DeleteParams::default()).await?;
@@ -186,6 +188,40 @@ async fn joined() -> anyhow::Result<()> {
     imports.delete("disk", &DeleteParams::default()).await?;
     nothing_remains(&bed.scene.site).await?;
     bed.scene.finish()
+}
+
+/// What is not a use, a change of the object, of its pool, a restart of the plugin or mere time, does not move the time of the
+/// last use of an image; a volume that is made of it does.
+async fn a34_only_use_moves_the_time_of_use(
+    bed: &mut Bed,
+    images: &Api<StagedImage>,
+    image: &str,
+    spec: &Value,
+) -> anyhow::Result<()> {
+    let used = async |images: &Api<StagedImage>| -> anyhow::Result<_> {
+        let status = images.get(image).await?.status.context("no status")?;
+        status.last_used.context("no time of use")
+    };
+    let before = used(images).await?;
+    let labels = Patch::Merge(json!({ "metadata": { "labels": { "looked-at": "yes" } } }));
+    images.patch(image, &PatchParams::default(), &labels).await?;
+    let pools: Api<StagingPool> = Api::all(bed.scene.site.client());
+    pools.patch(POOL, &PatchParams::default(), &labels).await?;
+    bed.scene.site.node_mut(0).kill9();
+    bed.scene.site.node_mut(0).start_agent()?;
+    bed.scene.node().wait_ready().await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    ensure!(used(images).await? == before, "it counts as used though nobody used it");
+    bed.reserve("fourth", spec).await?;
+    bed.until("to be ready", "fourth", is(ReservationState::Ready)).await?;
+    let later = wait::until("the image to be used", STEP_LIMIT, || async {
+        match images.get(image).await.map(|image| image.status.and_then(|status| status.last_used)) {
+            Ok(Some(now)) if now > before => Look::Done(()),
+            Ok(other) => Look::NotYet(format!("{other:?} after {before:?}")),
+            Err(error) => Look::Failed(error),
+        }
+    });
+    Ok(later.await?)
 }
 
 fn is_ready(image: &StagedImage) -> bool {

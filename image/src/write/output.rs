@@ -1,7 +1,6 @@
 //! What is to be written, whether it can be, and into parts of which size.
 
-use std::fmt;
-
+pub use berth_core::transfer::{Compression, OutputFormat};
 use berth_core::units::Bytes;
 use thiserror::Error;
 
@@ -17,44 +16,6 @@ const PARTS: u64 = 10_000;
 /// Fewer requests are no faster from here on; an object that cannot become larger goes as a whole.
 const USUAL_PART: Bytes = Bytes::mib(16);
 
-/// A format that can be written in one pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OutputFormat {
-    /// The disk's bytes, zeros included.
-    Raw,
-    /// QEMU's, version 3.
-    Qcow2 {
-        /// Of clusters that become smaller by it.
-        compression: Compression,
-    },
-    /// `VMware`'s, stream-optimised: for sending, and read-only for many programs. Levels 1 to 9, 6 if none is given.
-    Vmdk,
-    /// Virtual PC's and Hyper-V's, dynamic.
-    Vhd,
-}
-
-/// How clusters are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// What every reader of qcow2 knows. Levels 1 to 9, 6 if none is given.
-    Zlib,
-    /// QEMU 5.1 and later. Levels 1 to 19, 3 if none is given.
-    Zstd,
-}
-
-impl fmt::Display for OutputFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Raw => "raw",
-            Self::Qcow2 { .. } => "qcow2",
-            Self::Vmdk => "vmdk",
-            Self::Vhd => "vhd",
-        })
-    }
-}
-
 /// What is to be written. The same output and the same content give the same bytes, as long as the libraries that compress
 /// stay the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,7 +24,7 @@ pub struct Output {
     pub format: OutputFormat,
     /// The size of the disk: a multiple of 512, not zero.
     pub virtual_size: Bytes,
-    /// How much work is put into compression; `None` for what the format's library calls its default.
+    /// How much work is put into compression: 1 to 9 for deflate (6 if none is given), 1 to 19 for zstd (3).
     pub level: Option<u8>,
     /// What tells the image from others: the unique id of a VHD, and its first 4 bytes the content id of a vmdk. The other
     /// formats have no place for it.

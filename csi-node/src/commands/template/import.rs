@@ -145,6 +145,7 @@ pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Resul
         name: args.name.clone(),
         node: NodeName::from("command"),
         limits,
+        format: None,
         checksum: args.checksum.map(|digest| digest.0),
         promised: space(&file, &dir, &limits, chunk_size)?,
         dir,

@@ -10,7 +10,7 @@ mod sending;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use berth_core::ids::{Digest, Sha256Sum};
+use berth_core::ids::{Digest, Sha256Sum, Uid};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
 use berth_image::{BLOCK, Output, OutputFormat};
@@ -42,6 +42,15 @@ pub struct ObjectTarget {
     pub key: String,
     /// Its format.
     pub format: OutputFormat,
+}
+
+impl ObjectTarget {
+    /// What is written for `work`, which gives formats that want an id one that is always the same.
+    fn output(&self, work: &Uid, virtual_size: Bytes) -> Output {
+        let mut id = [0; 16];
+        id.copy_from_slice(&Sha256Sum::of(work.as_str().as_bytes()).0[..16]);
+        Output { format: self.format, virtual_size, level: None, id }
+    }
 }
 
 /// Says whether the work is still its own to do, asked before something that cannot be taken back.
@@ -114,7 +123,7 @@ impl ObjectAttempt<'_> {
         let image = direct::ready(self.job, self.source, self.journal, self.reporter, None, ready).await?;
         let ready = image.phase.clone();
         let virtual_size = image.content.virtual_size();
-        let output = Output { format: self.target.format, virtual_size, level: None };
+        let output = self.target.output(&self.job.uid, virtual_size);
         let object = if output.plan()?.whole {
             self.whole(output, image).await?
         } else {
