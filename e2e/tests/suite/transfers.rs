@@ -19,7 +19,6 @@ use berth_testkit::s3::log::RequestLog;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use crate::remains::nothing_remains;
 use crate::scenario::Scenario;
@@ -207,7 +206,7 @@ async fn drive_away(scene: &Scene) -> anyhow::Result<()> {
 
 /// Files behind addresses: one that is read where it lies, one that has to be staged, and the same where it must not be.
 async fn from_files(scene: &Scene, asker: &Asker<'_>) -> anyhow::Result<()> {
-    let sum = format!("sha256:{:x}", Sha256::digest(fs::read(&scene.raw)?));
+    let sum = scene::sha256(&scene.raw)?;
     let (raw, qcow2) = (
         json!({ "http": { "url": scene.url(&scene.raw) } }),
         json!({ "http": { "url": scene.url(&scene.qcow2) } }),
@@ -269,9 +268,18 @@ fn large_disk(site: &Site, dir: &Path) -> anyhow::Result<PathBuf> {
     Ok(disk)
 }
 
-async fn promised(site: &Site) -> anyhow::Result<usize> {
+/// Waits until there are so many reservations.
+async fn reservations_are(site: &Site, wanted: usize) -> anyhow::Result<()> {
     let reservations: Api<StagingReservation> = Api::namespaced(site.client(), "default");
-    Ok(reservations.list(&ListParams::default()).await?.items.len())
+    let what = format!("{wanted} reservations");
+    let looked = wait::until(&what, LIMIT, || async {
+        match reservations.list(&ListParams::default()).await {
+            Ok(list) if list.items.len() == wanted => Look::Done(()),
+            Ok(list) => Look::NotYet(format!("{:?}", list.items)),
+            Err(error) => Look::Failed(error),
+        }
+    });
+    Ok(looked.await?)
 }
 
 async fn paused_and_given_up() -> anyhow::Result<()> {
@@ -297,7 +305,7 @@ async fn paused_and_given_up() -> anyhow::Result<()> {
     asker.delete("goes").await?;
     let log = asker.log()?;
     ensure!(log.open_uploads().len() == 1, "one upload stays, of what pauses: {:?}", log.open_uploads());
-    ensure!(promised(&scene.site).await? == 1, "the reservation of what pauses stays, the other goes");
+    reservations_are(&scene.site, 1).await.context("that of what pauses stays, the other goes")?;
     let sent = log.last_seq();
     tokio::time::sleep(Duration::from_secs(4)).await;
     ensure!(
@@ -331,14 +339,7 @@ async fn fails_and_is_tried_again() -> anyhow::Result<()> {
     let status = asker.ended("denied", LIMIT).await?;
     let error = status.last_error.context("no error")?;
     ensure!(status.state == Some(TransferState::Failed) && error.reason == "ObjectStoreDenied", "{error:?}");
-    let gone = wait::until("the space to be back", LIMIT, || async {
-        match promised(&scene.site).await {
-            Ok(0) => Look::Done(()),
-            Ok(count) => Look::NotYet(format!("{count} reservations")),
-            Err(error) => Look::Failed(std::io::Error::other(error)),
-        }
-    });
-    gone.await?;
+    reservations_are(&scene.site, 0).await?;
     let staged = scene.node().names(&scene.node().pool_root(POOL).join("staging"))?;
     ensure!(staged.is_empty() && asker.log()?.open_uploads().is_empty(), "left: {staged:?}");
     ensure!(fs::read(&scene.qcow2)? == before, "the source is another");
