@@ -5,11 +5,11 @@
 //! the chunks that it sends are acknowledged by the S3 server, and lost. `converted` takes a vmdk with kills in convert.
 //! What holds is read from outside: the server's files and request log, API objects, the node's folders.
 
-mod checks;
+pub(crate) mod checks;
 pub mod images;
 pub mod stage;
 pub mod store_files;
-mod strike;
+pub(crate) mod strike;
 mod watch;
 
 use std::collections::BTreeMap;

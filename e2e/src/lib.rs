@@ -12,6 +12,7 @@ pub mod drive;
 pub mod image;
 pub mod kernel;
 pub mod kill;
+pub mod kill_transfers;
 pub mod leaks;
 pub mod minio;
 pub mod ours;

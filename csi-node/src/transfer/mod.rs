@@ -50,6 +50,7 @@ pub const SABOTAGES: &[&str] = &[
     "keep-files",            // the reservation's files stay
     "no-generation-check",   // whoever comes late goes on regardless
     "stale-hash",            // after a resume, the sum covers the rest only
+    "keep-upload",           // the upload of an object stays in the store
 ];
 
 /// Who is told of the attempts of an import.

@@ -80,6 +80,7 @@ impl Staging<'_> {
             }
             Phase::Begun
             | Phase::Reading { .. }
+            | Phase::Beginning { .. }
             | Phase::Sending { .. }
             | Phase::Sent { .. }
             | Phase::Published { .. } => None,

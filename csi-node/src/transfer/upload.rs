@@ -14,7 +14,7 @@ use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use super::content::Piece;
-use super::direct::{Counting, Readable, SourceSum};
+use super::direct::{Counting, Readable, SavedSum, SourceSum};
 use super::error::TransferError;
 use super::job::{Reporter, Snapshot};
 use super::journal::{Journal, Mark};
@@ -23,8 +23,8 @@ use super::journal::{Journal, Mark};
 pub const WINDOW: Bytes = Bytes::mib(32);
 /// In a checkpoint: what it is of.
 const IDENTITY: &str = "sourceDigest";
-/// In a checkpoint: the state of the sum of the source's bytes before it.
-const HASH: &str = "hash";
+/// In a checkpoint: the sum of the source's bytes that were read before it.
+const SUM: &str = "sum";
 
 /// Uploads `image` into the store of `session`, going on from the session's checkpoint if it is of the same source. Tells
 /// the sum of the source too, where it is known or was counted.
@@ -44,7 +44,7 @@ pub(crate) async fn upload<S: ObjectStore>(
         match piece? {
             Piece::Zeros(len) => uploader.push_zero(len).await?,
             Piece::Data(data) => {
-                counting.add(&data);
+                counting.add(uploader.offset(), &data);
                 uploader.push_data(data).await?;
             }
         }
@@ -66,8 +66,8 @@ pub(crate) async fn upload<S: ObjectStore>(
 
 /// What a checkpoint is of, and the sum so far.
 fn state(identity: &str, counting: &Counting) -> Value {
-    match counting.state() {
-        Some(hash) => json!({ IDENTITY: identity, HASH: hash }),
+    match counting.saved() {
+        Some(sum) => json!({ IDENTITY: identity, SUM: sum }),
         None => json!({ IDENTITY: identity }),
     }
 }
@@ -82,15 +82,19 @@ async fn begin<S: ObjectStore>(
 ) -> Result<(ChunkUploader<S>, Counting), TransferError> {
     let saved = session.saved().map(|saved| saved.state.clone());
     let counted = saved.as_ref().filter(|state| state[IDENTITY] == identity).and_then(|state| {
-        let hash = serde_json::from_value::<Vec<u8>>(state[HASH].clone()).ok();
-        Counting::go_on(sum, hash.as_deref())
+        let saved: Option<SavedSum> = serde_json::from_value(state[SUM].clone()).ok();
+        Counting::go_on(sum, saved.as_ref())
     });
     if saved.is_some() && counted.is_none() {
         session.start_over().await?;
     }
-    let uploader = session.local_uploader(index).await?;
+    let mut uploader = session.local_uploader(index).await?;
     // Where its index is lost, the uploader is at the start again.
-    let counting = counted.filter(|_| uploader.offset() > 0).unwrap_or_else(|| Counting::new(sum));
+    let mut counting = counted.filter(|_| uploader.offset() > 0).unwrap_or_else(|| Counting::new(sum));
+    if !counting.reaches(uploader.offset()) {
+        session.start_over().await?;
+        (uploader, counting) = (session.local_uploader(index).await?, Counting::new(sum));
+    }
     Ok((uploader, counting))
 }
 

@@ -164,6 +164,10 @@ async fn every_source_becomes_every_format() {
     ];
     for (from, source, summed) in &sources {
         for (number, (driver, format)) in formats.iter().enumerate() {
+            // Every format from one source, and every source into one.
+            if *from != "stored" && number != 3 {
+                continue;
+            }
             let work = Work::new(&bed, &format!("{from}-{number}"));
             let key = format!("out/{from}-{number}");
             let object = send_once(&work, source, &target(&bed, &key, *format)).await.unwrap();
@@ -271,6 +275,7 @@ async fn faults_of_the_store_pass_and_never_make_another_object() {
         ("late", FaultRule::new(FaultAction::LostResponse).op("UploadPart").skip(1).times(5)),
         ("busy", FaultRule::new(FaultAction::SlowDown).skip(2).times(6)),
         ("list", FaultRule::new(FaultAction::SlowDown).op("ListParts").times(5)),
+        ("unknown", FaultRule::new(FaultAction::LostResponse).op("CreateMultipartUpload").times(2)),
     ];
     for (name, rule) in rules {
         let work = Work::new(&bed, name);

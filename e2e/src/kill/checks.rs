@@ -260,7 +260,8 @@ impl Run<'_> {
     }
 }
 
-fn sum_of(path: &Path) -> std::io::Result<String> {
+/// `sha256:` of a file.
+pub(crate) fn sum_of(path: &Path) -> std::io::Result<String> {
     let (mut hash, mut file) = (Sha256::new(), fs::File::open(path)?);
     let mut piece = vec![0_u8; 1 << 20];
     loop {

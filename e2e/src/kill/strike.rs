@@ -12,6 +12,7 @@ use tokio::time::sleep;
 use super::images;
 use super::stage::Stage;
 use super::{IMPORT_LIMIT, KillError, NAMESPACE, Plan, Run};
+use crate::site::{Site, SiteError};
 
 /// How often the log is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -34,7 +35,7 @@ impl Victim {
     pub const ALL: [Self; 3] = [Self::Operator, Self::Node, Self::Store];
 
     /// In turn, the agent first: it has most to lose.
-    fn turn(number: u64) -> Self {
+    pub(crate) fn turn(number: u64) -> Self {
         match number % 5 {
             0 | 2 => Self::Node,
             1 | 4 => Self::Store,
@@ -94,23 +95,9 @@ impl Run<'_> {
     async fn strike(&mut self, stage: Stage, victim: Victim) -> Result<(), KillError> {
         *self.report.kills.entry((stage, victim)).or_default() += 1;
         let pause = self.seeded.millis(20, 400);
-        match victim {
-            Victim::Node => {
-                self.site.node_mut(0).kill9();
-                self.stages.reset().map_err(|source| self.log_failed(source))?;
-                sleep(pause).await;
-                self.site.node_mut(0).start_agent()?;
-            }
-            Victim::Operator => {
-                self.site.kill9_operator(0);
-                sleep(pause).await;
-                self.site.start_operator(0)?;
-            }
-            Victim::Store => {
-                self.site.s3_mut().kill9();
-                sleep(pause).await;
-                self.site.s3_mut().restart().await.map_err(crate::site::SiteError::from)?;
-            }
+        kill(&mut self.site, victim, pause).await?;
+        if victim == Victim::Node {
+            self.stages.reset().map_err(|source| self.log_failed(source))?;
         }
         Ok(())
     }
@@ -148,7 +135,29 @@ impl Run<'_> {
     }
 }
 
-fn count_down(left: &mut BTreeMap<Stage, u64>, stage: Stage) {
+/// Kills, pauses, starts again.
+pub(crate) async fn kill(site: &mut Site, victim: Victim, pause: Duration) -> Result<(), SiteError> {
+    match victim {
+        Victim::Node => {
+            site.node_mut(0).kill9();
+            sleep(pause).await;
+            site.node_mut(0).start_agent()
+        }
+        Victim::Operator => {
+            site.kill9_operator(0);
+            sleep(pause).await;
+            site.start_operator(0)
+        }
+        Victim::Store => {
+            site.s3_mut().kill9();
+            sleep(pause).await;
+            Ok(site.s3_mut().restart().await?)
+        }
+    }
+}
+
+/// One kill less is left in this stage.
+pub(crate) fn count_down(left: &mut BTreeMap<Stage, u64>, stage: Stage) {
     if let Some(count) = left.get_mut(&stage) {
         *count -= 1;
         if *count == 0 {

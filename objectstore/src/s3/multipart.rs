@@ -108,6 +108,33 @@ impl S3Store {
         Ok(Part { etag, sha256 })
     }
 
+    /// The uploads to exactly this key that were begun and not ended.
+    ///
+    /// # Errors
+    /// [`StoreError::Unsupported`] or [`StoreError::InvalidRequest`] from a store that does not list them.
+    pub async fn list_uploads(&self, key: &str) -> Result<Vec<String>, StoreError> {
+        let request = self.client.list_multipart_uploads().bucket(&self.bucket).prefix(key);
+        let (mut uploads, mut after) = (Vec::new(), None::<(String, String)>);
+        loop {
+            let (key_marker, id_marker) = after.clone().unzip();
+            let page = request
+                .clone()
+                .set_key_marker(key_marker)
+                .set_upload_id_marker(id_marker)
+                .send()
+                .await
+                .map_err(|error| classify(self.place(key), &error))?;
+            let found = page.uploads.unwrap_or_default().into_iter();
+            let ours = found.filter(|upload| upload.key.as_deref() == Some(key));
+            uploads.extend(ours.filter_map(|upload| upload.upload_id));
+            let next = page.next_key_marker.zip(page.next_upload_id_marker);
+            if !page.is_truncated.unwrap_or(false) || next.is_none() || next == after {
+                return Ok(uploads);
+            }
+            after = next;
+        }
+    }
+
     /// The parts that an upload has, by number.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use bytes::Bytes as Buffer;
 use futures::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
 
 use super::super::content::{Piece, Pieces};
-use super::super::direct::{Counting, SourceSum};
+use super::super::direct::{Counting, SavedSum, SourceSum};
 use super::super::error::TransferError;
 use super::AT_ONCE;
 
@@ -36,8 +36,8 @@ pub(super) struct Assembled {
 pub(super) struct Moment {
     /// The writer's state.
     pub state: Vec<u8>,
-    /// The state of the sum of the source's bytes, if it is counted.
-    pub hash: Option<Vec<u8>>,
+    /// The sum of the source's bytes, if it is counted.
+    pub sum: Option<SavedSum>,
 }
 
 /// The pieces of an image from `from` on, compressed.
@@ -72,7 +72,7 @@ pub(super) struct Assembler {
     writer: PartWriter,
     counting: Counting,
     /// The states of the sum since the last part, with where the image goes on from there.
-    marks: VecDeque<(Bytes, Vec<u8>)>,
+    marks: VecDeque<(Bytes, SavedSum)>,
 }
 
 impl Assembler {
@@ -84,7 +84,8 @@ impl Assembler {
     /// Where it was.
     pub fn resume(moment: &Moment, sum: SourceSum) -> Result<Self, TransferError> {
         let writer = PartWriter::resume(&moment.state)?;
-        let counting = Counting::go_on(sum, moment.hash.as_deref());
+        let counting = Counting::go_on(sum, moment.sum.as_ref());
+        let counting = counting.filter(|counting| counting.reaches(writer.position().0));
         let counting = counting.ok_or(WriteError::State { what: "the sum of the source is missing" })?;
         Ok(Self { writer, counting, marks: VecDeque::new() })
     }
@@ -134,7 +135,7 @@ impl Assembler {
                 }
             }
             Block::Data(data, block) => {
-                self.counting.add(&data);
+                self.counting.add(self.writer.position().0, &data);
                 let part = self.writer.append(&block)?;
                 // A part that ends with the block goes on from behind it.
                 self.mark();
@@ -145,8 +146,8 @@ impl Assembler {
     }
 
     fn mark(&mut self) {
-        if let Some(state) = self.counting.state() {
-            self.marks.push_back((self.writer.position(), state));
+        if let Some(sum) = self.counting.saved() {
+            self.marks.push_back((self.writer.position(), sum));
         }
     }
 
@@ -161,8 +162,8 @@ impl Assembler {
         while self.marks.front().is_some_and(|(at, _)| *at < position) {
             self.marks.pop_front();
         }
-        let hash = self.marks.front().filter(|(at, _)| *at == position).map(|(_, state)| state.clone());
-        Ok(Moment { state, hash })
+        let sum = self.marks.front().filter(|(at, _)| *at == position).map(|(_, sum)| sum.clone());
+        Ok(Moment { state, sum })
     }
 
     /// The parts that are left, and the sum of the source, where it is known.

@@ -51,7 +51,9 @@ impl ObjectAttempt<'_> {
         let mut parts: Vec<SentPart> = sending.parts.iter().cloned().chain(last).collect();
         parts.sort_by_key(|part| part.number);
         self.say(shape, Stage::Verify, Bytes::ZERO, Bytes(1));
+        tracing::info!(stage = "Verify", parts = parts.len(), "verifying");
         self.check_listed(ready, sending, &parts).await?;
+        tracing::info!(stage = "Publish", parts = parts.len(), "publishing");
         self.say(shape, Stage::Publish, Bytes::ZERO, Bytes(1));
         self.claim_holds().await?;
         let made: Vec<Part> = parts.iter().map(SentPart::part).collect();

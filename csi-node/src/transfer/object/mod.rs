@@ -4,6 +4,7 @@
 //! those that are read ahead.
 
 mod assemble;
+mod begin;
 mod finish;
 mod sending;
 
@@ -14,7 +15,6 @@ use berth_core::ids::{Digest, Sha256Sum, Uid};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
 use berth_image::{BLOCK, Output, OutputFormat};
-use berth_objectstore::StoreError;
 use berth_objectstore::s3::S3Store;
 use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::assemble::{Assembled, Assembler, Moment, encoded};
 pub use self::sending::{Sending, SentPart};
-use super::direct::{self, Readable, Source, SourceSum};
+use super::direct::{self, Readable, Source};
 use super::error::TransferError;
 use super::job::{Reporter, SentObject, Snapshot, TransferJob};
 use super::journal::{Journal, Mark, Phase};
@@ -103,10 +103,17 @@ pub async fn abandon_object(
 ) -> Result<(), TransferError> {
     let ours = match journal.load().await? {
         Phase::Sending { sending, .. } => Some(sending.upload),
+        Phase::Beginning { known, .. } => {
+            begin::give_up_unknown(target, &known, None).await?;
+            None
+        }
         _ => None,
     };
     let others = resume.and_then(Sending::parse).map(|sending| sending.upload);
     for upload in ours.into_iter().chain(others) {
+        if crate::sabotage::active("keep-upload") {
+            continue;
+        }
         target.store.abort_upload(&target.key, &upload).await?;
     }
     journal.forget().await?;
@@ -118,10 +125,17 @@ impl ObjectAttempt<'_> {
         let (ready, before) = match self.journal.load().await? {
             Phase::Sent { object } => return self.finish(object).await,
             Phase::Sending { ready, sending } => (*ready, Some(sending)),
+            Phase::Beginning { ready, known } => {
+                begin::give_up_unknown(self.target, &known, None).await?;
+                (*ready, None)
+            }
             other => (other, None),
         };
         let image = direct::ready(self.job, self.source, self.journal, self.reporter, None, ready).await?;
         let ready = image.phase.clone();
+        if crate::sabotage::active("ready-before-verified") {
+            return Ok(pretended(image.content.virtual_size()));
+        }
         let virtual_size = image.content.virtual_size();
         let output = self.target.output(&self.job.uid, virtual_size);
         let object = if output.plan()?.whole {
@@ -153,47 +167,6 @@ impl ObjectAttempt<'_> {
         let bytes: Vec<u8> = parts.into_iter().flat_map(|part| part.bytes).collect();
         self.say(&shape, Stage::Publish, Bytes::ZERO, Bytes(1));
         self.put_whole(bytes.into(), output.virtual_size, source_digest).await
-    }
-
-    /// The upload of the same image that this node has recorded, or another one has told of; else a new one.
-    async fn begin(
-        &self,
-        ready: &Phase,
-        image: &Readable,
-        output: Output,
-        before: Option<Sending>,
-    ) -> Result<(Sending, Assembler), TransferError> {
-        let identity = format!("{} as {:?}", image.identity, output.format);
-        if let Some(sending) = before {
-            if let Some(assembler) = assembler_at(&sending, &identity, output, image.sum) {
-                return Ok((sending, assembler));
-            }
-            self.target.store.abort_upload(&self.target.key, &sending.upload).await?;
-        } else if let Some(told) = self.resume.and_then(Sending::parse)
-            && let Some(assembler) = assembler_at(&told, &identity, output, image.sum)
-            && let Some(sending) = self.adopted(told, &assembler).await?
-        {
-            self.record(ready, &sending).await?;
-            return Ok((sending, assembler));
-        }
-        let upload = self.target.store.begin_upload(&self.target.key).await?;
-        let sending = Sending::new(upload, identity);
-        self.record(ready, &sending).await?;
-        Ok((sending, Assembler::new(output, image.sum)?))
-    }
-
-    /// What another node has sent, if the store tells of all of it; given up there if not.
-    async fn adopted(&self, told: Sending, assembler: &Assembler) -> Result<Option<Sending>, TransferError> {
-        let (store, key, upload) = (&self.target.store, &self.target.key, told.upload.clone());
-        let listed = match store.list_parts(key, &upload).await {
-            Err(StoreError::NotFound { .. } | StoreError::Unsupported { .. }) => return Ok(None),
-            listed => listed?,
-        };
-        let adopted = told.with_parts(listed, assembler.first_part(), assembler.parts_done());
-        if adopted.is_none() {
-            store.abort_upload(key, &upload).await?;
-        }
-        Ok(adopted)
     }
 
     /// Sends the parts that are not there yet, and makes the object of all.
@@ -256,6 +229,7 @@ impl ObjectAttempt<'_> {
         if let Some(moment) = moment {
             sending.landed(part, &moment);
             self.record(ready, sending).await?;
+            tracing::info!(stage = "Upload", parts = sending.parts.len(), "checkpoint");
             self.journal.mark(Mark::Uploaded, Bytes(sending.parts.len() as u64));
         }
         Ok(())
@@ -282,14 +256,7 @@ impl ObjectAttempt<'_> {
     }
 }
 
-/// Where an upload goes on, if it is of this image in this format.
-fn assembler_at(sending: &Sending, identity: &str, output: Output, sum: SourceSum) -> Option<Assembler> {
-    if sending.identity != identity {
-        return None;
-    }
-    match sending.moment() {
-        None if sending.is_begun() => None,
-        None => Assembler::new(output, sum).ok(),
-        Some(moment) => Assembler::resume(&moment, sum).ok().filter(|assembler| assembler.is_of(&output)),
-    }
+/// For a sabotage only: success that nothing stands behind.
+fn pretended(virtual_size: Bytes) -> SentObject {
+    SentObject { size: virtual_size, virtual_size, source_digest: None, etag: None, version: None }
 }

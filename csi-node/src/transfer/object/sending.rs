@@ -8,6 +8,7 @@ use berth_objectstore::ETag;
 use berth_objectstore::s3::{ListedPart, Part};
 use serde::{Deserialize, Serialize};
 
+use super::super::direct::SavedSum;
 use super::assemble::Moment;
 
 /// An upload that was begun.
@@ -23,9 +24,9 @@ pub struct Sending {
     /// Where it goes on, in base64: the writer's state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     state: Option<String>,
-    /// The state of the sum of the source's bytes there, in base64.
+    /// The sum of the source's bytes before that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    hash: Option<String>,
+    sum: Option<SavedSum>,
 }
 
 /// A part that is there.
@@ -62,7 +63,7 @@ impl SentPart {
 impl Sending {
     /// Nothing of it is there yet.
     pub fn new(upload: String, identity: String) -> Self {
-        Self { upload, identity, parts: Vec::new(), state: None, hash: None }
+        Self { upload, identity, parts: Vec::new(), state: None, sum: None }
     }
 
     /// True if parts of it are there.
@@ -73,15 +74,14 @@ impl Sending {
     /// Where it goes on; `None` at the start, and where that is not understood.
     pub(super) fn moment(&self) -> Option<Moment> {
         let state = BASE64_STANDARD.decode(self.state.as_ref()?).ok()?;
-        let hash = self.hash.as_ref().and_then(|hash| BASE64_STANDARD.decode(hash).ok());
-        Some(Moment { state, hash })
+        Some(Moment { state, sum: self.sum.clone() })
     }
 
     /// Takes note of a part that is there, and of where it goes on.
     pub(super) fn landed(&mut self, part: SentPart, moment: &Moment) {
         self.parts.push(part);
         self.state = Some(BASE64_STANDARD.encode(&moment.state));
-        self.hash = moment.hash.as_ref().map(|hash| BASE64_STANDARD.encode(hash));
+        self.sum.clone_from(&moment.sum);
     }
 
     /// What another node needs to go on: all but the parts, which the store lists. Less than 200 KiB, whatever the size.
@@ -107,6 +107,7 @@ impl Sending {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::direct::{Counting, SourceSum};
     use super::*;
     use berth_core::ids::Sha256Sum;
 
@@ -119,7 +120,9 @@ mod tests {
     fn another_node_goes_on_with_what_it_is_told_and_the_store_lists() {
         let mut sending = Sending::new("upload".to_owned(), "identity".to_owned());
         assert_eq!(sending.moment(), None);
-        let moment = Moment { state: vec![1, 2, 3], hash: Some(vec![4]) };
+        let mut counting = Counting::new(SourceSum::Counted(None));
+        counting.add(0, &[4]);
+        let moment = Moment { state: vec![1, 2, 3], sum: counting.saved() };
         for number in [2, 3] {
             sending.landed(SentPart::listed(listed(number, true)).unwrap(), &moment);
         }
