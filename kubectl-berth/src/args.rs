@@ -1,9 +1,11 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use berth_api::defaults::SYSTEM_NAMESPACE;
+use berth_core::transfer::TransferKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::observe::Scope;
@@ -61,7 +63,7 @@ pub enum ClusterCommand {
     ///
     /// Ends with 0 if everything does, with 1 if there are findings, with 2 if it could not be checked.
     Check(CheckArgs),
-    /// Shows pools, nodes, imports and reservations in one table.
+    /// Shows pools, nodes, imports, transfers and reservations in one table.
     Status(StatusArgs),
     /// Says of one reservation where it is, why, and what it waits for.
     Explain(ExplainArgs),
@@ -71,7 +73,7 @@ pub enum ClusterCommand {
     Fit(FitArgs),
     /// Keeps a reservation that nothing uses for another while.
     Renew(RenewArgs),
-    /// Lets an import that has failed be tried again.
+    /// Lets an import or a transfer that has failed be tried again.
     Retry(RetryArgs),
     /// Empties a pool: it takes nothing new, and images that nothing refers to go. Shows what still holds it.
     Drain(DrainArgs),
@@ -196,9 +198,9 @@ pub struct RenewArgs {
 /// Flags of `kubectl berth retry`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RetryArgs {
-    /// The `TemplateImport`.
-    #[arg(value_name = "IMPORT")]
-    pub name: String,
+    /// The `TemplateImport`, or, as `transfer/NAME`, the `ImageTransfer`.
+    #[arg(value_name = "NAME")]
+    pub what: Retried,
 
     /// Its namespace. Default: the context's.
     #[arg(short, long)]
@@ -207,6 +209,33 @@ pub struct RetryArgs {
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
+}
+
+/// What is to be tried again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retried {
+    /// Its kind.
+    pub kind: TransferKind,
+    /// Its name.
+    pub name: String,
+}
+
+impl FromStr for Retried {
+    type Err = String;
+
+    /// Reads `NAME`, which is an import, or `KIND/NAME` with a name that kubectl has for the kind, or a shorter one.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, name) = text.split_once('/').unwrap_or(("import", text));
+        let kind = match kind.to_ascii_lowercase().as_str() {
+            "import" | "imports" | "templateimport" | "templateimports" | "tmplimp" => TransferKind::Import,
+            "transfer" | "transfers" | "imagetransfer" | "imagetransfers" | "imgx" => TransferKind::Transfer,
+            _ => return Err(format!("`{kind}` is neither `import` nor `transfer`")),
+        };
+        if name.is_empty() {
+            return Err("the name is missing".to_owned());
+        }
+        Ok(Self { kind, name: name.to_owned() })
+    }
 }
 
 /// Flags of `kubectl berth drain`.
@@ -335,6 +364,21 @@ mod tests {
             args.command,
             Command::Cluster(ClusterCommand::Status(StatusArgs { output: Output::Json, namespace: Some(_) }))
         ));
+    }
+
+    #[test]
+    fn what_is_tried_again_may_be_named_with_its_kind() {
+        let parse = |text: &str| text.parse::<Retried>();
+        let is = |kind| Ok(Retried { kind, name: "debian".to_owned() });
+        for import in ["debian", "import/debian", "templateimports/debian", "TmplImp/debian"] {
+            assert_eq!(parse(import), is(TransferKind::Import), "{import}");
+        }
+        for transfer in ["transfer/debian", "imagetransfer/debian", "imgx/debian"] {
+            assert_eq!(parse(transfer), is(TransferKind::Transfer), "{transfer}");
+        }
+        for bad in ["pod/debian", "transfer/", ""] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

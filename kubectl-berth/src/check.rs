@@ -22,7 +22,7 @@ struct Look {
     findings: Vec<Finding>,
     unreadable: Vec<Unreadable>,
     /// How many objects of each kind.
-    objects: [(&'static str, usize); 6],
+    objects: [(&'static str, usize); 7],
 }
 
 /// One line of the result.
@@ -73,6 +73,7 @@ impl Look {
                 ("reservations", seen.reservations.len()),
                 ("stagedImages", seen.images.len()),
                 ("imports", seen.imports.len()),
+                ("transfers", seen.transfers.len()),
             ],
         }
     }
@@ -187,7 +188,7 @@ mod tests {
         assert_eq!(judge(std::slice::from_ref(&look)), []);
         assert_eq!(
             as_text(&[], &look.objects),
-            "no findings in 1 pools, 1 nodes, 1 ledgers, 2 reservations, 0 stagedImages, 1 imports\n"
+            "no findings in 1 pools, 1 nodes, 1 ledgers, 2 reservations, 0 stagedImages, 1 imports, 0 transfers\n"
         );
     }
 

@@ -115,6 +115,20 @@ pub fn seen_with_volume() -> Seen {
     seen
 }
 
+/// A transfer between two image stores that pauses on node `n1`.
+pub fn transfer() -> berth_api::ImageTransfer {
+    read(
+        json!({"apiVersion": API, "kind": "ImageTransfer", "metadata": {"name": "copy", "namespace": "images", "uid": "uid-copy"},
+        "spec": {"source": {"storeImage": {"store": "s", "image": "debian"}},
+            "destination": {"storeImage": {"store": "backup", "image": "debian"}}, "suspend": true},
+        "status": {"state": "Suspended", "assignment": {"pool": "fast", "node": "n1", "generation": 1},
+            "stage": {"index": 1, "total": 3, "name": "Upload"}, "progress": {"percent": 40, "bytesDone": 40},
+            "plan": {"format": "Chunked", "sourceBytes": 100, "virtualSize": 2_u64 << 30, "peakBytes": 0, "steps": ["Upload"],
+                     "why": "it is chunked", "staging": "Direct"},
+            "conditions": [condition("Succeeded", "Unknown", "Suspended", "`spec.suspend` is true")]}}),
+    )
+}
+
 /// An image store that node `n1` looks after.
 pub fn store(ready: &str, reason: &str, message: &str) -> berth_api::ImageStore {
     read(json!({"apiVersion": API, "kind": "ImageStore", "metadata": {"name": "s", "namespace": "images"},

@@ -5,8 +5,8 @@ use std::fmt::Debug;
 use std::time::Duration;
 
 use berth_api::{
-    ImageStore, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation, TemplateImport,
-    parse,
+    ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
+    TemplateImport, parse,
 };
 use berth_core::ids::{NodeName, node_lease_name};
 use berth_core::view::View;
@@ -69,6 +69,8 @@ pub struct Seen {
     pub reservations: Vec<StagingReservation>,
     /// The imports.
     pub imports: Vec<TemplateImport>,
+    /// The transfers.
+    pub transfers: Vec<ImageTransfer>,
     /// The staged images.
     pub images: Vec<StagedImage>,
     /// The ledgers.
@@ -100,6 +102,9 @@ impl Seen {
         }
         for import in self.imports.iter().map(parse::import_view) {
             view.imports.insert(import.name.clone(), import);
+        }
+        for transfer in self.transfers.iter().map(parse::transfer_view) {
+            view.transfers.insert(transfer.name.clone(), transfer);
         }
         for image in self.images.iter().filter_map(|image| parse::image_view(image).ok()) {
             view.images.insert(image.name.clone(), image);
@@ -168,6 +173,8 @@ async fn look_at_all(client: &Client, system_namespace: &str) -> Result<Seen, Lo
     seen.reservations = seen.sort(listed);
     let listed = list(&Api::all(client.clone())).await?;
     seen.imports = seen.sort(listed);
+    let listed = list(&Api::all(client.clone())).await?;
+    seen.transfers = seen.sort(listed);
     let listed = list(&Api::all(client.clone())).await?;
     seen.images = seen.sort(listed);
     for image in &seen.images {

@@ -200,7 +200,10 @@ mod tests {
     #[test]
     fn kubectl_is_offered_commands_flags_and_values() {
         let ask = |words: &[&str]| complete(&words.iter().map(OsString::from).collect::<Vec<_>>());
-        assert_eq!(ask(&["stat"]), "status\tShows pools, nodes, imports and reservations in one table\n:4\n");
+        assert_eq!(
+            ask(&["stat"]),
+            "status\tShows pools, nodes, imports, transfers and reservations in one table\n:4\n"
+        );
         assert_eq!(ask(&["status", "-o", ""]), "table\tFor people\njson\tFor programs\n:4\n");
         assert_eq!(
             ask(&["check", "--look"]),

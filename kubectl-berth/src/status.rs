@@ -1,9 +1,10 @@
-//! `kubectl berth status`: pools, nodes, imports and reservations in one table.
+//! `kubectl berth status`: pools, nodes, imports, transfers and reservations in one table.
 
 use std::process::ExitCode;
 
 use berth_api::conditions::{ConditionType, Truth, find};
-use berth_api::{StagingNode, StagingPool, StagingReservation, TemplateImport, parse};
+use berth_api::fields::{Assignment, LastError, Progress, Stage};
+use berth_api::{ImageTransfer, StagingNode, StagingPool, StagingReservation, TemplateImport, parse};
 use berth_core::budget::{Area, Sums};
 use berth_core::ids::{ObjectName, PoolName, Uid};
 use berth_core::units::Bytes;
@@ -62,6 +63,7 @@ fn rows(seen: &Seen, namespace: Option<&str>) -> Vec<Row> {
     let mut rows: Vec<Row> = seen.pools.iter().map(|pool| pool_row(pool, &view)).collect();
     rows.extend(seen.nodes.iter().flat_map(|node| node_rows(node, seen, &view)));
     rows.extend(seen.imports.iter().filter(|i| shown(i.namespace())).map(import_row));
+    rows.extend(seen.transfers.iter().filter(|t| shown(t.namespace())).map(transfer_row));
     rows.extend(seen.reservations.iter().filter(|r| shown(r.namespace())).map(|r| reservation_row(r, &view)));
     rows
 }
@@ -118,24 +120,55 @@ fn import_row(import: &TemplateImport) -> Row {
     let status = import.status.clone().unwrap_or_default();
     let planned = status.plan.as_ref().map(|plan| plan.virtual_size);
     let size = status.durable.as_ref().map(|durable| durable.virtual_size).or(planned);
-    let mut row = explained(find(&status.conditions, ConditionType::Ready));
-    if let Some(error) = &status.last_error {
-        row.message.clone_from(&error.message);
-    }
     Row {
         kind: "import",
         name: full_name(import.namespace(), import.name_any()),
         state: status.state.map_or_else(|| "Pending".to_owned(), |state| format!("{state:?}")),
-        pool: status.assignment.as_ref().and_then(|place| place.pool.clone()),
-        node: status.assignment.map(|place| place.node),
         size: size.map(Bytes::from_i64),
-        progress: status.stage.map(|stage| {
-            let percent = status.progress.as_ref().and_then(|progress| progress.percent);
-            let percent = percent.map(|percent| format!(" {percent} %")).unwrap_or_default();
-            format!("{}/{} {}{percent}", stage.index, stage.total, stage.name)
-        }),
+        progress: progress(status.stage.as_ref(), status.progress.as_ref()),
+        ..placed(
+            find(&status.conditions, ConditionType::Ready),
+            status.assignment.as_ref(),
+            status.last_error.as_ref(),
+        )
+    }
+}
+
+fn transfer_row(transfer: &ImageTransfer) -> Row {
+    let status = transfer.status.clone().unwrap_or_default();
+    let planned = status.plan.as_ref().map(|plan| plan.virtual_size);
+    let size = status.result.as_ref().map(|result| result.virtual_size).or(planned);
+    Row {
+        kind: "transfer",
+        name: full_name(transfer.namespace(), transfer.name_any()),
+        state: status.state.map_or_else(|| "Pending".to_owned(), |state| format!("{state:?}")),
+        size: size.map(Bytes::from_i64),
+        progress: progress(status.stage.as_ref(), status.progress.as_ref()),
+        ..placed(
+            find(&status.conditions, ConditionType::Succeeded),
+            status.assignment.as_ref(),
+            status.last_error.as_ref(),
+        )
+    }
+}
+
+/// Where a piece of work is, and what is said of it: what went wrong last, if something did.
+fn placed(told: Option<&Condition>, place: Option<&Assignment>, error: Option<&LastError>) -> Row {
+    let row = explained(told);
+    Row {
+        pool: place.and_then(|place| place.pool.clone()),
+        node: place.map(|place| place.node.clone()),
+        message: error.map_or(row.message, |error| error.message.clone()),
         ..row
     }
+}
+
+/// Which stage of how many, and how much of all of them.
+fn progress(stage: Option<&Stage>, progress: Option<&Progress>) -> Option<String> {
+    let stage = stage?;
+    let percent = progress.and_then(|progress| progress.percent);
+    let percent = percent.map(|percent| format!(" {percent} %")).unwrap_or_default();
+    Some(format!("{}/{} {}{percent}", stage.index, stage.total, stage.name))
 }
 
 fn reservation_row(reservation: &StagingReservation, view: &View) -> Row {
@@ -193,7 +226,7 @@ fn ordinal(position: i32) -> String {
 
 fn as_text(rows: &[Row]) -> String {
     if rows.is_empty() {
-        return "no pools, nodes, imports or reservations\n".to_owned();
+        return "no pools, nodes, imports, transfers or reservations\n".to_owned();
     }
     let size = |bytes: Option<Bytes>| bytes.map(|bytes| bytes.to_string()).unwrap_or_default();
     let mut table = Table::new([
@@ -265,6 +298,19 @@ mod tests {
         assert_eq!(lines[5][..9], waits);
         assert_eq!(lines[5][9], "lacks 1 GiB in all");
         assert_eq!(lines.len(), 6);
+    }
+
+    #[test]
+    fn a_transfer_is_shown_as_an_import_is() {
+        let mut seen = seen();
+        seen.transfers = vec![crate::fixture::transfer()];
+        let row = rows(&seen, Some("images")).pop().expect("the last one");
+        assert_eq!(
+            (row.kind, row.name.as_str(), row.state.as_str()),
+            ("transfer", "images/copy", "Suspended")
+        );
+        assert_eq!((row.node.as_deref(), row.size), (Some("n1"), Some(Bytes::gib(2))));
+        assert_eq!((row.reason.as_str(), row.progress.as_deref()), ("Suspended", Some("1/3 Upload 40 %")));
     }
 
     #[test]

@@ -11,7 +11,8 @@ use berth_core::ids::{NodeName, ObjectName, PoolName, Uid, ledger_name};
 use berth_core::reason::Reason;
 use berth_core::reservation::Claim;
 use berth_core::transfer::{TransferId, TransferKind};
-use berth_core::view::{ObjectVersion, TransferState};
+use berth_core::units::Generation;
+use berth_core::view::{ObjectVersion, Placement, TransferState};
 use berth_operator::apply::ApplyError;
 use serde_json::{Value, json};
 
@@ -174,6 +175,92 @@ async fn an_import_is_reported_on_only_at_the_version_that_the_decision_saw() {
     assert_eq!((method, written), (Method::PATCH, format!("{path}/status")));
     assert_eq!(body["metadata"]["resourceVersion"], json!("42"), "the API server compares it, too");
     assert_eq!(body["status"]["state"], json!("Queued"));
+}
+
+fn transfer(status: &Value) -> Value {
+    json!({
+        "apiVersion": "staging.berth.dev/v1alpha1", "kind": "ImageTransfer",
+        "metadata": {"name": "t", "namespace": "ns", "uid": "uid-t", "resourceVersion": "42", "generation": 1},
+        "spec": {
+            "source": {"storeImage": {"store": "s", "image": "i"}},
+            "destination": {"storeImage": {"store": "s", "image": "copy"}},
+        },
+        "status": status,
+    })
+}
+
+/// What one change asks of an API server that has this transfer.
+async fn asked_for(
+    status: &Value,
+    change: impl FnOnce(TransferId, ObjectVersion) -> Change,
+) -> (Method, String, Value) {
+    let path = format!("{KINDS}/namespaces/ns/imagetransfers/t");
+    let mut server = ApiServer::default();
+    server.listed.insert("imagetransfers", vec![transfer(status)]);
+    server.stored.insert(path.clone(), transfer(status));
+    let operator = server.operator().await;
+    let id = TransferId {
+        kind: TransferKind::Transfer,
+        name: ObjectName::new("ns", "t"),
+        uid: Uid::from("uid-t"),
+    };
+    operator.applier.apply(&[change(id, ObjectVersion("42".to_owned()))]).await.unwrap();
+    let [(method, written, body)] = server.writes().try_into().expect("one write");
+    (method, written.strip_prefix(&path).expect("of the transfer").to_owned(), body)
+}
+
+#[tokio::test]
+async fn how_a_transfer_ended_is_not_told_before_it_has_and_its_time_is_of_its_last_end() {
+    let states = [
+        (TransferState::Working, "Transferring", "Unknown"),
+        (TransferState::Suspended, "Suspended", "Unknown"),
+        (TransferState::Done, "Succeeded", "True"),
+        (TransferState::Failed, "Failed", "False"),
+    ];
+    for (state, named, truth) in states {
+        let (method, path, body) = asked_for(&json!({}), |id, version| Change::ReportTransfer {
+            id,
+            version,
+            state,
+            reason: Reason::Progressing,
+            message: "m".to_owned(),
+            reserved: true,
+        })
+        .await;
+        assert_eq!((method, path.as_str()), (Method::PATCH, "/status"));
+        assert_eq!(body["metadata"]["resourceVersion"], json!("42"));
+        let told = &body["status"]["conditions"];
+        assert_eq!((&body["status"]["state"], &told[0]["type"]), (&json!(named), &json!("Succeeded")));
+        assert_eq!((&told[0]["status"], &told[1]["status"]), (&json!(truth), &json!("True")), "{named}");
+    }
+    let condition = |kind: &str| {
+        json!({"type": kind, "status": "False", "reason": "SourceNotFound", "message": "m",
+            "lastTransitionTime": "2026-01-01T00:00:00Z"})
+    };
+    let failed = json!({"state": "Failed", "conditions": [condition("Succeeded"), condition("Progressing")]});
+    let (method, path, body) = asked_for(&failed, |id, version| Change::AssignTransfer {
+        id,
+        version,
+        placement: Placement {
+            pool: PoolName::from("p"),
+            node: NodeName::from("n"),
+            generation: Generation(2),
+        },
+        retried: Some("again".to_owned()),
+    })
+    .await;
+    assert_eq!((method, path.as_str()), (Method::PUT, "/status"));
+    let status = &body["status"];
+    assert_eq!((&status["state"], &status["retried"]), (&json!("Pending"), &json!("again")));
+    assert_eq!(status["conditions"], json!([condition("Progressing")]), "what its node says is its node's");
+}
+
+#[tokio::test]
+async fn a_transfer_is_deleted_only_as_the_decision_saw_it() {
+    let (method, path, body) =
+        asked_for(&json!({}), |id, version| Change::DeleteTransfer { id, version }).await;
+    assert_eq!((method, path.as_str()), (Method::DELETE, ""));
+    assert_eq!(body["preconditions"], json!({"uid": "uid-t", "resourceVersion": "42"}));
 }
 
 #[tokio::test]

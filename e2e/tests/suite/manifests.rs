@@ -52,9 +52,10 @@ pub fn scenarios() -> Vec<Scenario> {
             cluster.install_crds(&repository().join("crds")).await?;
             let pairs = states_of(&cluster.admin(), "stagingreservation", "## Reservations").await?
                 + states_of(&cluster.admin(), "templateimport", "## Imports").await?
+                + states_of(&cluster.admin(), "imagetransfer", "## Transfers").await?
                 + states_of(&cluster.admin(), "stagedimage", "## Staged images").await?;
             println!("states: {pairs} pairs tried");
-            ensure!(pairs == 36 + 36 + 9, "{pairs} pairs");
+            ensure!(pairs == 36 + 36 + 49 + 9, "{pairs} pairs");
             Ok(())
         }),
     ]

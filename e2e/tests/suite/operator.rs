@@ -9,21 +9,21 @@ mod owned;
 mod reclaim;
 mod restored;
 mod stream;
+mod transfers;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use berth_api::conditions::{ConditionType, find};
-use berth_api::image_transfer::ImageTransferSpec;
 use berth_api::staging_reservation::ReservationState;
-use berth_api::{ImageTransfer, StagingLedger, StagingPool, StagingReservation};
+use berth_api::{StagingLedger, StagingPool, StagingReservation};
 use berth_e2e::ours::{OPERATOR, OPERATOR_SABOTAGE};
 use berth_e2e::wait::{self, Look};
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, ResourceExt as _};
 
@@ -65,6 +65,7 @@ pub fn scenarios() -> Vec<Scenario> {
         .chain(abandoned::scenarios(&operator))
         .chain(reclaim::scenarios(&operator))
         .chain(restored::scenarios(&operator))
+        .chain(transfers::scenarios(&operator))
         .collect()
 }
 
@@ -171,25 +172,6 @@ async fn refuses_with_the_shortfall() -> anyhow::Result<()> {
         bed.reservations().delete(refused, &DeleteParams::default()).await?;
         bed.wait_gone(refused).await?;
     }
-
-    let transfers: Api<ImageTransfer> = Api::namespaced(bed.cluster.admin(), "default");
-    let spec: ImageTransferSpec = serde_json::from_value(serde_json::json!({
-        "source": {"storeImage": {"store": "s", "image": "i"}},
-        "destination": {"storeImage": {"store": "s", "image": "copy"}},
-    }))?;
-    transfers.create(&PostParams::default(), &ImageTransfer::new("t", spec)).await?;
-    wait::until("the transfer's condition", MOMENT, || async {
-        let transfer = match transfers.get("t").await {
-            Ok(transfer) => transfer,
-            Err(error) => return Look::Failed(error),
-        };
-        let conditions = transfer.status.unwrap_or_default().conditions;
-        match find(&conditions, ConditionType::Succeeded) {
-            Some(c) if c.status == "False" && c.reason == "NotImplemented" => Look::Done(()),
-            other => Look::NotYet(format!("{other:?}")),
-        }
-    })
-    .await?;
     bed.no_denials()
 }
 

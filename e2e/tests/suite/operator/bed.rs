@@ -429,7 +429,7 @@ impl Bed {
         self.dir.path().join(format!("operator-{identity}.log"))
     }
 
-    fn logs(&self) -> String {
+    pub fn logs(&self) -> String {
         let tails = self.operators.iter().map(|(identity, operator)| {
             let state = if operator.is_running() { "running" } else { "ended" };
             format!("operator {identity} ({state}):\n{}", operator.log_tail())
