@@ -358,6 +358,19 @@ mod tests {
     }
 
     #[test]
+    fn the_example_asks_for_what_it_says() {
+        let text = include_str!("../../../examples/transfers/01-export.yaml");
+        let example: ImageTransfer = serde_saphyr::from_str(text).expect("readable");
+        let asked = asked_transfer(&example).expect("usable");
+        assert!(
+            matches!(&asked.source, AskedSource::StoreImage { image, .. } if image.to_string() == "default/debian")
+        );
+        let zlib = OutputFormat::Qcow2 { compression: Compression::Zlib };
+        assert!(matches!(&asked.destination, AskedDestination::Object { format, .. } if *format == zlib));
+        assert_eq!(transfer_deadline(&example.spec), Ok(Some(6 * 3600)));
+    }
+
+    #[test]
     fn formats_and_what_compresses_them() {
         let format = |format: &str| {
             let asked = asked_transfer(&transfer(&format!("{HTTP}, {OBJECT}, format: {{{format}}}")));
