@@ -13,7 +13,8 @@ use crate::fields::{
 /// What decides the bytes stays as it is. Optional fields are not compared as optional values: their cost has no bound that the
 /// API server could know.
 const FIXED: &str = "self.source == oldSelf.source && self.destination == oldSelf.destination \
-    && self.format == oldSelf.format && self.staging == oldSelf.staging \
+    && self.format == oldSelf.format \
+    && (has(self.staging) ? has(oldSelf.staging) && self.staging == oldSelf.staging : !has(oldSelf.staging)) \
     && (has(self.checksum) ? has(oldSelf.checksum) && self.checksum == oldSelf.checksum : !has(oldSelf.checksum))";
 
 /// What is to be moved, and where to.
@@ -66,9 +67,9 @@ pub struct ImageTransferSpec {
     /// What is read, and what is written.
     #[serde(default)]
     pub format: TransferFormat,
-    /// Whether the source comes into a pool first.
-    #[serde(default)]
-    pub staging: Staging,
+    /// Whether the source comes into a pool first. Default: what the node's `--default-staging` says, which is `Auto`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub staging: Option<Staging>,
     /// What the bytes of the source must add up to, as they are transferred.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 71), regex(pattern = r"^sha256:[0-9a-f]{64}$"))]
@@ -190,10 +191,9 @@ pub enum Compression {
 }
 
 /// Whether the source comes into a pool first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Staging {
     /// Only if it has to.
-    #[default]
     Auto,
     /// It must not: what would need that is refused.
     Never,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use berth_api::defaults::SYSTEM_NAMESPACE;
 use berth_core::ids::NodeName;
+use berth_core::transfer::Staging;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::batch::BatchArgs;
@@ -146,6 +147,30 @@ pub struct AgentArgs {
     /// Addresses that sources may have though they would be refused, such as `10.0.0.0/8`. May be repeated.
     #[arg(long = "allow-source-cidr", env = "BERTH_ALLOW_SOURCE_CIDR", value_delimiter = ',')]
     pub allow_source_cidrs: Vec<String>,
+    /// Whether the source of an import or a transfer comes into a pool first, where its own `spec.staging` does not say.
+    #[arg(long, env = "BERTH_DEFAULT_STAGING", value_enum, default_value_t = DefaultStaging::Auto)]
+    pub default_staging: DefaultStaging,
+}
+
+/// Whether sources are staged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DefaultStaging {
+    /// Only if they have to be.
+    Auto,
+    /// Never: what would have to be is refused.
+    Never,
+    /// Always, but for images of an image store.
+    Required,
+}
+
+impl From<DefaultStaging> for Staging {
+    fn from(asked: DefaultStaging) -> Self {
+        match asked {
+            DefaultStaging::Auto => Self::Auto,
+            DefaultStaging::Never => Self::Never,
+            DefaultStaging::Required => Self::Required,
+        }
+    }
 }
 
 /// Flags of `berth-node supervise`.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use berth_api::staging_node::Versions;
 use berth_core::ids::NodeName;
+use berth_core::transfer::Staging;
 use berth_core::units::Timestamp;
 use berth_device::preflight::Preflight;
 use berth_record::NodeRecord;
@@ -31,6 +32,8 @@ pub struct Config {
     pub system_namespace: String,
     /// Addresses that sources may have though they would be refused.
     pub allow_source_cidrs: Vec<String>,
+    /// Whether sources are staged where nobody says.
+    pub default_staging: Staging,
 }
 
 /// One node.

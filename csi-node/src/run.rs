@@ -138,6 +138,7 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
             mount_root: args.directories.mount_root.clone(),
             system_namespace: args.system_namespace.clone(),
             allow_source_cidrs: args.allow_source_cidrs.clone(),
+            default_staging: args.default_staging.into(),
         },
         watches,
         pools,

@@ -273,6 +273,7 @@ async fn node(dir: &Path, lists: &Lists) -> Arc<Node> {
             mount_root: dir.join("mnt"),
             system_namespace: "berth-system".to_owned(),
             allow_source_cidrs: Vec::new(),
+            default_staging: berth_core::transfer::Staging::Auto,
         },
         pools: Pools::new(name.clone(), dir.join("mnt"), dir),
         jobs: Jobs::new(Arc::clone(&wake), stop.clone()),

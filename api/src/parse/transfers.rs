@@ -22,8 +22,8 @@ pub struct Asked {
     pub destination: AskedDestination,
     /// The source's format; `None` if it is found out by reading its head. Never of a [`AskedSource::StoreImage`].
     pub source_format: Option<SourceFormat>,
-    /// Whether the source comes into a pool first.
-    pub staging: Staging,
+    /// Whether the source comes into a pool first; `None` if that is left to the node.
+    pub staging: Option<Staging>,
     /// What the source's bytes must add up to. Never of a [`AskedSource::StoreImage`].
     pub checksum: Option<Sha256Sum>,
     /// Bounds of the work.
@@ -100,7 +100,7 @@ pub fn asked_import(import: &TemplateImport) -> Result<Asked, InvalidField> {
             image: name,
         },
         source_format: None,
-        staging: Staging::Auto,
+        staging: None,
         checksum: checksum(spec.checksum.as_deref())?,
         limits: transfer_limits(&spec.limits)?,
     })
@@ -126,7 +126,7 @@ pub fn asked_transfer(transfer: &ImageTransfer) -> Result<Asked, InvalidField> {
         source,
         destination: destination(&name.namespace, &spec.destination, &spec.format)?,
         source_format: spec.format.source.map(source_format),
-        staging: staging(spec.staging),
+        staging: spec.staging.map(staging),
         checksum: checksum(spec.checksum.as_deref())?,
         limits: transfer_limits(&spec.limits.common)?,
     })
@@ -331,7 +331,7 @@ mod tests {
         let AskedDestination::StoreImage { store, image } = &asked.destination else { panic!("{asked:?}") };
         assert_eq!((store.to_string().as_str(), image.to_string().as_str()), ("ns/s", "ns/t"));
         assert_eq!(asked.stores(), std::slice::from_ref(store));
-        assert_eq!((asked.staging, asked.source_format), (Staging::Auto, None));
+        assert_eq!((asked.staging, asked.source_format), (None, None));
         assert_eq!(asked.checksum.map(|sum| sum.to_string()), Some(sum));
         let expected =
             Limits { virtual_size: Bytes::gib(256), bytes: Bytes::gib(256), stall_timeout: 60, retries: 10 };
@@ -353,7 +353,7 @@ mod tests {
         let asked = asked_transfer(&out).expect("usable");
         let AskedDestination::Object { target, format } = &asked.destination else { panic!("{asked:?}") };
         assert_eq!((target.key.as_str(), *format), ("a", OutputFormat::Raw));
-        assert_eq!((asked.staging, asked.limits.bytes), (Staging::Required, Bytes::gib(1)));
+        assert_eq!((asked.staging, asked.limits.bytes), (Some(Staging::Required), Bytes::gib(1)));
         assert_eq!((asked.limits.retries, transfer_deadline(&out.spec)), (0, Ok(Some(3600))));
     }
 

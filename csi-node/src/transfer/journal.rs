@@ -164,6 +164,15 @@ impl Journal {
         self.workers.spawn_blocking(work)
     }
 
+    /// Runs a request to its end, also if nobody waits for its answer any more: [`Journal::idle`] does, so that what it does in
+    /// a store is done before anybody looks there.
+    pub(crate) async fn to_the_end<T: Send + 'static>(
+        &self,
+        request: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, TransferError> {
+        Ok(self.workers.spawn(request).await?)
+    }
+
     /// Returns when no thread of an attempt is at work any more. An attempt that was dropped leaves threads behind, which
     /// end within one window; nothing else may touch its files or its place in the record before.
     pub(crate) async fn idle(&self) {

@@ -1,5 +1,6 @@
 //! What must hold after a transfer, and after all of them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -179,6 +180,15 @@ impl Run<'_> {
         }
     }
 
+    /// Uploads that are open, each with its key.
+    fn open_uploads(&self) -> Result<Vec<String>, KillError> {
+        let log = self.log()?;
+        let open = log.open_uploads();
+        let begun = log.entries().iter().filter_map(|entry| Some((entry.upload_id.as_ref()?, &entry.key)));
+        let keys: BTreeMap<_, _> = begun.collect();
+        Ok(open.iter().map(|id| format!("upload {id} of {}", keys.get(id).map_or("?", |key| key))).collect())
+    }
+
     async fn left_behind(&self, transfers: &Api<ImageTransfer>) -> Result<Vec<String>, KillError> {
         let client = self.site.client();
         let reservations: Api<StagingReservation> = Api::all(client.clone());
@@ -195,7 +205,7 @@ impl Run<'_> {
         for ledger in ledgers.list(&all).await.map_err(failed)? {
             left.extend(ledger.spec.promises.keys().map(|uid| format!("promise to {uid}")));
         }
-        left.extend(self.log()?.open_uploads().into_iter().map(|upload| format!("upload {upload}")));
+        left.extend(self.open_uploads()?);
         for store in [STORE, ARCHIVE] {
             let files = StoreFiles::read(&self.site.dir().join("s3"), BUCKET, store)?;
             for folder in ["sessions/", "pins/"] {

@@ -14,6 +14,7 @@ use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 const ADMISSION_RACE: &str = env!("CARGO_BIN_EXE_admission-race");
 const CRASH: &str = env!("CARGO_BIN_EXE_crash");
 const KILL_IMPORT: &str = env!("CARGO_BIN_EXE_kill-import");
+const KILL_TRANSFERS: &str = env!("CARGO_BIN_EXE_kill-transfers");
 
 /// How long a command may take in its short version, alone on two cores.
 const SHORT: Duration = Duration::from_mins(12);
@@ -37,6 +38,9 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("race::every_sabotage_is_noticed", &sabotaged_race, race_sabotages).limited(limit),
         Scenario::new("kill::an_import_survives_every_kill", &kill, kill_import).limited(limit),
         Scenario::new("kill::every_sabotage_is_noticed", &sabotaged_kill, kill_sabotages).limited(limit),
+        Scenario::new("kill::a_transfer_survives_every_kill", &kill, kill_transfers).limited(limit),
+        Scenario::new("kill::every_sabotage_of_transfers_is_noticed", &sabotaged_kill, transfer_sabotages)
+            .limited(limit),
         Scenario::new("crash::a_pool_survives_every_cut", &crash, crash_cuts).limited(limit.max(CUTS)),
         Scenario::new("crash::every_sabotage_is_noticed", &sabotaged_crash, crash_sabotages)
             .limited(limit.max(CUTS)),
@@ -97,6 +101,14 @@ async fn kill_import() -> anyhow::Result<()> {
 
 async fn kill_sabotages() -> anyhow::Result<()> {
     must_notice_all(KILL_IMPORT, &["--data-mib", "256", "--kills-per-stage", "1"], 6).await
+}
+
+async fn kill_transfers() -> anyhow::Result<()> {
+    must_pass(KILL_TRANSFERS, &["--kills", if long() { "100" } else { "24" }]).await
+}
+
+async fn transfer_sabotages() -> anyhow::Result<()> {
+    must_notice_all(KILL_TRANSFERS, &["--data-mib", "128", "--kills", "12"], 4).await
 }
 
 /// Three of each of the 16 operations in the short version.

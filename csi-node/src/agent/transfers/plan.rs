@@ -7,7 +7,7 @@ use berth_api::fields::{PlannedStaging, TransferPlan};
 use berth_api::parse::{Asked, AskedDestination, AskedSource};
 use berth_core::ids::{Digest, ObjectName};
 use berth_core::stages::{Route, Shape};
-use berth_core::transfer::{Chosen, Found, SourceFormat, choose};
+use berth_core::transfer::{Chosen, Found, SourceFormat, Staging, choose};
 use berth_core::units::Bytes;
 use berth_image::{ImageFormat, Output};
 use berth_objectstore::chunks::store::{ChunkStore, OpenError};
@@ -41,8 +41,13 @@ pub(super) async fn plan(node: &Arc<Node>, subject: &Subject) -> Result<Transfer
         let output = Output { format: *format, virtual_size: shape.virtual_size, level: None, id: [0; 16] };
         output.plan().map_err(TransferError::from)?;
     }
-    let chosen = choose(asked.staging, found)?;
+    let chosen = choose(wanted(asked.staging, node.config.default_staging, found), found)?;
     Ok(told(format, chosen, Shape { in_place: chosen.route == Route::Direct, ..shape }))
+}
+
+/// What is wished: by the object itself, or by default, which asks nothing of an image of an image store.
+fn wanted(asked: Option<Staging>, default: Staging, found: Found) -> Staging {
+    asked.unwrap_or(if found == Found::Stored { Staging::Auto } else { default })
 }
 
 fn told(format: String, chosen: Chosen, shape: Shape) -> TransferPlan {
@@ -138,5 +143,21 @@ pub(super) fn image_format(given: SourceFormat) -> ImageFormat {
         SourceFormat::Vmdk => ImageFormat::Vmdk,
         SourceFormat::Vhd => ImageFormat::Vhd,
         SourceFormat::Vhdx => ImageFormat::Vhdx,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a18_the_default_of_the_cluster_holds_where_an_object_says_nothing() {
+        let file = Found::File { raw: true, converted: false, rereadable: true, whole_sectors: true };
+        for default in [Staging::Auto, Staging::Never, Staging::Required] {
+            assert_eq!(wanted(None, default, file), default);
+            assert_eq!(wanted(Some(Staging::Auto), default, file), Staging::Auto, "it says so itself");
+            assert_eq!(wanted(None, default, Found::Stored), Staging::Auto, "there is nothing to stage");
+            assert_eq!(wanted(Some(Staging::Required), default, Found::Stored), Staging::Required);
+        }
     }
 }

@@ -60,7 +60,8 @@ impl ObjectAttempt<'_> {
         };
         let beginning = Phase::Beginning { ready: Box::new(ready.clone()), known: known.clone() };
         self.journal.save(beginning).await?;
-        let upload = self.target.store.begin_upload(&self.target.key).await?;
+        let (store, key) = (self.target.store.clone(), self.target.key.clone());
+        let upload = self.journal.to_the_end(async move { store.begin_upload(&key).await }).await??;
         give_up_unknown(self.target, &known, Some(&upload)).await?;
         Ok(upload)
     }

@@ -57,7 +57,11 @@ impl ObjectAttempt<'_> {
         self.say(shape, Stage::Publish, Bytes::ZERO, Bytes(1));
         self.claim_holds().await?;
         let made: Vec<Part> = parts.iter().map(SentPart::part).collect();
-        let completed = store.complete_upload(key, upload, &made).await;
+        let request = {
+            let (store, key, upload, made) = (store.clone(), key.clone(), upload.clone(), made.clone());
+            async move { store.complete_upload(&key, &upload, &made).await }
+        };
+        let completed = self.journal.to_the_end(request).await?;
         // An upload that is gone may have been completed by an attempt that never heard of it: the object tells.
         let gone = matches!(completed, Err(StoreError::NotFound { .. }));
         if !gone {
