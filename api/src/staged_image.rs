@@ -19,6 +19,7 @@ use crate::fields::{ObjectRef, Progress};
     selectable = ".spec.nodeName",
     doc = "One immutable image in one pool on one node. Written by Berth itself.",
     printcolumn(name = "State", type_ = "string", json_path = ".status.state"),
+    printcolumn(name = "Health", type_ = "string", json_path = ".status.health"),
     printcolumn(name = "Pool", type_ = "string", json_path = ".spec.poolName"),
     printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName"),
     printcolumn(name = "Progress", type_ = "integer", json_path = ".status.progress.percent"),
@@ -52,10 +53,23 @@ pub struct StagedImageSpec {
 pub enum StagedImageState {
     /// Its chunks are being fetched.
     Filling,
+    /// Volumes start from it, and read from its store what is not here yet.
+    Usable,
     /// All of it is here, verified.
     Ready,
     /// It cannot be fetched.
     Failed,
+}
+
+/// How good an image is to whoever starts from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum StagedImageHealth {
+    /// All of it is here.
+    Optimal,
+    /// It works, and a better form of it is on its way: some of it is still read from its store.
+    Usable,
+    /// Nothing can start from it.
+    Unusable,
 }
 
 /// What the node says of the image.
@@ -66,7 +80,10 @@ pub struct StagedImageStatus {
     /// Its state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<StagedImageState>,
-    /// How far filling is.
+    /// How good it is to whoever starts from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<StagedImageHealth>,
+    /// How much of it is here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
     /// When a volume was last made from it.

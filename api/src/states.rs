@@ -37,8 +37,8 @@ mod tests {
     #[test]
     fn the_rule_is_the_table() {
         let rule = rule::<StagedState>();
-        assert!(rule.contains("'Ready': ['Filling', 'Ready']"), "{rule}");
-        assert!(rule.contains("'Failed': ['Filling', 'Ready', 'Failed']"), "{rule}");
+        assert!(rule.contains("'Ready': ['Filling', 'Usable', 'Ready']"), "{rule}");
+        assert!(rule.contains("'Failed': ['Filling', 'Usable', 'Ready', 'Failed']"), "{rule}");
     }
 
     #[test]

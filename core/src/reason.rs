@@ -189,6 +189,14 @@ reasons! {
     VolumeLost => Terminal,
     /// A kernel pool has used nearly all the data that it can attain.
     DataAlmostFull => Transient,
+    /// It works, and what is not here yet is read from its image store.
+    Hydrating => Normal,
+    /// A chunk is not in its image store: reads of it fail, and everything else goes on.
+    ChunkMissing => Transient,
+    /// A chunk in the image store is not what its name says: reads of it fail, and everything else goes on.
+    ChunkDamaged => Transient,
+    /// The index of an image in its store is gone, or is not what its digest says.
+    IndexDamaged => Transient,
     /// Volumes are promised more than is there, as the pool's policy allows: that all of it can be written is not promised.
     VolumesOvercommitted => Transient,
     /// A kernel pool uses more than 70 % of its metadata, so nothing more is promised in it.

@@ -17,7 +17,9 @@ use std::fmt;
 
 use thiserror::Error;
 
-pub use self::charge::{copy_metadata, directory_charge, directory_device, image_charge, volume_charge};
+pub use self::charge::{
+    copy_metadata, directory_charge, directory_device, image_charge, regions_device, volume_charge,
+};
 pub use self::grant::Stopped;
 pub use self::growth::{
     Action, Part, PoolMode, PoolState, Room, StopReason, Usage, decide, demanded, low_water,

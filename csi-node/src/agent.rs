@@ -6,6 +6,7 @@ pub mod files;
 pub mod fill;
 pub mod heartbeat;
 pub mod jobs;
+pub mod lazy;
 pub mod news;
 pub mod observe;
 pub mod pools;

@@ -6,16 +6,18 @@ use std::path::PathBuf;
 use berth_api::defaults::SYSTEM_NAMESPACE;
 use berth_core::ids::NodeName;
 use berth_core::transfer::Staging;
+use berth_core::units::Bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::commands::batch::BatchArgs;
 use crate::commands::file::FileArgs;
 use crate::commands::pages::{CompletionsArgs, ManArgs};
 use crate::commands::pool::PoolArgs;
+use crate::commands::serve_store::ServeStoreArgs;
 use crate::commands::template::TemplateArgs;
 use crate::commands::volume::VolumeArgs;
 use crate::telemetry::LogFormat;
-use crate::values::node_name;
+use crate::values::{self, node_name};
 
 /// Stages disk images on this node, and gives volumes made of them to kubelet.
 ///
@@ -43,6 +45,9 @@ pub enum Command {
     Volume(VolumeArgs),
     /// Runs the small process beside the agent that suspends devices and serves images.
     Supervise(SuperviseArgs),
+    /// Serves an image of an image store for the process that keeps servers, which alone runs this.
+    #[command(hide = true)]
+    ServeStore(ServeStoreArgs),
     /// Works with templates, without Kubernetes.
     Template(TemplateArgs),
     /// Fetches objects of a store into files, and sends files to a store, without Kubernetes.
@@ -132,6 +137,9 @@ pub struct AgentArgs {
     /// itself; a device that is suspended when the agent is killed stays so until its next start then.
     #[arg(long, env = "BERTH_SUPERVISOR_SOCKET")]
     pub supervisor_socket: Option<PathBuf>,
+    /// How much of each image that volumes start from already is fetched a second while nobody waits for it.
+    #[arg(long, env = "BERTH_HYDRATION_RATE", value_name = "SIZE", default_value = "64Mi", value_parser = values::size)]
+    pub hydration_rate: Bytes,
     /// Where the root of the host is, for its configuration.
     #[arg(long, env = "BERTH_HOST_ROOT", default_value = "/")]
     pub host_root: PathBuf,

@@ -8,6 +8,7 @@ pub mod object_store;
 pub mod pages;
 pub mod pool;
 pub mod preflight;
+pub mod serve_store;
 pub mod session;
 pub mod template;
 pub mod text;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use berth_node::args::{Cli, Command};
 use berth_node::commands::template::{TemplateArgs, TemplateCommand};
-use berth_node::commands::{asking, batch, file, host_config, pages, preflight, template};
+use berth_node::commands::{asking, batch, file, host_config, pages, preflight, serve_store, template};
 use berth_node::{run, telemetry};
 use clap::Parser as _;
 
@@ -18,6 +18,9 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Supervise(args) => {
             on_runtime(run::until_interrupted(|stop| run::supervise(args, stop))).map(done)
         }
+        Command::ServeStore(args) => on_runtime(run::until_interrupted(|stop| async move {
+            Ok(serve_store::run(&args, &stop).await.map(done)?)
+        })),
         Command::Pool(args) => Ok(asking::run(&args.node, &args.command.asking())?),
         Command::Volume(args) => Ok(asking::run(&args.node, &args.command.asking())?),
         Command::Template(TemplateArgs { command }) => match command {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use berth_api::staging_node::Versions;
 use berth_core::ids::NodeName;
 use berth_core::transfer::Staging;
-use berth_core::units::Timestamp;
+use berth_core::units::{Bytes, Timestamp};
 use berth_device::preflight::Preflight;
 use berth_record::NodeRecord;
 use kube::Client;
@@ -30,6 +30,8 @@ pub struct Config {
     pub mount_root: PathBuf,
     /// The namespace of Berth's own objects.
     pub system_namespace: String,
+    /// How many bytes a second of an image are fetched that nobody waits for, at most.
+    pub hydration_rate: Bytes,
     /// Addresses that sources may have though they would be refused.
     pub allow_source_cidrs: Vec<String>,
     /// Whether sources are staged where nobody says.

@@ -137,6 +137,7 @@ async fn node(args: &AgentArgs, stop: CancellationToken) -> anyhow::Result<Arc<N
             state_dir: args.directories.state_dir.clone(),
             mount_root: args.directories.mount_root.clone(),
             system_namespace: args.system_namespace.clone(),
+            hydration_rate: args.hydration_rate,
             allow_source_cidrs: args.allow_source_cidrs.clone(),
             default_staging: args.default_staging.into(),
         },

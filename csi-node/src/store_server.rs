@@ -10,6 +10,7 @@
 
 pub mod connection;
 pub mod protocol;
+pub mod template;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

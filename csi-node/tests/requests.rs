@@ -272,6 +272,7 @@ async fn node(dir: &Path, lists: &Lists) -> Arc<Node> {
             state_dir: dir.to_owned(),
             mount_root: dir.join("mnt"),
             system_namespace: "berth-system".to_owned(),
+            hydration_rate: Bytes::mib(64),
             allow_source_cidrs: Vec::new(),
             default_staging: berth_core::transfer::Staging::Auto,
         },

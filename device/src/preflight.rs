@@ -47,6 +47,11 @@ impl Preflight {
             cgroups(),
             clock(),
             parts("dm-thin", "for pools of thin devices", &crate::thin::missing()),
+            parts(
+                "dm-clone",
+                "to show images before all of them is here",
+                &crate::thin::missing_for_templates(),
+            ),
             parts("nbd", "for image files as templates", &crate::nbd::missing()),
         ]);
         checks.extend(host_config::checks(host_root));
@@ -228,6 +233,7 @@ mod tests {
             "cgroups",
             "clock",
             "dm-thin",
+            "dm-clone",
             "nbd",
         ] {
             assert!(names.contains(&name), "{name}");

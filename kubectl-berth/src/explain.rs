@@ -141,7 +141,7 @@ fn asked(told: &Explanation) -> String {
 fn of_image(image: &Image, template: &str) -> String {
     let percent = image
         .percent
-        .filter(|_| image.state == "Filling")
+        .filter(|_| matches!(image.state.as_str(), "Filling" | "Usable"))
         .map(|percent| format!(" {percent} %"))
         .unwrap_or_default();
     let staged = image.staged_image.as_ref().map(|name| format!(" as {name}")).unwrap_or_default();

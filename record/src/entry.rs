@@ -73,6 +73,31 @@ pub enum ImageState {
     },
     /// Complete and verified against the digest.
     Complete,
+    /// Shown as a template, of which a part may be in its image store only.
+    Shown {
+        /// The size of a region of it, the same for ever.
+        region: Bytes,
+        /// How much of it is here.
+        local: LocalState,
+    },
+}
+
+impl ImageState {
+    /// True if all of it is here, verified and durable.
+    pub fn is_complete(self) -> bool {
+        matches!(self, Self::Complete | Self::Shown { local: LocalState::Local, .. })
+    }
+}
+
+/// How much of an image that is shown is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LocalState {
+    /// What says which regions are here was never used, whatever lies in its place.
+    New,
+    /// It is used, and tells.
+    Begun,
+    /// All of it is here and durable.
+    Local,
 }
 
 /// A staged image, keyed by its digest.

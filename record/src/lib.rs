@@ -27,9 +27,9 @@ mod thin;
 pub use dump::dump;
 pub use entry::{
     Attachment, AttachmentMode, FileContent, FileEntry, FileFetch, FilePublication, FileTarget, Holder,
-    ImageEntry, ImageState, JobEntry, PromiseClass, PromiseEntry, Sending, SentFile, SentPart, StagingEntry,
-    TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeKind, VolumeOrigin,
-    VolumeState,
+    ImageEntry, ImageState, JobEntry, LocalState, PromiseClass, PromiseEntry, Sending, SentFile, SentPart,
+    StagingEntry, TemplateEntry, TemplateState, ThinCounters, ThinEntry, ThinState, VolumeEntry, VolumeKind,
+    VolumeOrigin, VolumeState,
 };
 pub use error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 pub use node::NodeRecord;

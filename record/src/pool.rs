@@ -7,8 +7,8 @@ use berth_core::overcommit::Overcommit;
 use berth_core::units::{Bytes, Generation, Timestamp};
 
 use crate::entry::{
-    Attachment, ImageEntry, ImageState, PromiseEntry, StagingEntry, TemplateState, VolumeEntry, VolumeKind,
-    VolumeOrigin, VolumeState,
+    Attachment, ImageEntry, ImageState, LocalState, PromiseEntry, StagingEntry, TemplateState, VolumeEntry,
+    VolumeKind, VolumeOrigin, VolumeState,
 };
 use crate::error::{AdoptError, ChangeError, CreateError, OpenError, ReadError};
 use crate::schema::{KEY_LEDGER, KEY_POOL, Owner, PoolIdentity, SavedPosition, tables};
@@ -200,6 +200,7 @@ impl PoolRecord {
                 Ok(())
             }
             ImageState::Complete => Err("complete"),
+            ImageState::Shown { .. } => Err("shown"),
         })
     }
 
@@ -210,8 +211,38 @@ impl PoolRecord {
             if image.holder != *holder {
                 return Err("another holder's");
             }
+            if matches!(image.state, ImageState::Shown { .. }) {
+                return Err("shown");
+            }
             image.state = ImageState::Complete;
             Ok(())
+        })
+    }
+
+    /// Records that an image is to be shown as a template with regions of this size, before it is: nothing of it is here. One that
+    /// is recorded so already stays as it is. Refused unless it is empty.
+    pub fn begin_show(&self, digest: &Digest, region: Bytes) -> Result<(), ChangeError> {
+        self.change_image(digest, "shown", |image| match image.state {
+            ImageState::Filling { offset: Bytes::ZERO } => {
+                image.state = ImageState::Shown { region, local: LocalState::New };
+                Ok(())
+            }
+            ImageState::Shown { region: recorded, .. } if recorded == region => Ok(()),
+            ImageState::Shown { .. } => Err("shown with other regions"),
+            ImageState::Filling { .. } => Err("filled in part"),
+            ImageState::Complete => Err("complete"),
+        })
+    }
+
+    /// Records how much of an image is here that is shown: [`LocalState::Begun`] before anything is written to it,
+    /// [`LocalState::Local`] once all of it is durable.
+    pub fn image_local(&self, digest: &Digest, now: LocalState) -> Result<(), ChangeError> {
+        self.change_image(digest, "local", |image| match &mut image.state {
+            ImageState::Shown { local, .. } => {
+                *local = now;
+                Ok(())
+            }
+            ImageState::Complete | ImageState::Filling { .. } => Err("not shown"),
         })
     }
 
@@ -231,12 +262,12 @@ impl PoolRecord {
         })
     }
 
-    /// Forgets an image, after its bytes are gone. Refused for one that is complete: evict first.
+    /// Forgets an image, after its bytes are gone. Refused for one that is complete or shown: evict first.
     pub fn forget_image(&self, digest: &Digest) -> Result<(), ChangeError> {
         self.record.commit(|change| {
             let old = change.get(tables::IMAGES, digest)?;
-            if old.is_some_and(|image| image.state == ImageState::Complete) {
-                return Err(wrong_state(tables::IMAGES.name(), digest, "complete", "forgotten"));
+            if old.is_some_and(|image| !matches!(image.state, ImageState::Filling { .. })) {
+                return Err(wrong_state(tables::IMAGES.name(), digest, "complete or shown", "forgotten"));
             }
             change.remove(tables::IMAGES, digest).map(|_| ())
         })

@@ -13,8 +13,9 @@ use crate::entry::PromiseClass;
 
 /// The version of the format that this program writes. Older ones are read, newer ones refused.
 ///
-/// 2: snapshots among the volumes, and templates. 3: files for pods, which may be only copies.
-pub const FORMAT_VERSION: u32 = 3;
+/// 2: snapshots among the volumes, and templates. 3: files for pods, which may be only copies. 4: images that are shown before
+/// all of them is here.
+pub const FORMAT_VERSION: u32 = 4;
 
 /// Key of the format version in the header table: a JSON number, in every version.
 pub(crate) const KEY_VERSION: &str = "format_version";

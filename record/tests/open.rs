@@ -106,13 +106,13 @@ fn newer() {
     let path = filled(dir.path());
     let db = Database::open(&path).unwrap();
     let txn = db.begin_write().unwrap();
-    txn.open_table(HEADER).unwrap().insert("format_version", b"4".as_slice()).unwrap();
+    txn.open_table(HEADER).unwrap().insert("format_version", b"5".as_slice()).unwrap();
     // A newer program may say who owns it in another way.
     txn.open_table(HEADER).unwrap().insert("owner", b"[]".as_slice()).unwrap();
     txn.commit().unwrap();
     drop(db);
-    assert_eq!(FORMAT_VERSION, 3);
-    assert!(matches!(PoolRecord::open(&path, None), Err(OpenError::NewerVersion { found: 4, .. })));
+    assert_eq!(FORMAT_VERSION, 4);
+    assert!(matches!(PoolRecord::open(&path, None), Err(OpenError::NewerVersion { found: 5, .. })));
 }
 
 #[test]

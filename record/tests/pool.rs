@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use berth_core::ids::{Digest, NodeName, PoolName, Sha256Sum, Uid};
 use berth_core::units::{Bytes, Generation, Timestamp};
 use berth_record::{
-    Attachment, AttachmentMode, ChangeError, Holder, ImageState, JobEntry, LedgerPosition, NodeRecord,
-    PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, ThinState, VolumeEntry, VolumeKind,
-    VolumeState, tables,
+    Attachment, AttachmentMode, ChangeError, Holder, ImageState, JobEntry, LedgerPosition, LocalState,
+    NodeRecord, PoolIdentity, PoolRecord, PromiseClass, PromiseEntry, StagingEntry, ThinState, VolumeEntry,
+    VolumeKind, VolumeState, tables,
 };
 use tempfile::TempDir;
 
@@ -186,6 +186,39 @@ fn images_resume_where_they_were() {
     record.begin_evict(&digest).unwrap();
     record.forget_image(&digest).unwrap();
     assert!(record.record().entries(tables::IMAGES).unwrap().is_empty());
+}
+
+#[test]
+fn an_image_that_is_shown_is_local_only_once_that_is_said_and_is_given_up_before_it_is_forgotten() {
+    let (_dir, record) = record();
+    let digest = Digest(Sha256Sum::of(b"image"));
+    let holder = Uid::from("h");
+    let begin = |record: &PoolRecord| {
+        record.begin_fill(&digest, &holder, Bytes::gib(4), Bytes::gib(1), Timestamp(1)).unwrap().state
+    };
+    let refused = |change: Result<(), ChangeError>| matches!(change, Err(ChangeError::State { .. }));
+    begin(&record);
+    assert!(refused(record.image_local(&digest, LocalState::Begun)), "it is not shown");
+    record.fill_progress(&digest, &holder, Bytes::mib(32)).unwrap();
+    assert!(refused(record.begin_show(&digest, Bytes::kib(64))), "a part of it is here, in another way");
+    record.begin_evict(&digest).unwrap();
+    for _ in 0..2 {
+        record.begin_show(&digest, Bytes::kib(64)).unwrap();
+    }
+    assert!(refused(record.begin_show(&digest, Bytes::kib(128))), "its regions never change");
+    assert!(refused(record.fill_progress(&digest, &holder, Bytes::mib(32))));
+    assert!(refused(record.fill_complete(&digest, &holder)));
+    for (local, complete) in [(LocalState::New, false), (LocalState::Begun, false), (LocalState::Local, true)]
+    {
+        record.image_local(&digest, local).unwrap();
+        let state = begin(&record);
+        assert_eq!(state, ImageState::Shown { region: Bytes::kib(64), local }, "it stays as it is");
+        assert_eq!(state.is_complete(), complete);
+        assert!(refused(record.forget_image(&digest)));
+    }
+    record.begin_evict(&digest).unwrap();
+    assert_eq!(begin(&record), ImageState::Filling { offset: Bytes::ZERO }, "nothing of it counts any more");
+    record.forget_image(&digest).unwrap();
 }
 
 #[test]

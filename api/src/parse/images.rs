@@ -44,6 +44,7 @@ pub fn staged_state(image: &StagedImage) -> StagedState {
     match image.status.as_ref().and_then(|status| status.state) {
         None => StagedState::New,
         Some(StagedImageState::Filling) => StagedState::Filling,
+        Some(StagedImageState::Usable) => StagedState::Usable,
         Some(StagedImageState::Ready) => StagedState::Ready,
         Some(StagedImageState::Failed) => StagedState::Failed,
     }

@@ -7,6 +7,7 @@ use std::fmt;
 
 use thiserror::Error;
 
+use super::decide::Progress;
 use crate::thin::{BlockSize, METADATA_BLOCK};
 use crate::units::Bytes;
 
@@ -54,6 +55,9 @@ impl RegionSize {
     pub const MIN: Self = Self(4 << 10);
     /// The largest the kernel takes.
     pub const MAX: Self = Self(1 << 30);
+    /// The smallest with which an image is shown: the smallest block of a kernel pool, and the smallest chunk of a store. What
+    /// is promised for the metadata is enough for these.
+    pub const SMALLEST_SHOWN: Self = Self(64 << 10);
 
     /// # Errors
     /// [`GeometryError::RegionSize`] unless the kernel takes it.
@@ -189,6 +193,18 @@ impl Geometry {
             return None;
         }
         Some(Span { offset: Bytes(self.size.0 - length), length: Bytes(length) })
+    }
+
+    /// A range without the shorter region at the end; `None` if nothing else is in it.
+    pub fn without_short(&self, span: Span) -> Option<Span> {
+        let Some(short) = self.short_region() else { return Some(span) };
+        let length = span.length.min(short.offset.saturating_sub(span.offset));
+        (length > Bytes::ZERO).then_some(Span { length, ..span })
+    }
+
+    /// True if nothing but the shorter region at the end can be what is not local.
+    pub fn lacks_only_short(&self, progress: Progress) -> bool {
+        progress.hydrated.saturating_add(1) == progress.total && self.short_region().is_some()
     }
 
     /// Takes a range of whole regions; the last of them may be the shorter one.
@@ -331,6 +347,27 @@ mod tests {
         assert_eq!(geometry(Bytes::gib(1024)).metadata(), Bytes::mib(5));
         let most = Geometry::new(Bytes::gib(8 << 10), RegionSize::MIN).expect("the most");
         assert!(most.metadata() >= Bytes((2 * MOST_REGIONS / 8).max(1)) && most.metadata() < Bytes::gib(1));
+    }
+
+    #[test]
+    fn the_short_region_is_left_out_and_told_from_others() {
+        let region = RegionSize::new(Bytes::kib(64)).unwrap();
+        let odd = Geometry::new(Bytes(Bytes::mib(1).0 + 512), region).unwrap();
+        let span = |offset, length| Span { offset: Bytes(offset), length: Bytes(length) };
+        let whole = Bytes::mib(1).0;
+        for (asked, left) in [
+            (span(0, 65_536), Some(span(0, 65_536))),
+            (span(0, whole + 512), Some(span(0, whole))),
+            (span(whole - 65_536, 66_048), Some(span(whole - 65_536, 65_536))),
+            (span(whole, 512), None),
+        ] {
+            assert_eq!(odd.without_short(asked), left, "{asked:?}");
+        }
+        let even = Geometry::new(Bytes::mib(1), region).unwrap();
+        assert_eq!(even.without_short(span(0, whole)), Some(span(0, whole)));
+        let progress = |hydrated| Progress { hydrated, total: 17 };
+        assert!(odd.lacks_only_short(progress(16)) && !even.lacks_only_short(progress(16)));
+        assert!(!odd.lacks_only_short(progress(15)) && !odd.lacks_only_short(progress(17)));
     }
 
     proptest! {

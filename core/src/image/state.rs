@@ -4,8 +4,12 @@
 //! New ──▶ Filling ◀──▶ Failed
 //!             ▲ │         │
 //!             │ ▼         │
+//!            Usable ◀─────┤
+//!             ▲ │         │
+//!             │ ▼         │
 //!            Ready ◀──────┘
 //! ```
+//! One that can be shown before all of it is there is `Usable` at first; others are `Ready` at once.
 //! An image that was all there and is not any more, because its pool's disk is another one, is filled anew: it does not fail.
 
 use crate::states::{IllegalTransition, Machine};
@@ -17,6 +21,8 @@ pub enum StagedState {
     New,
     /// Its chunks are being fetched.
     Filling,
+    /// Volumes start from it, and read from its store what is not there yet.
+    Usable,
     /// All of it is there, verified.
     Ready,
     /// It could not be fetched; that is tried again.
@@ -28,6 +34,8 @@ pub enum StagedState {
 pub enum Event {
     /// Its chunks are being fetched.
     Fill,
+    /// It is shown, with what is there of it.
+    Show,
     /// All of it is there, verified.
     Complete,
     /// It could not be fetched.
@@ -37,15 +45,16 @@ pub enum Event {
 impl Machine for StagedState {
     type Event = Event;
     const KIND: &'static str = "a staged image";
-    const STATES: &'static [Self] = &[Self::New, Self::Filling, Self::Ready, Self::Failed];
-    const EVENTS: &'static [Event] = &[Event::Fill, Event::Complete, Event::Fail];
+    const STATES: &'static [Self] = &[Self::New, Self::Filling, Self::Usable, Self::Ready, Self::Failed];
+    const EVENTS: &'static [Event] = &[Event::Fill, Event::Show, Event::Complete, Event::Fail];
 
     fn after(self, event: Event) -> Result<Self, IllegalTransition<Self>> {
         match (self, event) {
             (_, Event::Fill) => Ok(Self::Filling),
+            (_, Event::Show) => Ok(Self::Usable),
             (_, Event::Complete) => Ok(Self::Ready),
             (Self::New | Self::Filling | Self::Failed, Event::Fail) => Ok(Self::Failed),
-            (Self::Ready, Event::Fail) => Err(IllegalTransition { state: self, event }),
+            (Self::Usable | Self::Ready, Event::Fail) => Err(IllegalTransition { state: self, event }),
         }
     }
 }
@@ -58,12 +67,13 @@ mod tests {
     #[test]
     fn every_pair_is_as_documented() {
         let expected = "\
-| state | Fill | Complete | Fail |
-|---|---|---|---|
-| New | Filling | Ready | Failed |
-| Filling | Filling | Ready | Failed |
-| Ready | Filling | Ready | |
-| Failed | Filling | Ready | Failed |
+| state | Fill | Show | Complete | Fail |
+|---|---|---|---|---|
+| New | Filling | Usable | Ready | Failed |
+| Filling | Filling | Usable | Ready | Failed |
+| Usable | Filling | Usable | Ready | |
+| Ready | Filling | Usable | Ready | |
+| Failed | Filling | Usable | Ready | Failed |
 ";
         assert_eq!(table::<StagedState>(), expected);
         let error = StagedState::Ready.after(Event::Fail).expect_err("it is filled anew first");

@@ -175,10 +175,10 @@ fn serve(
             return is_bounded(view, reservation).map(make).into_iter().collect();
         }
         (Access::Block, None) => Origin::Blank,
-        (Access::Block, Some(digest)) if area.images.get(digest).is_some_and(|image| image.complete) => {
+        (Access::Block, Some(digest)) if area.images.get(digest).is_some_and(|image| image.usable) => {
             Origin::Image(*digest)
         }
-        // Nothing is written, or the image is not all there yet.
+        // Nothing is written, or nothing can be made from the image yet.
         (Access::Stream, _) | (Access::Block, Some(_)) => return Vec::new(),
     };
     let labels = reservation.labels.clone();
@@ -255,13 +255,15 @@ fn serve_image(
 ) -> Vec<Step> {
     let Some(image) = view.images.get(uid) else { return Vec::new() };
     let filling = view.jobs.iter().find(|job| job.kind == JobKind::Fill && job.uid == *uid);
-    if image.deleting && !is_awaited(view, area, pool, &image.digest) {
+    let held = area.images.get(&image.digest).filter(|held| held.holder == *uid);
+    // What volumes read from goes on becoming local, and goes with the last of them.
+    let needed = held.is_some_and(|held| held.in_use) || is_awaited(view, area, pool, &image.digest);
+    if image.deleting && !needed {
         if let Some(job) = filling {
             return vec![Step::StopJob { job: job.clone() }];
         }
         return remove_image(pool, uid, image.digest, generation);
     }
-    let held = area.images.get(&image.digest).filter(|held| held.holder == *uid);
     if filling.is_some() || !may_make || held.is_some_and(|held| held.complete) {
         return Vec::new();
     }
@@ -296,8 +298,8 @@ fn give_back_image(
         let promised = area.promises.get(next).is_some_and(|promise| !promise.released);
         image.pool == *pool && image.digest == *digest && !image.deleting && promised
     };
-    let awaited = held.complete && is_awaited(view, area, pool, digest);
-    if view.images.iter().any(takes_over) || awaited {
+    let needed = held.in_use || held.complete && is_awaited(view, area, pool, digest);
+    if view.images.iter().any(takes_over) || needed {
         return Vec::new();
     }
     remove_image(pool, uid, *digest, generation)

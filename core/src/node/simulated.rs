@@ -129,7 +129,10 @@ impl Node {
                 if held.is_none_or(|held| held.holder != *image) {
                     return Ok(());
                 }
-                self.effect(|area, _| area.images.get_mut(digest).expect("planned").complete = false)?;
+                self.effect(|area, _| {
+                    let held = area.images.get_mut(digest).expect("planned");
+                    (held.usable, held.complete) = (false, false);
+                })?;
                 self.effect(|_, disk| {
                     disk.remove(&format!("image {digest}"));
                 })?;
@@ -178,7 +181,13 @@ impl Node {
         let area = self.view.pools[&PoolName::from("p")].area.as_ref().expect("area");
         let there = area.images.get(&image.digest).is_some_and(|held| held.complete);
         self.fetched += usize::from(!there);
-        let held = |complete| HeldImage { holder: uid.clone(), complete, last_used: Timestamp(1) };
+        let held = |complete| HeldImage {
+            holder: uid.clone(),
+            usable: complete,
+            complete,
+            in_use: false,
+            last_used: Timestamp(1),
+        };
         self.effect(|area, _| {
             area.images.insert(image.digest, held(there));
         })?;

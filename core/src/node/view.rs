@@ -115,8 +115,12 @@ impl ObeyedPromise {
 pub struct HeldImage {
     /// The `StagedImage` that it was made for.
     pub holder: Uid,
+    /// True if volumes can be made from it, whether all of it is there or not.
+    pub usable: bool,
     /// True if all of it is there, verified.
     pub complete: bool,
+    /// True if a volume reads what it has not written from it.
+    pub in_use: bool,
     /// When it was last wanted.
     pub last_used: Timestamp,
 }

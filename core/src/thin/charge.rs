@@ -1,6 +1,7 @@
 //! What promises cost in a pool of thin devices: the blocks that they may come to occupy, and what maps these.
 
 use super::{BlockSize, COUNTS, blocks, device_metadata, tree};
+use crate::hydration::{Geometry, RegionSize};
 use crate::ledger::Charge;
 use crate::units::Bytes;
 
@@ -36,12 +37,26 @@ pub fn directory_charge(size: Bytes, block: BlockSize) -> Charge {
     device(directory_device(size), block)
 }
 
-/// A staged image with `real` bytes that are not holes. With blocks of more than 64 KiB each 64 KiB of it may lie in a block
-/// of their own, up to all of the disk.
+/// A staged image with `real` bytes that are not holes, and what it takes to show it before they are all there. With blocks of
+/// more than 64 KiB each 64 KiB of it may lie in a block of their own, up to all of the disk. Where the disk does not end with
+/// a region, zeros may be written at its end.
 pub fn image_charge(real: Bytes, virtual_size: Bytes, block: BlockSize) -> Charge {
     let parts = real.0.div_ceil(FILL.0);
-    let scattered = Bytes(parts.saturating_mul(block.bytes().0));
-    device(scattered.min(whole(virtual_size, block)), block)
+    let end = if virtual_size.0.is_multiple_of(FILL.0) { Bytes::ZERO } else { block.bytes() };
+    let scattered = Bytes(parts.saturating_mul(block.bytes().0)).saturating_add(end);
+    let content = device(scattered.min(whole(virtual_size, block)), block);
+    let regions = device(regions_device(virtual_size), block);
+    Charge {
+        data: content.data.saturating_add(regions.data),
+        metadata: content.metadata.saturating_add(regions.metadata),
+    }
+}
+
+/// The device that says of each region of an image of this size whether it is local, where regions are as small as they may
+/// be ([`RegionSize::SMALLEST_SHOWN`]). Nothing for a size that is never shown so: such an image is filled before it is used.
+pub fn regions_device(virtual_size: Bytes) -> Bytes {
+    let rounded = virtual_size.round_up(Bytes(512));
+    Geometry::new(rounded, RegionSize::SMALLEST_SHOWN).map_or(Bytes::ZERO, |geometry| geometry.metadata())
 }
 
 fn device(size: Bytes, block: BlockSize) -> Charge {
@@ -84,12 +99,30 @@ mod tests {
 
     #[test]
     fn an_image_costs_its_bytes_where_blocks_are_no_larger_than_its_parts() {
-        let charge = |real, block| image_charge(real, Bytes::gib(4), block).data;
+        let regions = regions_device(Bytes::gib(4));
+        assert_eq!(
+            regions,
+            Bytes::mib(1),
+            "65,536 bits take two blocks, and all the rest is room for a commit"
+        );
+        let charge = |real, block| image_charge(real, Bytes::gib(4), block).data.saturating_sub(regions);
         assert_eq!(charge(Bytes::gib(1), KIB64), Bytes::gib(1));
         assert_eq!(charge(Bytes(Bytes::gib(1).0 + 1), KIB64), Bytes(Bytes::gib(1).0 + KIB64.bytes().0));
         assert_eq!(charge(Bytes::mib(64), MIB1), Bytes::gib(1), "each 64 KiB in a block of their own");
         assert_eq!(charge(Bytes::gib(1), MIB1), Bytes::gib(4), "but never more than the disk has");
         assert_eq!(charge(Bytes::ZERO, KIB64), Bytes::ZERO);
+    }
+
+    #[test]
+    fn an_image_also_costs_what_it_takes_to_show_it_early() {
+        let size = Bytes(Bytes::gib(1).0 + 512);
+        let regions = regions_device(size);
+        let charge = image_charge(Bytes::mib(1), size, KIB64);
+        assert_eq!(charge.data, Bytes(Bytes::mib(1).0 + KIB64.bytes().0 + regions.0), "zeros at the end");
+        let content = device_metadata(Bytes(Bytes::mib(1).0 + KIB64.bytes().0), KIB64);
+        assert_eq!(charge.metadata, Bytes(content.0 + device_metadata(regions, KIB64).0));
+        assert_eq!(regions_device(Bytes::ZERO), Bytes::ZERO);
+        assert!(regions_device(Bytes::gib(1024)) < Bytes::mib(8), "little, whatever the size");
     }
 
     #[test]

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::lazy;
 use super::pools::OpenPool;
 use super::space;
 use super::stores::{self, AccessError};
@@ -82,6 +83,16 @@ pub enum FillError {
     /// The area.
     #[error("the pool's area fails")]
     Area(#[from] AreaError),
+    /// The server of its image store.
+    #[error("image {digest} is not served: {said}")]
+    Served {
+        /// Which.
+        digest: Digest,
+        /// What is wrong, by the server's own words if it has any.
+        reason: Reason,
+        /// In words.
+        said: String,
+    },
     /// A file.
     #[error("failed to {action} {}", path.display())]
     Io {
@@ -102,6 +113,10 @@ impl FillError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Access(error) => error.reason(),
+            Self::Served { reason, .. } => *reason,
+            Self::Area(error @ (AreaError::Template(_) | AreaError::Stopped { .. } | AreaError::Nbd(_))) => {
+                error.reason()
+            }
             Self::Pin(PublishError::Store(source)) | Self::Read(ReadError::Store { source, .. }) => {
                 store_reason(source)
             }
@@ -212,11 +227,11 @@ fn promised(pool: &OpenPool, uid: &Uid) -> Result<Bytes, FillError> {
 }
 
 /// The object with this UID.
-fn find(node: &Node, uid: &Uid) -> Option<Arc<StagedImage>> {
+pub(super) fn find(node: &Node, uid: &Uid) -> Option<Arc<StagedImage>> {
     node.watches.images.find(|image| image.metadata.uid.as_deref() == Some(uid.as_str()))
 }
 
-fn store_of(image: &StagedImage) -> ObjectName {
+pub(super) fn store_of(image: &StagedImage) -> ObjectName {
     ObjectName::new(image.spec.store.namespace.clone(), image.spec.store.name.clone())
 }
 
@@ -233,6 +248,11 @@ async fn attempt(
         let (pool, uid) = (Arc::clone(pool), uid.clone());
         workers.spawn_blocking(move || promised(&pool, &uid)).await??
     };
+    let work = lazy::Work { node, pool, uid, digest, size, promised, workers };
+    if work.show(&image).await? {
+        node.news.edit_fill(uid, |news| (news.percent, news.done, news.error) = (100, size, None));
+        return Ok(());
+    }
     let chunks = stores::open(node, &store_of(&image)).await?;
     chunks.pin(uid, &digest).await.map_err(FillError::Pin)?;
     let reader = ImageReader::open(chunks, digest).await?;

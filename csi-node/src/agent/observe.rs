@@ -19,7 +19,9 @@ use berth_core::node::view::{
 use berth_core::transfer::TransferKind;
 use berth_core::units::Bytes;
 use berth_core::view::Access;
-use berth_record::{FileEntry, FileFetch, ImageState, ReadError, VolumeState, tables};
+use berth_record::{
+    FileEntry, FileFetch, ImageEntry, ImageState, ReadError, VolumeOrigin, VolumeState, tables,
+};
 use kube::{Resource as _, ResourceExt as _};
 use thiserror::Error;
 
@@ -142,17 +144,21 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
             .collect(),
         ..AreaView::default()
     };
+    let read = images_that_are_read(pool)?;
     for (digest, image) in record.entries(tables::IMAGES)? {
-        let complete = image.state == ImageState::Complete && pool.area.has_image(&digest);
-        area.images.insert(digest, HeldImage { holder: image.holder, complete, last_used: image.last_used });
+        let held = held_image(pool, &digest, image, read.contains(&digest))?;
+        area.images.insert(digest, held);
     }
     for (uid, volume) in record.entries(tables::VOLUMES)? {
         let (made, there) = (volume.state == VolumeState::Ready, pool.area.has_volume(&uid));
+        // One whose image waits for its store is shown once that is there again.
+        let waits = matches!(&volume.origin, Some(VolumeOrigin::Image(digest))
+            if area.images.get(digest).is_some_and(|image| !image.usable));
         let held = HeldVolume {
             generation: volume.generation,
             size: volume.size,
             ready: made && there,
-            lost: made && !there,
+            lost: made && !there && !waits,
             attached: attached.contains(&uid),
         };
         area.volumes.insert(uid, held);
@@ -169,6 +175,35 @@ fn area_view(node: &Node, pool: &OpenPool) -> Result<AreaView, ReadError> {
         area.files.insert(uid, held_file(&file, matches!(dir, Ok(FileDir::Lost))));
     }
     Ok(area)
+}
+
+/// Images that volumes read what they have not written from.
+fn images_that_are_read(pool: &OpenPool) -> Result<BTreeSet<Digest>, ReadError> {
+    if pool.area.lazy().is_none() {
+        return Ok(BTreeSet::new()); // each volume has all that it needs
+    }
+    let volumes = pool.record.record().entries(tables::VOLUMES)?;
+    let images = volumes.into_iter().filter_map(|(_, volume)| match volume.origin {
+        Some(VolumeOrigin::Image(digest)) => Some(digest),
+        _ => None,
+    });
+    Ok(images.collect())
+}
+
+fn held_image(
+    pool: &OpenPool,
+    digest: &Digest,
+    image: ImageEntry,
+    in_use: bool,
+) -> Result<HeldImage, ReadError> {
+    let usable = match (image.state, pool.area.lazy()) {
+        (ImageState::Filling { .. }, _) | (ImageState::Shown { .. }, None) => false,
+        (ImageState::Complete, _) => pool.area.has_image(digest),
+        (ImageState::Shown { .. }, Some(lazy)) => lazy.is_shown(digest),
+    };
+    let settled = pool.area.lazy().map_or(Ok(true), |lazy| lazy.is_settled(&pool.record, digest))?;
+    let complete = usable && settled && image.state.is_complete();
+    Ok(HeldImage { holder: image.holder, usable, complete, in_use, last_used: image.last_used })
 }
 
 fn held_file(file: &FileEntry, lost: bool) -> HeldFile {

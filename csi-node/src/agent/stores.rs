@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use super::news::StoreNews;
 use crate::credentials::{CredentialSource, CredentialsError, SecretCredentials};
 use crate::node::{Node, now};
+use crate::supervisor::stores::{KeyPair, StoreAccess};
 use crate::telemetry::chain;
 use crate::transfer::error::store_reason;
 
@@ -169,21 +170,42 @@ pub fn find(node: &Node, name: &ObjectName) -> Result<Arc<ImageStore>, AccessErr
 }
 
 async fn client(node: &Node, name: &ObjectName, store: &ImageStore) -> Result<S3Store, AccessError> {
+    let config = config(node, name, store).await?;
+    S3Store::connect(config).await.map_err(|source| AccessError::Connect { store: name.clone(), source })
+}
+
+async fn config(node: &Node, name: &ObjectName, store: &ImageStore) -> Result<S3Config, AccessError> {
     let spec = &store.spec;
     let secret = spec.secret_ref.as_ref().map(|reference| reference.name.as_str());
     let credentials = SecretCredentials::new(node.client.clone())
         .get(&name.namespace, secret)
         .await
         .map_err(|source| AccessError::Credentials { store: name.clone(), source })?;
-    let config = S3Config {
+    Ok(S3Config {
         endpoint: Some(spec.endpoint.clone()),
         region: region(spec.region.as_ref()),
         bucket: spec.bucket.clone(),
         addressing: addressing(spec.addressing),
         credentials,
         ca_bundle: spec.ca_bundle.clone().map(String::into_bytes),
-    };
-    S3Store::connect(config).await.map_err(|source| AccessError::Connect { store: name.clone(), source })
+    })
+}
+
+/// How a server of this node reaches a store, with the credentials that are there now.
+pub async fn access(node: &Node, name: &ObjectName) -> Result<StoreAccess, AccessError> {
+    let store = find(node, name)?;
+    layout(name, &store)?;
+    let S3Config { endpoint, region, bucket, addressing, credentials, .. } =
+        config(node, name, &store).await?;
+    Ok(StoreAccess {
+        endpoint,
+        region,
+        bucket,
+        prefix: store.spec.prefix.clone().unwrap_or_default(),
+        virtual_host: addressing == Addressing::VirtualHost,
+        ca_bundle: store.spec.ca_bundle.clone(),
+        keys: KeyPair::of(credentials),
+    })
 }
 
 fn layout(name: &ObjectName, store: &ImageStore) -> Result<StoreLayout, AccessError> {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use berth_core::extents::Disorder;
+use berth_core::hydration::{self, Stop};
 use berth_core::ids::{Digest, Uid};
 use berth_core::reason::Reason;
 use berth_core::thin::GeometryError;
@@ -15,11 +16,14 @@ use berth_device::mounts::MountError;
 use berth_device::nbd::AttachError;
 use berth_device::pool_area::ClaimError;
 use berth_device::thin::{
-    DeviceName, KernelPoolError, MappingError, NameError, ThinDeviceError, VolumeGroupError,
+    DeviceName, KernelPoolError, MappingError, NameError, TemplateError, ThinDeviceError, VolumeGroupError,
 };
 use berth_device::users::UsersError;
 use berth_record::ChangeError;
 use thiserror::Error;
+
+use super::templates::serve_reason;
+use crate::supervisor::servers::ServeError;
 
 /// Why something in a pool's area was not opened, made, shown or removed.
 #[derive(Debug, Error)]
@@ -137,6 +141,47 @@ pub enum AreaError {
     /// The devices of templates.
     #[error("failed to look for a template's device")]
     Nbd(#[from] AttachError),
+    /// The device of an image that is shown before all of it is here.
+    #[error("a template fails")]
+    Template(#[source] Box<TemplateError>),
+    /// The server of an image store.
+    #[error("the image is not served")]
+    Serve(#[from] ServeError),
+    /// What is recorded of an image cannot be divided so.
+    #[error("an image cannot be divided into regions")]
+    Regions(#[from] hydration::GeometryError),
+    /// An image that is not recorded, or not as one that is shown.
+    #[error("image {digest} is not recorded as one that is shown before all of it is here")]
+    NotShown {
+        /// Which.
+        digest: Digest,
+    },
+    /// An image that somebody else works on at this moment.
+    #[error("somebody else works on image {digest}")]
+    Occupied {
+        /// Which.
+        digest: Digest,
+    },
+    /// An image of which a part is in its image store only.
+    #[error("image {digest} is not all here, and waits for its image store")]
+    SourceNeeded {
+        /// Which.
+        digest: Digest,
+    },
+    /// An image that cannot become local by itself.
+    #[error("image {digest} cannot become local: {}", stop_told(*stop))]
+    Stopped {
+        /// Which.
+        digest: Digest,
+        /// Why.
+        stop: Stop,
+    },
+    /// One step after the other, and never an end: a defect.
+    #[error("image {digest} does not come to rest")]
+    Restless {
+        /// Which.
+        digest: Digest,
+    },
     /// What a volume has blocks for.
     #[error("failed to read what a volume has blocks for")]
     Mapping(#[from] MappingError),
@@ -235,8 +280,12 @@ impl AreaError {
             Self::Group(source) => source.reason(),
             Self::Device(source) => source.reason(),
             Self::Nbd(source) => source.reason(),
+            Self::Template(source) => source.reason(),
+            Self::Serve(source) => serve_reason(source),
+            Self::Stopped { stop, .. } => stop_reason(*stop),
             Self::InUse { .. }
             | Self::ImageInUse { .. }
+            | Self::Occupied { .. }
             | Self::NoInstantCopy { .. }
             | Self::Changing { .. }
             | Self::Kernel(KernelPoolError::SnapshotHeld { .. })
@@ -249,6 +298,31 @@ impl AreaError {
             Self::NoTemplate { .. } | Self::NoVolume { .. } => Reason::VolumeNotFound,
             Self::NotRelated { .. } => Reason::NotRelated,
             _ => Reason::PoolAreaFailed,
+        }
+    }
+}
+
+/// Why an image cannot become local by itself.
+fn stop_told(stop: Stop) -> &'static str {
+    match stop {
+        Stop::DestinationLost => "the thin device with what was local is lost",
+        Stop::DestinationSize => "its thin device has another size",
+        Stop::SourceSize => "its source has another size",
+        Stop::ForeignMetadata => "what should say which regions are local is something else's",
+        Stop::MetadataReadOnly => "the kernel could not write which regions are local; volumes go on reading",
+        Stop::MetadataFailed => {
+            "the kernel cannot read which regions are local, and volumes get errors where they read the image"
+        }
+        Stop::DifferentDevice => "its device is something else",
+    }
+}
+
+fn stop_reason(stop: Stop) -> Reason {
+    match stop {
+        Stop::MetadataReadOnly | Stop::MetadataFailed => Reason::NeedsCheck,
+        Stop::DestinationLost => Reason::PoolAreaFailed,
+        Stop::DestinationSize | Stop::SourceSize | Stop::ForeignMetadata | Stop::DifferentDevice => {
+            Reason::AlreadyDifferent
         }
     }
 }

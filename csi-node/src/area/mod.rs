@@ -6,6 +6,7 @@
 
 mod error;
 mod filesystem;
+pub mod lazy;
 pub mod templates;
 mod thin;
 
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 pub use self::error::AreaError;
 use self::error::io_error;
 use self::filesystem::Filesystem;
+use self::lazy::Lazy;
 use self::thin::Thin;
 pub use self::thin::{ThinGroup, ThinSpec};
 use crate::operation::Finding;
@@ -160,6 +162,11 @@ pub trait Area: Send + Sync {
     /// True if it is there.
     fn has_image(&self, digest: &Digest) -> bool {
         self.image(digest).exists()
+    }
+
+    /// Images that are shown before all of them is here; `None` for a backend that shows none.
+    fn lazy(&self) -> Option<&dyn Lazy> {
+        None
     }
 
     /// Opens an image that is filled in part, for more; `None` if it is not there, or not of this size.

@@ -26,9 +26,9 @@ use crate::supervisor::servers::{DiskFormat, ServeError, ServerSpec};
 use crate::telemetry::chain;
 
 /// How long readers wait for a server that is away before they get errors: an upgrade of whoever runs it, and more.
-const DEAD_CONNECTION: Duration = Duration::from_secs(300);
+pub(super) const DEAD_CONNECTION: Duration = Duration::from_secs(300);
 /// How long a device may take for its first answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Why a template was not attached, detached or found.
 #[derive(Debug, Error)]
@@ -130,9 +130,9 @@ impl From<ReadError> for TemplateError {
     }
 }
 
-fn serve_reason(error: &ServeError) -> Reason {
+pub(super) fn serve_reason(error: &ServeError) -> Reason {
     match error {
-        ServeError::Unavailable { .. } => Reason::SupervisorUnavailable,
+        ServeError::Unavailable { .. } | ServeError::TooOld { .. } => Reason::SupervisorUnavailable,
         ServeError::InUse { .. } => Reason::InUse,
         ServeError::Refused { .. } => Reason::AlreadyDifferent,
         ServeError::Cannot { .. } => Reason::OriginSilent,

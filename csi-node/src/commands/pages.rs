@@ -65,7 +65,8 @@ mod tests {
     /// Every command with its name as a page has it, itself first.
     fn all(command: &Command, name: &str) -> Vec<(String, Command)> {
         let mut found = vec![(name.to_owned(), command.clone())];
-        for child in command.get_subcommands().filter(|child| child.get_name() != "help") {
+        let shown = |child: &&Command| child.get_name() != "help" && !child.is_hide_set();
+        for child in command.get_subcommands().filter(shown) {
             found.extend(all(child, &format!("{name}-{}", child.get_name())));
         }
         found

@@ -252,8 +252,11 @@ fn require_origin(pool: &OpenPool, uid: &Uid, wanted: &VolumeEntry) -> Result<()
         None => return Ok(()),
         Some(VolumeOrigin::Image(digest)) => {
             let image = record.get(tables::IMAGES, digest)?;
-            let image =
-                image.filter(|image| image.state == ImageState::Complete && pool.area.has_image(digest));
+            let image = image.filter(|image| match (image.state, pool.area.lazy()) {
+                (ImageState::Complete, _) => pool.area.has_image(digest),
+                (ImageState::Shown { .. }, Some(lazy)) => lazy.is_shown(digest),
+                _ => false,
+            });
             let missing = || OperationError::NoImage { pool: pool.name.clone(), digest: *digest };
             (format!("image {digest}"), image.ok_or_else(missing)?.virtual_size)
         }

@@ -13,8 +13,11 @@ use berth_device::thin::{DeviceName, PoolMessage, SuspendError, Suspender};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::protocol::{Answer, Failure, FailureKind, Hello, MOST_LINE, OURS, Request, negotiate};
+use super::protocol::{
+    Answer, Failure, FailureKind, Hello, MOST_LINE, OURS, Request, WITH_STORES, negotiate,
+};
 use super::servers::{ServeError, ServerLine, ServerSpec, Servers};
+use super::stores::{HydrationOrder, StoreServerSpec};
 
 /// How long it may take to say who it is.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
@@ -65,6 +68,12 @@ impl Client {
         }
     }
 
+    /// Asks for what only a newer supervisor knows of.
+    fn store_answer(&self, request: &Request, id: &Uid, image: &Path) -> Result<Answer, ServeError> {
+        self.serves_stores()?;
+        self.serve_answer(request, id, image)
+    }
+
     fn silent(&self, why: String) -> ServeError {
         ServeError::Unavailable { socket: self.socket.clone(), why }
     }
@@ -91,6 +100,29 @@ impl Servers for Client {
         match self.serve_answer(&request, &server.id, &server.image)? {
             Answer::Serving { socket } => Ok(socket),
             other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn serve_store(&self, server: &StoreServerSpec) -> Result<PathBuf, ServeError> {
+        let request = Request::ServeStore { server: server.clone() };
+        match self.store_answer(&request, &server.id, Path::new(&server.digest.to_string()))? {
+            Answer::Serving { socket } => Ok(socket),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn order(&self, id: &Uid, order: Option<&HydrationOrder>) -> Result<(), ServeError> {
+        let request = Request::Order { id: id.clone(), order: order.cloned() };
+        match self.store_answer(&request, id, Path::new(""))? {
+            Answer::Done => Ok(()),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn serves_stores(&self) -> Result<(), ServeError> {
+        match self.hello().map_err(|why| self.silent(why))? {
+            WITH_STORES.. => Ok(()),
+            _ => Err(ServeError::TooOld { socket: self.socket.clone() }),
         }
     }
 

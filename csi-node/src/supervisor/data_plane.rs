@@ -68,6 +68,11 @@ impl DataPlane {
         }
     }
 
+    /// True if a supervisor does it, whose servers are kept when this process ends.
+    pub fn is_supervised(&self) -> bool {
+        self.supervisor.is_some()
+    }
+
     /// Who serves images.
     pub fn servers(&self) -> &dyn Servers {
         &*self.servers

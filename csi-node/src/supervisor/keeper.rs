@@ -14,14 +14,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 use berth_core::ids::Uid;
-use berth_device::files::{self, open_private};
+use berth_device::files::open_private;
 use berth_device::nbd::{Attachment, BackendId, Nbd};
 
 use super::kept::Kept;
 use super::servers::{ServeError, ServerLine, ServerSpec, Servers, StateError};
+use super::spec::Spec;
+use super::stores::{self, HydrationOrder, StoreServerSpec};
 
-/// In the keeper's folder: what is to be served, and who keeps it.
+/// In the keeper's folder: what is to be served, and who keeps it. Image stores are kept apart, because an earlier version knows
+/// nothing of them.
 const STATE: &str = "servers.json";
+const STORES: &str = "stores.json";
 const LOCK: &str = "lock";
 /// How often a server is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -49,12 +53,12 @@ struct Inner {
 
 struct Loaded {
     /// The description beside it: one that is worked on for long must not hold up the others.
-    servers: BTreeMap<Uid, (ServerSpec, Arc<Mutex<Kept>>)>,
+    servers: BTreeMap<Uid, (Spec, Arc<Mutex<Kept>>)>,
     _alone: File,
 }
 
 impl Loaded {
-    fn specs(&self) -> impl Iterator<Item = &ServerSpec> {
+    fn specs(&self) -> impl Iterator<Item = &Spec> {
         self.servers.values().map(|(spec, _)| spec)
     }
 }
@@ -84,16 +88,15 @@ impl Keeper {
         let mut loaded = self.0.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.is_none() {
             let alone = lock_folder(&self.0.folder)?;
-            let specs = read_state(&self.0.folder.join(STATE))?;
-            let kept = |spec: ServerSpec| (spec.id.clone(), (spec.clone(), self.keep(spec)));
-            let servers = specs.into_iter().map(kept).collect();
+            let kept = |spec: Spec| (spec.id().clone(), (spec.clone(), self.keep(spec)));
+            let servers = read_state(&self.0.folder)?.into_iter().map(kept).collect();
             *loaded = Some(Loaded { servers, _alone: alone });
         }
         work(loaded.as_mut().expect("it was read just now"))
     }
 
-    fn keep(&self, spec: ServerSpec) -> Arc<Mutex<Kept>> {
-        let folder = self.0.folder.join(spec.id.as_str());
+    fn keep(&self, spec: Spec) -> Arc<Mutex<Kept>> {
+        let folder = self.server_folder(spec.id());
         let kept = Arc::new(Mutex::new(Kept::new(spec, folder)));
         if self.0.watch == Watch::Always {
             let watched = Arc::downgrade(&kept);
@@ -102,21 +105,36 @@ impl Keeper {
         kept
     }
 
+    fn server_folder(&self, id: &Uid) -> PathBuf {
+        self.0.folder.join(id.as_str())
+    }
+
     fn find(&self, id: &Uid) -> Result<Option<Arc<Mutex<Kept>>>, StateError> {
         self.with(|loaded| Ok(loaded.servers.get(id).map(|(_, kept)| Arc::clone(kept))))
     }
 
     /// What is served under the id of `spec`, from now on if nothing was.
-    fn find_or_keep(&self, spec: &ServerSpec) -> Result<(ServerSpec, Arc<Mutex<Kept>>), StateError> {
+    fn find_or_keep(&self, spec: &Spec) -> Result<(Spec, Arc<Mutex<Kept>>), StateError> {
         self.with(|loaded| {
-            if let Some(found) = loaded.servers.get(&spec.id) {
+            if let Some(found) = loaded.servers.get(spec.id()) {
                 return Ok(found.clone());
             }
-            let specs: Vec<_> = loaded.specs().chain(std::iter::once(spec)).collect();
-            write_state(&self.0.folder.join(STATE), &specs)?;
+            write_state(&self.0.folder, spec, loaded.specs().chain(std::iter::once(spec)))?;
             let kept = (spec.clone(), self.keep(spec.clone()));
-            loaded.servers.insert(spec.id.clone(), kept.clone());
+            loaded.servers.insert(spec.id().clone(), kept.clone());
             Ok(kept)
+        })
+    }
+
+    /// Serves what is kept under the id of `spec` as `spec` says from now on.
+    fn change(&self, spec: &Spec) -> Result<(), StateError> {
+        self.with(|loaded| {
+            let others = loaded.specs().filter(|other| other.id() != spec.id());
+            write_state(&self.0.folder, spec, others.chain(std::iter::once(spec)))?;
+            if let Some((kept, _)) = loaded.servers.get_mut(spec.id()) {
+                kept.clone_from(spec);
+            }
+            Ok(())
         })
     }
 }
@@ -124,14 +142,42 @@ impl Keeper {
 impl Servers for Keeper {
     fn serve(&self, server: &ServerSpec) -> Result<PathBuf, ServeError> {
         server.check()?;
-        let (spec, kept) = self.find_or_keep(server)?;
-        if spec != *server {
-            let why = format!("{} is served under this id, in another way", spec.image.display());
-            return Err(ServeError::Refused { id: server.id.clone(), why });
+        let wanted = Spec::Image(server.clone());
+        let (spec, kept) = self.find_or_keep(&wanted)?;
+        if spec != wanted {
+            return Err(other_is_served(&spec));
         }
         let mut kept = lock(&kept);
         kept.ensure()?;
         Ok(kept.socket())
+    }
+
+    fn serve_store(&self, server: &StoreServerSpec) -> Result<PathBuf, ServeError> {
+        server.check()?;
+        let wanted = Spec::Store(Box::new(server.clone()));
+        let (spec, kept) = self.find_or_keep(&wanted)?;
+        if !spec.is_same_image(&wanted) {
+            return Err(other_is_served(&spec));
+        }
+        let mut kept = lock(&kept);
+        if spec != wanted {
+            self.change(&wanted)?;
+            kept.change(wanted)?;
+        }
+        kept.ensure()?;
+        Ok(kept.socket())
+    }
+
+    fn order(&self, id: &Uid, order: Option<&HydrationOrder>) -> Result<(), ServeError> {
+        if self.find(id)?.is_none() {
+            let why = "it is not served".to_owned();
+            return order.map_or(Ok(()), |_| Err(ServeError::Refused { id: id.clone(), why }));
+        }
+        Ok(stores::give_order(&self.server_folder(id), order)?)
+    }
+
+    fn serves_stores(&self) -> Result<(), ServeError> {
+        Ok(())
     }
 
     fn stop(&self, id: &Uid) -> Result<(), ServeError> {
@@ -142,12 +188,13 @@ impl Servers for Keeper {
         }
         kept.stop()?;
         self.with(|loaded| {
-            let specs: Vec<_> = loaded.specs().filter(|spec| spec.id != *id).collect();
-            write_state(&self.0.folder.join(STATE), &specs)?;
+            if let Some((gone, _)) = loaded.servers.get(id) {
+                write_state(&self.0.folder, gone, loaded.specs().filter(|spec| spec.id() != id))?;
+            }
             loaded.servers.remove(id);
             Ok(())
         })?;
-        match fs::remove_dir_all(self.0.folder.join(id.as_str())) {
+        match fs::remove_dir_all(self.server_folder(id)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(server = %id, %error, "its folder stays");
             }
@@ -158,9 +205,16 @@ impl Servers for Keeper {
 
     fn list(&self) -> Result<Vec<ServerLine>, ServeError> {
         let all: Vec<_> = self.with(|loaded| Ok(loaded.servers.values().cloned().collect()))?;
-        let line = |(spec, kept): (ServerSpec, Arc<Mutex<Kept>>)| match kept.try_lock() {
-            Ok(mut kept) => kept.line(),
-            Err(_) => Kept::line_of_busy(spec),
+        let line = |(spec, kept): (Spec, Arc<Mutex<Kept>>)| {
+            let store = spec
+                .is_store()
+                .then(|| self.server_folder(spec.id()))
+                .and_then(|folder| stores::status_in(&folder));
+            let line = match kept.try_lock() {
+                Ok(mut kept) => kept.line(),
+                Err(_) => Kept::line_of_busy(&spec),
+            };
+            ServerLine { store, ..line }
         };
         Ok(all.into_iter().map(line).collect())
     }
@@ -209,17 +263,31 @@ fn lock_folder(folder: &Path) -> Result<File, StateError> {
     }
 }
 
-fn read_state(path: &Path) -> Result<Vec<ServerSpec>, StateError> {
-    match fs::read(path) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map_err(|error| StateError::Unreadable { path: path.to_owned(), reason: error.to_string() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(StateError::io(path)(error)),
-    }
+fn read_state(folder: &Path) -> Result<Vec<Spec>, StateError> {
+    let images: Vec<ServerSpec> = stores::read(&folder.join(STATE))?.unwrap_or_default();
+    let stores: Vec<StoreServerSpec> = stores::read(&folder.join(STORES))?.unwrap_or_default();
+    Ok(images
+        .into_iter()
+        .map(Spec::Image)
+        .chain(stores.into_iter().map(|store| Spec::Store(Box::new(store))))
+        .collect())
 }
 
-fn write_state(path: &Path, specs: &[&ServerSpec]) -> Result<(), StateError> {
-    let text = serde_json::to_vec_pretty(specs)
-        .map_err(|error| StateError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
-    Ok(files::write_durably(path, &text)?)
+/// Writes the list that `changed` is in.
+fn write_state<'a>(
+    folder: &Path,
+    changed: &Spec,
+    specs: impl Iterator<Item = &'a Spec>,
+) -> Result<(), StateError> {
+    if changed.is_store() {
+        let stores: Vec<_> = specs.filter_map(Spec::store).collect();
+        return stores::write(&folder.join(STORES), &stores);
+    }
+    let images: Vec<_> = specs.filter_map(Spec::image).collect();
+    stores::write(&folder.join(STATE), &images)
+}
+
+fn other_is_served(spec: &Spec) -> ServeError {
+    let why = format!("{} is served under this id, in another way", spec.shown().display());
+    ServeError::Refused { id: spec.id().clone(), why }
 }

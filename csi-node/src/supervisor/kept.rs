@@ -1,13 +1,19 @@
 //! One server that is kept running.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_core::units::Bytes;
 use berth_device::cgroup::ToolGroup;
-use berth_device::nbd::{Attachment, BackendId, Nbd, NbdServer, NetlinkError, ServerConfig, handshake};
+use berth_device::nbd::{
+    Attachment, BackendId, Nbd, NbdServer, NetlinkError, OwnServerConfig, ServerConfig, ServerError,
+    handshake,
+};
 
 use super::servers::{ServeError, ServerLine, ServerSpec};
+use super::spec::Spec;
+use super::stores::StoreServerSpec;
 use crate::telemetry::chain;
 
 /// The user that servers run as.
@@ -23,7 +29,7 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 
 /// A server, and what is known of it.
 pub(super) struct Kept {
-    spec: ServerSpec,
+    spec: Spec,
     folder: PathBuf,
     running: Option<Running>,
     /// True until its device, if it has one, reads from the server that runs.
@@ -42,7 +48,7 @@ enum Running {
 
 impl Kept {
     /// Not looked for yet.
-    pub(super) fn new(spec: ServerSpec, folder: PathBuf) -> Self {
+    pub(super) fn new(spec: Spec, folder: PathBuf) -> Self {
         Self { spec, folder, running: None, connect: true, started: 0, stopped: false, why: None }
     }
 
@@ -55,18 +61,26 @@ impl Kept {
     pub(super) fn line(&mut self) -> ServerLine {
         let running = self.is_alive();
         ServerLine {
-            id: self.spec.id.clone(),
-            image: self.spec.image.clone(),
+            id: self.spec.id().clone(),
+            image: self.spec.shown(),
             running,
             restarts: self.started.saturating_sub(1),
             message: self.why.clone(),
+            store: None,
         }
     }
 
     /// How one is that somebody starts, connects or stops at this moment.
-    pub(super) fn line_of_busy(spec: ServerSpec) -> ServerLine {
+    pub(super) fn line_of_busy(spec: &Spec) -> ServerLine {
         let message = Some("it is being started, connected or stopped".to_owned());
-        ServerLine { id: spec.id, image: spec.image, running: false, restarts: 0, message }
+        let (id, image) = (spec.id().clone(), spec.shown());
+        ServerLine { id, image, running: false, restarts: 0, message, store: None }
+    }
+
+    /// Serves the same image from now on, reached in another way: whoever serves it now is ended. Its device waits.
+    pub(super) fn change(&mut self, spec: Spec) -> Result<(), ServeError> {
+        self.spec = spec;
+        self.end_running()
     }
 
     /// As [`Self::ensure`]; nothing is done for one that was told to stop.
@@ -78,7 +92,7 @@ impl Kept {
     pub(super) fn ensure(&mut self) -> Result<(), ServeError> {
         if self.stopped {
             let why = "it is being stopped".to_owned();
-            return Err(ServeError::Refused { id: self.spec.id.clone(), why });
+            return Err(ServeError::Refused { id: self.spec.id().clone(), why });
         }
         let ensured = self.try_ensure();
         let why = ensured.as_ref().err().map(|error| chain(error));
@@ -116,7 +130,7 @@ impl Kept {
             }
         };
         if let Some(why) = &ended {
-            tracing::warn!(server = %self.spec.id, image = %self.spec.image.display(), why, "a server has ended");
+            tracing::warn!(server = %self.spec.id(), image = %self.spec.shown().display(), why, "a server has ended");
             self.running = None;
         }
         ended.is_none()
@@ -129,10 +143,10 @@ impl Kept {
             return None;
         }
         let (_, export) = handshake(&self.socket(), "", ADOPT_LIMIT).ok()?;
-        if export.size != self.spec.size {
+        if export.size != self.spec.size() {
             return None;
         }
-        tracing::info!(server = %self.spec.id, image = %self.spec.image.display(), "took over a server");
+        tracing::info!(server = %self.spec.id(), image = %self.spec.shown().display(), "took over a server");
         Some(group)
     }
 
@@ -141,31 +155,62 @@ impl Kept {
         let group = match ToolGroup::create(&self.group_name(), MEMORY) {
             Ok(group) => Some(group.outliving()),
             Err(error) => {
-                tracing::warn!(server = %self.spec.id, error = chain(&error), "a server has no control group");
+                tracing::warn!(server = %self.spec.id(), error = chain(&error), "a server has no control group");
                 None
             }
         };
-        let config = ServerConfig {
-            image: &self.spec.image,
-            format: self.spec.format.served(),
+        let server = match &self.spec {
+            Spec::Image(spec) => {
+                self.start_image(spec, group.as_ref()).map_err(|error| self.cannot(&error))?
+            }
+            Spec::Store(spec) => {
+                spec.leave_in(&self.folder)?;
+                self.start_store(spec, group.as_ref()).map_err(|error| self.cannot(&error))?
+            }
+        };
+        self.started += 1;
+        let (id, image) = (self.spec.id(), self.spec.shown());
+        tracing::info!(server = %id, image = %image.display(), process = server.id(), started = self.started, "started a server");
+        let found = server.export().size;
+        let running = Running::Child { server, group };
+        if found != self.spec.size() {
+            end(running).map_err(|error| self.cannot(&*error))?;
+            let why = format!("as a disk it has {found} and not {}", self.spec.size());
+            return Err(ServeError::Cannot { id: id.clone(), image, why });
+        }
+        Ok(running)
+    }
+
+    fn start_image(&self, spec: &ServerSpec, group: Option<&ToolGroup>) -> Result<NbdServer, ServerError> {
+        NbdServer::start(&ServerConfig {
+            image: &spec.image,
+            format: spec.format.served(),
             folder: &self.folder,
             user: NOBODY,
             connections: CONNECTIONS,
-            group: group.as_ref(),
+            group,
             limit: LIMIT,
-        };
-        let server = NbdServer::start(&config).map_err(|error| self.cannot(&error))?;
-        self.started += 1;
-        let (id, image) = (&self.spec.id, self.spec.image.display());
-        tracing::info!(server = %id, %image, process = server.id(), started = self.started, "started a server");
-        let found = server.export().size;
-        let running = Running::Child { server, group };
-        if found != self.spec.size {
-            end(running).map_err(|error| self.cannot(&*error))?;
-            let why = format!("as a disk it has {found} and not {}", self.spec.size);
-            return Err(ServeError::Cannot { id: id.clone(), image: self.spec.image.clone(), why });
-        }
-        Ok(running)
+        })
+    }
+
+    /// This program, as it was when this process began.
+    fn start_store(
+        &self,
+        spec: &StoreServerSpec,
+        group: Option<&ToolGroup>,
+    ) -> Result<NbdServer, ServerError> {
+        let own = std::env::current_exe().ok().filter(|path| path.exists());
+        let program = own.unwrap_or_else(|| Path::new("/proc/self/exe").to_owned());
+        let arguments = [OsStr::new("serve-store"), OsStr::new("--folder"), self.folder.as_os_str()];
+        let image = PathBuf::from(spec.digest.to_string());
+        NbdServer::start_own(&OwnServerConfig {
+            program: &program,
+            arguments: &arguments,
+            image: &image,
+            folder: &self.folder,
+            group,
+            limit: LIMIT,
+        })
     }
 
     /// Gives the device of this id, if there is one, the server that runs now.
@@ -174,17 +219,21 @@ impl Kept {
             Err(NetlinkError::NoFamily) => return Ok(()), // so there is no device
             opened => opened.map_err(|error| self.cannot(&error))?,
         };
-        let id = BackendId::new(&self.spec.id).map_err(|error| self.cannot(&error))?;
+        let id = BackendId::new(self.spec.id()).map_err(|error| self.cannot(&error))?;
         let found = Attachment::find(&mut nbd, &id).map_err(|error| self.cannot(&error))?;
         let Some(device) = found else { return Ok(()) };
         device.reconnect(&mut nbd, &self.socket(), LIMIT).map_err(|error| self.cannot(&error))?;
-        tracing::info!(server = %self.spec.id, device = %device.path().display(), "connected");
+        tracing::info!(server = %self.spec.id(), device = %device.path().display(), "connected");
         Ok(())
     }
 
     /// Ends it, whoever started it. It is not started again.
     pub(super) fn stop(&mut self) -> Result<(), ServeError> {
         self.stopped = true;
+        self.end_running()
+    }
+
+    fn end_running(&mut self) -> Result<(), ServeError> {
         let running = match self.running.take() {
             Some(running) => Some(running),
             None => ToolGroup::find(&self.group_name())
@@ -195,11 +244,11 @@ impl Kept {
     }
 
     fn group_name(&self) -> String {
-        format!("nbd-{}", self.spec.id)
+        format!("nbd-{}", self.spec.id())
     }
 
     fn cannot(&self, error: &dyn std::error::Error) -> ServeError {
-        let (id, image) = (self.spec.id.clone(), self.spec.image.clone());
+        let (id, image) = (self.spec.id().clone(), self.spec.shown());
         ServeError::Cannot { id, image, why: chain(error) }
     }
 }

@@ -12,6 +12,8 @@ mod kept;
 pub mod protocol;
 pub mod serve;
 pub mod servers;
+mod spec;
+pub mod stores;
 
 pub use self::data_plane::DataPlane;
 

@@ -11,10 +11,13 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::servers::{ServeError, ServerLine, ServerSpec};
+use super::stores::{HydrationOrder, StoreServerSpec};
 use crate::telemetry::chain;
 
-/// What this program speaks.
-pub const OURS: Hello = Hello { protocol: 1, oldest: 1 };
+/// What this program speaks. 2: servers of image stores.
+pub const OURS: Hello = Hello { protocol: 2, oldest: 1 };
+/// The first version in which there are servers of image stores.
+pub const WITH_STORES: u32 = 2;
 /// The longest line. The list of servers is the longest answer: 300 bytes for each of a few hundred at most.
 pub const MOST_LINE: usize = 256 << 10;
 
@@ -69,6 +72,18 @@ pub enum Request {
     Serve {
         /// What.
         server: ServerSpec,
+    },
+    /// Serve an image of an image store from now on, until told to stop. Since version 2.
+    ServeStore {
+        /// What.
+        server: StoreServerSpec,
+    },
+    /// Have a server of an image store make a template local, or leave that. Since version 2.
+    Order {
+        /// Whose server it is.
+        id: Uid,
+        /// What it is to do.
+        order: Option<HydrationOrder>,
     },
     /// Serve it no longer.
     Stop {
@@ -160,9 +175,10 @@ impl From<ServeError> for Failure {
             ServeError::InUse { .. } => FailureKind::InUse,
             ServeError::Refused { .. } => FailureKind::Refused,
             ServeError::Cannot { .. } => FailureKind::CannotServe,
-            ServeError::State { .. } | ServeError::Unavailable { .. } | ServeError::Elsewhere { .. } => {
-                FailureKind::Failed
-            }
+            ServeError::State { .. }
+            | ServeError::Unavailable { .. }
+            | ServeError::TooOld { .. }
+            | ServeError::Elsewhere { .. } => FailureKind::Failed,
         };
         let message = match error {
             ServeError::Refused { why, .. } | ServeError::Cannot { why, .. } => why,
@@ -228,7 +244,8 @@ mod tests {
         let requests = [
             Request::ReplaceTable { device: "BERTH-x".into(), table: "0 1 error".into() },
             Request::Serve { server: server.clone() },
-            Request::Stop { id: server.id },
+            Request::Stop { id: server.id.clone() },
+            Request::Order { id: server.id, order: None },
             Request::List {},
         ];
         for request in requests {

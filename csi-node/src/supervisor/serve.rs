@@ -193,6 +193,14 @@ fn carry_out(request: Request, keeper: &Keeper) -> Answer {
             Ok(socket) => Answer::Serving { socket },
             Err(error) => Answer::Failed(error.into()),
         },
+        Request::ServeStore { server } => match keeper.serve_store(&server) {
+            Ok(socket) => Answer::Serving { socket },
+            Err(error) => Answer::Failed(error.into()),
+        },
+        Request::Order { id, order } => match keeper.order(&id, order.as_ref()) {
+            Ok(()) => Answer::Done,
+            Err(error) => Answer::Failed(error.into()),
+        },
         Request::Stop { id } => match keeper.stop(&id) {
             Ok(()) => Answer::Done,
             Err(error) => Answer::Failed(error.into()),

@@ -12,11 +12,29 @@ use berth_image::ImageFormat;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::stores::{HydrationOrder, StoreServerSpec, StoreStatus};
+
 /// Whoever keeps servers running.
 pub trait Servers: fmt::Debug + Send + Sync {
     /// Serves an image from now on, through deaths of the server and of whoever runs it, until [`Self::stop`]. Returns
     /// where it answers, once it does. The same again changes nothing; under one id nothing else may be served.
     fn serve(&self, server: &ServerSpec) -> Result<PathBuf, ServeError>;
+
+    /// Serves an image of an image store from now on, in the same way. Told how to reach the same image in another way, it is
+    /// reached so from then on.
+    ///
+    /// # Errors
+    /// [`ServeError::TooOld`] if whoever runs servers knows of no such thing.
+    fn serve_store(&self, server: &StoreServerSpec) -> Result<PathBuf, ServeError>;
+
+    /// Has a server of an image store make a template local, or leave that. One that is not there need not be told to leave it.
+    fn order(&self, id: &Uid, order: Option<&HydrationOrder>) -> Result<(), ServeError>;
+
+    /// Whether images of image stores are served at all.
+    ///
+    /// # Errors
+    /// [`ServeError::TooOld`], [`ServeError::Unavailable`].
+    fn serves_stores(&self) -> Result<(), ServeError>;
 
     /// Serves it no longer. One that is not there is no error.
     ///
@@ -113,6 +131,9 @@ pub struct ServerLine {
     pub restarts: u32,
     /// Why it does not run.
     pub message: Option<String>,
+    /// What the server of an image store says of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreStatus>,
 }
 
 /// Why an image is not served, or goes on being served.
@@ -154,6 +175,12 @@ pub enum ServeError {
         socket: PathBuf,
         /// What came of asking.
         why: String,
+    },
+    /// The process that runs servers is of an earlier version.
+    #[error("the supervisor at {} is too old to serve image stores: upgrade it", socket.display())]
+    TooOld {
+        /// Its socket.
+        socket: PathBuf,
     },
     /// The process that runs servers says that it failed.
     #[error("the supervisor failed for server {id}: {why}")]

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use berth_node::supervisor::protocol::{Answer, FailureKind, MOST_LINE, Request};
+use berth_node::supervisor::servers::{ServeError, Servers as _};
 
 use super::{SOON, Stage};
 
@@ -51,15 +52,16 @@ fn versions_are_negotiated_and_what_is_not_understood_is_refused() {
     let supervisor = stage.supervisor();
     let socket = stage.socket();
     assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
-    assert_eq!(stage.client().hello(), Ok(1));
+    assert_eq!(stage.client().hello(), Ok(2));
 
     for (hello, speaks) in [
         (r#"{"protocol":1,"oldest":1}"#, true),
-        (r#"{"protocol":2,"oldest":1,"name":"of the future"}"#, true),
-        (r#"{"protocol":3,"oldest":2}"#, false),
+        (r#"{"protocol":2,"oldest":1}"#, true),
+        (r#"{"protocol":3,"oldest":2,"name":"of the future"}"#, true),
+        (r#"{"protocol":4,"oldest":3}"#, false),
     ] {
         let mut peer = Peer::new(&socket);
-        assert_eq!(peer.ask(hello), r#"{"protocol":1,"oldest":1}"#, "to {hello}");
+        assert_eq!(peer.ask(hello), r#"{"protocol":2,"oldest":1}"#, "to {hello}");
         let answer = peer.ask(r#"{"do":"list"}"#);
         assert_eq!(answer, if speaks { r#"{"servers":[]}"# } else { "" }, "after {hello}");
     }
@@ -105,7 +107,28 @@ fn only_one_runs_in_a_folder() {
     let first = stage.supervisor();
     let mut second = stage.start_supervisor();
     assert!(!second.0.wait().unwrap().success());
-    assert_eq!(stage.client().hello(), Ok(1), "the first one is as it was");
+    assert_eq!(stage.client().hello(), Ok(2), "the first one is as it was");
     first.end();
     stage.supervisor().end();
+}
+
+/// A supervisor of the version before, which says so and answers nothing.
+fn of_version_1(stage: &Stage) -> std::thread::JoinHandle<()> {
+    fs::create_dir_all(stage.path("run")).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(stage.socket()).unwrap();
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(&stream);
+        reader.read_line(&mut String::new()).unwrap();
+        (&stream).write_all(b"{\"protocol\":1,\"oldest\":1}\n").unwrap();
+    })
+}
+
+#[test]
+fn a_supervisor_of_the_version_before_is_not_asked_for_what_it_does_not_know() {
+    let stage = Stage::new();
+    let old = of_version_1(&stage);
+    let error = stage.client().serves_stores().unwrap_err();
+    assert!(matches!(error, ServeError::TooOld { .. }), "{error}");
+    old.join().unwrap();
 }

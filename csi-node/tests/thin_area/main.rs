@@ -8,6 +8,7 @@
 #[path = "../bed/mod.rs"]
 mod bed;
 mod killed;
+mod lazy;
 mod operations;
 mod overcommit;
 mod pools;

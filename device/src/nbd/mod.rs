@@ -21,7 +21,7 @@ pub use self::handshake::{BlockSizes, Export, ExportFlags, HandshakeError, hands
 pub use self::holders::HoldersError;
 pub(crate) use self::holders::processes;
 pub use self::netlink::{Connect, LinkDeadEvents, Nbd, NetlinkError};
-pub use self::server::{NbdServer, ServedFormat, ServerConfig, ServerError};
+pub use self::server::{NbdServer, OwnServerConfig, ServedFormat, ServerConfig, ServerError};
 pub use self::slots::{BackendId, BackendIdError, Slot, SlotUse, Slots, SlotsExhausted};
 pub use self::sysfs::{SysfsError, observe};
 

@@ -7,6 +7,7 @@
 //! **Confined.** It gets the image as an open descriptor, runs as an unprivileged user with a socket in a folder of its own,
 //! is told the driver of every layer and never looks for another file. It probes nothing.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -100,6 +101,23 @@ pub struct ServerConfig<'a> {
     pub limit: Duration,
 }
 
+/// A server of our own, which finds in its folder what it serves, and listens there.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnServerConfig<'a> {
+    /// The program, by its absolute path.
+    pub program: &'a Path,
+    /// Its arguments.
+    pub arguments: &'a [&'a OsStr],
+    /// What it serves, for people.
+    pub image: &'a Path,
+    /// A folder for this server alone, made if it is not there.
+    pub folder: &'a Path,
+    /// The control group that it enters.
+    pub group: Option<&'a ToolGroup>,
+    /// How long it may take to answer.
+    pub limit: Duration,
+}
+
 /// A server that answers. **Dropping it leaves it running**: devices live as long as it does.
 #[derive(Debug)]
 pub struct NbdServer {
@@ -131,8 +149,34 @@ impl NbdServer {
         }
         let loan = Loan::new(image, user).map_err(failed("hand to the server's user", config.image))?;
         let service = start(config, &loan.image, user)?;
-        let mut server = Self { service, image: config.image.to_owned(), socket, export: Export::default() };
-        match server.wait_ready(config.limit) {
+        Self::answering(service, config.image, socket, config.limit)
+    }
+
+    /// Starts one of our own, as who we are and with our environment, and waits until it answers a handshake.
+    pub fn start_own(config: &OwnServerConfig<'_>) -> Result<Self, ServerError> {
+        let prepare =
+            |source| ServerError::File { action: "prepare", path: config.folder.to_owned(), source };
+        prepare_folder(config.folder, None).map_err(prepare)?;
+        let image = config.image.to_owned();
+        let group = config.group.map(ToolGroup::entrance).transpose();
+        let group = group.map_err(|source| ServerError::Group { image: image.clone(), source })?;
+        let service = Service::start(&config.program.to_string_lossy(), |command| {
+            command.envs(std::env::vars_os()).args(config.arguments);
+            confine(command, Confinement { group, ..Confinement::default() });
+        });
+        let service = service.map_err(|source| ServerError::Run { image: image.clone(), source })?;
+        Self::answering(service, &image, Self::socket_in(config.folder), config.limit)
+    }
+
+    /// The same once it answers; ended if it does not.
+    fn answering(
+        service: Service,
+        image: &Path,
+        socket: PathBuf,
+        limit: Duration,
+    ) -> Result<Self, ServerError> {
+        let mut server = Self { service, image: image.to_owned(), socket, export: Export::default() };
+        match server.wait_ready(limit) {
             Ok(export) => {
                 server.export = export;
                 Ok(server)

@@ -42,8 +42,8 @@ pub use self::suspender::{InProcess, LeftBehind, PoolMessage, SuspendError, Susp
 pub use self::table::{DeviceNumber, ParseError, PoolFeatures, PoolTable, ThinId, ThinTable};
 pub use self::template::{
     CloneConfig, CloneStatus, CloneTable, DirectBuffer, FoundMetadata, LinearTable, TemplateDevice,
-    TemplateError, TemplateWriter, WorkingClone, clear_metadata, find_metadata, longest_request,
-    missing as missing_for_templates,
+    TemplateError, TemplateWriter, WorkingClone, clear_metadata, find_metadata, load as load_for_templates,
+    longest_request, missing as missing_for_templates,
 };
 pub use self::thin_device::{ThinConfig, ThinDevice, ThinDeviceError};
 pub use self::volume_group::{GroupSpace, LogicalVolume, TAG, VolumeGroup, WipeConsent};

@@ -57,12 +57,13 @@ pub fn scenarios() -> Vec<Scenario> {
         }),
         scenario("data_plane::a_pool_of_thin_devices", &[&thin[..], &nbd[1..]].concat(), || {
             // One of them is the program that others kill, which does nothing by itself.
-            let (which, least) = if long() { (&[][..], 10) } else { (&["a_template_is_"][..], 1) };
+            let short = ["a_template_is_", "lazy::volumes_", "lazy::nothing_"];
+            let (which, least) = if long() { (&[][..], 13) } else { (&short[..], 3) };
             in_guest(NODE, "thin_area", which, least, |host| host.disk("large", GIB))
         }),
         // One of them is the plugin that others kill, which does nothing by itself.
         scenario("data_plane::what_outlives_the_plugin", &[&thin[..], &nbd].concat(), || {
-            in_guest(NODE, "supervisor", &[], 13, |host| host.disk("large", GIB))
+            in_guest(NODE, "supervisor", &[], 14, |host| host.disk("large", GIB))
         }),
         scenario("data_plane::guest_disks_are_left_alone", &[&thin[..], &nbd, &scanners].concat(), || {
             // The counter-test takes as long again.

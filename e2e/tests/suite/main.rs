@@ -27,6 +27,7 @@ mod scale;
 mod scenario;
 mod scene;
 mod thin_cluster;
+mod thin_lazy;
 mod transfers;
 mod volume;
 mod zone;
@@ -48,6 +49,7 @@ fn scenarios() -> Vec<Scenario> {
         kubectl::scenarios(),
         volume::scenarios(),
         thin_cluster::scenarios(),
+        thin_lazy::scenarios(),
         sanity::scenarios(),
         files::scenarios(),
         transfers::scenarios(),

@@ -163,7 +163,7 @@ pub struct Image {
     /// The `StagedImage`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub staged_image: Option<String>,
-    /// `NotStaged`, `Filling`, `Ready` or `Failed`.
+    /// `NotStaged`, `Filling`, `Usable`, `Ready` or `Failed`.
     pub state: String,
     /// How far filling is, 0 to 100.
     #[serde(skip_serializing_if = "Option::is_none")]

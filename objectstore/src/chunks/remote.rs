@@ -86,7 +86,8 @@ pub trait Sink: Send + Sync + 'static {
     /// may be told of at the same time.
     ///
     /// A place whose chunk was already at hand, because the image holds the same elsewhere, is told of by
-    /// [`RemoteImage::prefetch`] alone. What failed is told of again when it is met again.
+    /// [`RemoteImage::prefetch`] alone. What failed is told of again when it is met again; that nobody is there to keep anything is
+    /// [`io::ErrorKind::NotConnected`].
     fn arrived(&self, offset: u64, data: Bytes) -> BoxFuture<'_, io::Result<()>>;
 }
 

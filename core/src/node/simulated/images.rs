@@ -98,3 +98,53 @@ fn a_pin_that_was_set_before_anything_was_recorded_is_taken_back() {
     node.settle().unwrap();
     assert!(node.pins.is_empty() && area(&node).promises[&Uid::from("img")].released);
 }
+
+/// Held by its own object, and not all there.
+fn held(usable: bool, in_use: bool) -> HeldImage {
+    let holder = Uid::from("img");
+    HeldImage { holder, usable, complete: false, in_use, last_used: Timestamp(1) }
+}
+
+fn steps(node: &Node) -> Vec<Step> {
+    plan(&node.view, Timestamp(5))
+}
+
+#[test]
+fn a_volume_is_made_from_an_image_as_soon_as_that_is_usable_which_goes_on_becoming_local() {
+    let mut node = asked_as_image();
+    node.settle().unwrap();
+    let image = digest();
+    let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+    let area = pool.area.as_mut().unwrap();
+    area.volumes.remove(&Uid::from("clone"));
+    for (usable, made) in [(false, false), (true, true)] {
+        let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+        pool.area.as_mut().unwrap().images.insert(image, held(usable, false));
+        let steps = steps(&node);
+        let makes = |step: &Step| matches!(step, Step::MakeVolume { origin: Origin::Image(from), .. } if *from == image);
+        assert_eq!(steps.iter().any(makes), made, "{steps:?}");
+        assert!(steps.iter().any(|step| matches!(step, Step::FillImage { .. })), "{steps:?}");
+    }
+}
+
+#[test]
+fn what_volumes_read_from_stays_and_becomes_local_though_its_object_is_being_deleted() {
+    let mut node = asked_as_image();
+    node.settle().unwrap();
+    node.view.images.values_mut().for_each(|image| image.deleting = true);
+    for (in_use, removed) in [(true, false), (false, true)] {
+        let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+        pool.area.as_mut().unwrap().images.insert(digest(), held(true, in_use));
+        let steps = steps(&node);
+        let fills = steps.iter().any(|step| matches!(step, Step::FillImage { .. }));
+        let removes = steps.iter().any(|step| matches!(step, Step::RemoveImage { .. }));
+        assert_eq!((fills, removes), (!removed, removed), "{steps:?}");
+    }
+    remove_by_force(&mut node);
+    let pool = node.view.pools.get_mut(&PoolName::from("p")).unwrap();
+    pool.area.as_mut().unwrap().images.insert(digest(), held(true, true));
+    assert!(
+        !steps(&node).iter().any(|step| matches!(step, Step::RemoveImage { .. })),
+        "volumes read from it"
+    );
+}

@@ -48,6 +48,12 @@ fn device(bytes: u64, thin: bool) -> Cost {
     if thin { (bytes.div_ceil(BLOCK) * BLOCK, metadata(bytes)) } else { (bytes, 0) }
 }
 
+/// An image: its bytes, and 1 MiB on a device of its own for what says which of them are there, which is enough for 100 GiB.
+fn staged(bytes: u64, thin: bool) -> Cost {
+    let (content, regions) = (device(bytes, thin), if thin { device(1 << 20, thin) } else { (0, 0) });
+    (content.0 + regions.0, content.1 + regions.1)
+}
+
 /// Data and metadata of images, of volumes.
 fn promised<'p>(promises: impl Iterator<Item = &'p Promise>) -> [Cost; 2] {
     promises.fold([(0, 0); 2], |mut sums, promise| {
@@ -151,7 +157,7 @@ pub fn fitting(objects: &View, request: &ReservationView, percent: u64) -> Optio
             same.any(|other| ledger.promises.contains_key(&other.uid))
         };
         let missing = image.as_ref().filter(|image| !here(image));
-        let missing = missing.map_or((0, 0), |image| device(image.real_size.0, thin));
+        let missing = missing.map_or((0, 0), |image| staged(image.real_size.0, thin));
         let own = match request.access {
             Access::Stream => (0, 0),
             // With the file system that its directory lies in.

@@ -4,7 +4,7 @@ use berth_api::StagedImage;
 use berth_api::conditions::{ConditionType, Truth, condition, time};
 use berth_api::fields::Progress;
 use berth_api::parse::staged_state;
-use berth_api::staged_image::StagedImageState;
+use berth_api::staged_image::{StagedImageHealth, StagedImageState};
 use berth_core::ids::Uid;
 use berth_core::image::{Event, StagedState};
 use berth_core::node::NodeView;
@@ -29,10 +29,18 @@ pub(super) async fn report(node: &Node, view: &NodeView, object: &StagedImage) -
     let held = area.images.get(&image.digest).filter(|held| held.holder == uid);
     let complete = held.is_some_and(|held| held.complete);
     let fill = node.news.fill(&uid).unwrap_or_default();
-    let state = image_state(staged_state(object), complete, fill.error.is_some());
+    let there = match held {
+        Some(held) if held.complete => There::Whole,
+        Some(held) if held.usable => There::Shown,
+        _ => There::Nothing,
+    };
+    let state = image_state(staged_state(object), there, fill.error.is_some());
     let (truth, reason, message) = match (state, fill.error) {
         (StagedImageState::Ready, _) => (Truth::True, Reason::Ready, String::new()),
-        (StagedImageState::Failed, Some((reason, message))) => (Truth::False, reason, message),
+        (StagedImageState::Usable, None) => (Truth::True, Reason::Hydrating, String::new()),
+        (StagedImageState::Usable | StagedImageState::Failed, Some((reason, message))) => {
+            (Truth::False, reason, message)
+        }
         _ => (Truth::False, Reason::Progressing, String::new()),
     };
     let percent = if complete { 100 } else { fill.percent };
@@ -46,23 +54,51 @@ pub(super) async fn report(node: &Node, view: &NodeView, object: &StagedImage) -
     let previous = object.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default();
     let ready =
         condition(&previous, ConditionType::Ready, truth, reason, message, object.metadata.generation, now());
-    let mut status = json!({"state": state, "progress": progress, "conditions": [ready]});
+    let mut status = json!({
+        "state": state,
+        "health": health(state),
+        "progress": progress,
+        "conditions": [ready],
+    });
     if let Some(held) = held {
         status["lastUsed"] = json!(time(held.last_used));
     }
-    let owned = &["state", "progress", "lastUsed"];
+    let owned = &["state", "health", "progress", "lastUsed"];
     let wanted = Wanted { status, owned, conditions: &[ConditionType::Ready] };
     apply(node, Api::all(node.client.clone()), object, shown(object.status.as_ref())?, wanted).await
 }
 
-/// What is told of an image that was told to be `before`: one that was all there is filled anew before it can fail.
-fn image_state(before: StagedState, complete: bool, failed: bool) -> StagedImageState {
-    let event = match (complete, failed) {
-        (true, _) => Event::Complete,
-        (false, true) => Event::Fail,
-        (false, false) => Event::Fill,
+/// How much of an image is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum There {
+    /// Nothing that anything could start from.
+    Nothing,
+    /// Enough to start from.
+    Shown,
+    /// All of it.
+    Whole,
+}
+
+/// How good an image in this state is; nothing while that is not known.
+fn health(state: StagedImageState) -> Option<StagedImageHealth> {
+    match state {
+        StagedImageState::Filling => None,
+        StagedImageState::Usable => Some(StagedImageHealth::Usable),
+        StagedImageState::Ready => Some(StagedImageHealth::Optimal),
+        StagedImageState::Failed => Some(StagedImageHealth::Unusable),
+    }
+}
+
+/// What is told of an image that was told to be `before`: one that could be used is filled anew before it can fail.
+fn image_state(before: StagedState, there: There, failed: bool) -> StagedImageState {
+    let event = match (there, failed) {
+        (There::Whole, _) => Event::Complete,
+        (There::Shown, _) => Event::Show,
+        (There::Nothing, true) => Event::Fail,
+        (There::Nothing, false) => Event::Fill,
     };
     match before.after(event) {
+        Ok(StagedState::Usable) => StagedImageState::Usable,
         Ok(StagedState::Ready) => StagedImageState::Ready,
         Ok(StagedState::Failed) => StagedImageState::Failed,
         Ok(StagedState::New | StagedState::Filling) | Err(_) => StagedImageState::Filling,
@@ -75,13 +111,24 @@ mod tests {
 
     #[test]
     fn an_image_that_was_all_there_is_filled_anew_before_it_can_fail() {
-        use StagedImageState::{Failed, Filling, Ready};
+        use StagedImageState::{Failed, Filling, Ready, Usable};
         let told = |before| {
-            [(true, false), (true, true), (false, false), (false, true)]
-                .map(|(complete, failed)| image_state(before, complete, failed))
+            let all = [There::Whole, There::Shown, There::Nothing];
+            all.map(|there| [false, true].map(|failed| image_state(before, there, failed))).concat()
         };
-        assert_eq!(told(StagedState::New), [Ready, Ready, Filling, Failed]);
-        assert_eq!(told(StagedState::Failed), [Ready, Ready, Filling, Failed]);
-        assert_eq!(told(StagedState::Ready), [Ready, Ready, Filling, Filling]);
+        let fails = [Ready, Ready, Usable, Usable, Filling, Failed];
+        assert_eq!(told(StagedState::New), fails);
+        assert_eq!(told(StagedState::Failed), fails);
+        for could_be_used in [StagedState::Usable, StagedState::Ready] {
+            assert_eq!(told(could_be_used), [Ready, Ready, Usable, Usable, Filling, Filling]);
+        }
+    }
+
+    #[test]
+    fn health_follows_the_state() {
+        assert_eq!(health(StagedImageState::Usable), Some(StagedImageHealth::Usable));
+        assert_eq!(health(StagedImageState::Ready), Some(StagedImageHealth::Optimal));
+        assert_eq!(health(StagedImageState::Failed), Some(StagedImageHealth::Unusable));
+        assert_eq!(health(StagedImageState::Filling), None);
     }
 }

@@ -163,7 +163,13 @@ mod tests {
         let size = Bytes::mib(1);
         let volume =
             HeldVolume { generation: Generation::FIRST, size, ready: true, lost: false, attached: false };
-        let image = HeldImage { holder: Uid::from("image"), complete: true, last_used: Timestamp(0) };
+        let image = HeldImage {
+            holder: Uid::from("image"),
+            usable: true,
+            complete: true,
+            in_use: false,
+            last_used: Timestamp(0),
+        };
         let area = AreaView {
             promises: [("volume", false), ("bare", false), ("gone", true)]
                 .map(|(uid, released)| (Uid::from(uid), promised(released)))

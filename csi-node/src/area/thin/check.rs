@@ -17,6 +17,7 @@ use berth_record::{
 };
 
 use super::super::error::AreaError;
+use super::super::lazy::Lazy as _;
 use super::devices::recorded;
 use super::group::Inventory;
 use super::{Thin, image_uid};
@@ -161,10 +162,16 @@ impl Thin {
         let mut found = Vec::new();
         let read = record.record();
         for (digest, image) in read.entries(tables::IMAGES).map_err(ChangeError::from)? {
-            if image.state == ImageState::Complete {
-                let uid = image_uid(&digest);
-                found.extend(self.check_entry(record, Class::Images, &uid, &format!("image {digest}"))?);
+            let (uid, about) = (image_uid(&digest), format!("image {digest}"));
+            match image.state {
+                ImageState::Filling { .. } => continue,
+                ImageState::Complete => {}
+                ImageState::Shown { .. } if self.is_shown(&digest) => {}
+                ImageState::Shown { .. } => {
+                    found.push(finding(FindingKind::Missing, &about, "it is not shown to its volumes"));
+                }
             }
+            found.extend(self.check_entry(record, Class::Images, &uid, &about)?);
         }
         for (uid, volume) in read.entries(tables::VOLUMES).map_err(ChangeError::from)? {
             if volume.state == VolumeState::Ready {
@@ -216,7 +223,7 @@ impl Thin {
         let Some(device) = ThinDevice::find(self.kernel()?.of(Class::Volumes), uid)? else {
             return Ok(found);
         };
-        let origin = volume.origin.as_ref().and_then(|origin| self.origin(origin).ok());
+        let origin = volume.origin.as_ref().and_then(|origin| self.origin(record, origin).ok());
         let wanted = origin.as_deref().map(Path::new).and_then(|path| DeviceNumber::of(path).ok());
         if device.table()?.origin != wanted {
             found.push(finding(FindingKind::Different, uid, "it does not read from what it started from"));

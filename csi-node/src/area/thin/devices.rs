@@ -39,12 +39,22 @@ impl Thin {
         class: Class,
         size: Bytes,
     ) -> Result<ThinEntry, AreaError> {
+        self.make_exactly(record, uid, class, size.round_up(self.group.block().bytes()))
+    }
+
+    /// The same of exactly this size, which need not be whole blocks.
+    pub(super) fn make_exactly(
+        &self,
+        record: &PoolRecord,
+        uid: &Uid,
+        class: Class,
+        size: Bytes,
+    ) -> Result<ThinEntry, AreaError> {
         if let Some(half_made) = trusted(record, uid)? {
             return Ok(half_made);
         }
         let _alone = self.make_room(record, uid, class)?;
         let pool = self.kernel()?.of(class);
-        let size = size.round_up(self.group.block().bytes());
         let early = sabotage::active(sabotage::NO_INTENT);
         if early {
             pool.create_thin(next_id(record, class)?)?;

@@ -106,8 +106,9 @@ impl Thin {
             Some(VolumeOrigin::Image(digest)) => {
                 let size = read.get(tables::IMAGES, digest).map_err(ChangeError::from)?;
                 let size = size.map(|image| image.virtual_size).unwrap_or_default();
-                match Self::made(record, &image_uid(digest))? {
-                    None => Below::Whole(size),
+                let tells = Self::tells_its_parts(record, digest)?;
+                match Self::made(record, &image_uid(digest))?.filter(|_| tells) {
+                    None => Below::Whole(size), // not known, or not all here: it may be data everywhere
                     Some(entry) => {
                         Below::Image { metadata: self.metadata(Class::Images)?, id: thin_id(&entry)?, size }
                     }

@@ -2,12 +2,14 @@
 //!
 //! Staged images and work directories are thin devices in `images`; a directory has a file system on its own. A volume is a
 //! thin device in `volumes`; one of an image reads what it has not written from the image's device, which is read-only.
+//! An image may be shown before all of it is here; volumes then start from a device over its own ([`lazy`]).
 //! Each device is named after the UID of the reservation, or after the first 128 bits of an image's digest, so what is
 //! there is known again after a crash. The kernel zeroes what a device gets and does not write whole.
 
 mod check;
 mod devices;
 mod group;
+mod lazy;
 mod maps;
 mod shown;
 
@@ -36,6 +38,7 @@ use self::group::{Group, KernelPools};
 use super::error::{AreaError, io_error};
 use super::{Area, BoundedDir, Copy, Place, Reading, has_directories, make_directories, template_device};
 use crate::operation::Finding;
+use crate::supervisor::DataPlane;
 
 /// What a `dmThin` pool is made of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,9 @@ pub struct Thin {
     group: Group,
     kernel: OnceLock<KernelPools>,
     suspender: Arc<dyn Suspender>,
+    data_plane: DataPlane,
+    /// Images that somebody shows or makes local at this moment: nobody else does.
+    occupied: Mutex<BTreeSet<Digest>>,
     /// Held while a kernel pool is told something.
     alone: Mutex<()>,
     /// The size that the kernel pool of volumes was last seen to have.
@@ -91,8 +97,9 @@ impl Thin {
     fn with(place: &Place, group: Group) -> Self {
         let (pool, root) = (place.area.clone(), place.mount_point.clone());
         let suspender = place.data_plane.suspender();
-        let (kernel, alone) = (OnceLock::new(), Mutex::default());
-        Self { pool, root, group, kernel, suspender, alone, volumes_have: AtomicU64::new(0) }
+        let (kernel, alone, data_plane) = (OnceLock::new(), Mutex::default(), place.data_plane.clone());
+        let (occupied, volumes_have) = (Mutex::default(), AtomicU64::new(0));
+        Self { pool, root, group, kernel, suspender, data_plane, occupied, alone, volumes_have }
     }
 
     /// Ends a deletion that was cut off.
@@ -120,9 +127,9 @@ impl Thin {
     }
 
     /// The node of what a volume starts from.
-    fn origin(&self, origin: &VolumeOrigin) -> Result<PathBuf, AreaError> {
+    fn origin(&self, record: &PoolRecord, origin: &VolumeOrigin) -> Result<PathBuf, AreaError> {
         match origin {
-            VolumeOrigin::Image(digest) => Ok(self.image(digest)),
+            VolumeOrigin::Image(digest) => self.shown_image(record, digest),
             VolumeOrigin::Template { template } => template_device(template),
         }
     }
@@ -134,7 +141,7 @@ impl Thin {
         origin: &VolumeOrigin,
         size: Bytes,
     ) -> Result<PathBuf, AreaError> {
-        let path = self.origin(origin)?;
+        let path = self.origin(record, origin)?;
         let found = match origin {
             VolumeOrigin::Image(digest) => {
                 let image = record.record().get(tables::IMAGES, digest).map_err(ChangeError::from)?;
@@ -288,6 +295,10 @@ impl Area for Thin {
         self.node(Class::Images, &image_uid(digest))
     }
 
+    fn lazy(&self) -> Option<&dyn super::lazy::Lazy> {
+        Some(self)
+    }
+
     fn reopen_image(
         &self,
         record: &PoolRecord,
@@ -302,6 +313,7 @@ impl Area for Thin {
 
     fn new_image(&self, record: &PoolRecord, digest: &Digest, size: Bytes) -> Result<File, AreaError> {
         let uid = image_uid(digest);
+        self.remove_shown(record, digest)?;
         self.make(record, &uid, Class::Images, size)?;
         record.thin_made(&uid)?;
         let path = self.image(digest);
@@ -328,6 +340,7 @@ impl Area for Thin {
     }
 
     fn remove_image(&self, record: &PoolRecord, digest: &Digest) -> Result<(), AreaError> {
+        self.remove_shown(record, digest)?;
         self.remove(record, &image_uid(digest))
     }
 
@@ -361,7 +374,7 @@ impl Area for Thin {
     }
 
     fn copy_volume(&self, record: &PoolRecord, source: &Uid, copy: &Copy<'_>) -> Result<(), AreaError> {
-        let origin = copy.origin.map(|origin| self.origin(origin)).transpose()?;
+        let origin = copy.origin.map(|origin| self.origin(record, origin)).transpose()?;
         let entry = self.snapshot(record, copy.uid, source, copy.size)?;
         self.show(copy.uid, &entry, origin.as_deref(), copy.read_only)?;
         Ok(record.thin_made(copy.uid)?)

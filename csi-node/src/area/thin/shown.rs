@@ -19,8 +19,13 @@ impl Thin {
     /// are served.
     pub(super) fn restore(&self, record: &PoolRecord) -> Result<(), AreaError> {
         let images = record.record().entries(tables::IMAGES).map_err(ChangeError::from)?;
-        for (digest, _) in images.into_iter().filter(|(_, image)| image.state == ImageState::Complete) {
-            told(&digest.to_string(), self.restore_image(record, &digest));
+        for (digest, image) in images {
+            let restored = match image.state {
+                ImageState::Filling { .. } => Ok(()),
+                ImageState::Complete => self.restore_image(record, &digest),
+                ImageState::Shown { .. } => self.restore_shown(record, &digest),
+            };
+            told(&digest.to_string(), restored);
         }
         let volumes = record.record().entries(tables::VOLUMES).map_err(ChangeError::from)?;
         for (uid, volume) in volumes.into_iter().filter(|(_, volume)| volume.state == VolumeState::Ready) {
@@ -54,7 +59,7 @@ impl Thin {
                 }
             }
         }
-        let origin = volume.origin.as_ref().map(|origin| self.origin(origin)).transpose()?;
+        let origin = volume.origin.as_ref().map(|origin| self.origin(record, origin)).transpose()?;
         self.show(uid, &entry, origin.as_deref(), volume.kind == VolumeKind::Snapshot).map(drop)
     }
 
@@ -64,6 +69,18 @@ impl Thin {
         let ours = all.into_iter().filter_map(|info| match info.device() {
             Some(DeviceName::Thin { pool, class: its, holder }) if pool == self.pool && its == class => {
                 Some((holder, info))
+            }
+            _ => None,
+        });
+        Ok(ours.collect())
+    }
+
+    /// Whose templates are shown, and whether somebody has each open.
+    fn templates(&self) -> Result<Vec<(Uid, bool)>, AreaError> {
+        let all = list_ours().map_err(ThinDeviceError::from)?;
+        let ours = all.into_iter().filter_map(|info| match info.device() {
+            Some(DeviceName::Template { pool, holder }) if pool == self.pool => {
+                Some((holder, info.open_count > 0))
             }
             _ => None,
         });
@@ -86,12 +103,22 @@ impl Thin {
         for path in self.directories() {
             mounts::unmount(&path)?;
         }
-        for class in [Class::Volumes, Class::Images] {
-            let Some(pool) = KernelPool::find(&self.pool, class)? else { continue };
-            for (uid, _) in self.shown(class)? {
-                if let Some(device) = ThinDevice::find(&pool, &uid)? {
-                    device.deactivate()?;
-                }
+        self.hide_class(Class::Volumes)?;
+        for (uid, _) in self.templates()? {
+            self.hide_template(&uid)?;
+            self.release_source(&uid, true)?;
+        }
+        for (uid, _) in self.shown(Class::Images)? {
+            self.release_source(&uid, false)?; // one that was attached for a template that was not shown yet
+        }
+        self.hide_class(Class::Images)
+    }
+
+    fn hide_class(&self, class: Class) -> Result<(), AreaError> {
+        let Some(pool) = KernelPool::find(&self.pool, class)? else { return Ok(()) };
+        for (uid, _) in self.shown(class)? {
+            if let Some(device) = ThinDevice::find(&pool, &uid)? {
+                device.deactivate()?;
             }
         }
         Ok(())
@@ -104,6 +131,11 @@ impl Thin {
             left |= mounts::unmount(&path).is_err();
         }
         for class in [Class::Volumes, Class::Images] {
+            // Volumes lie on templates, and these on images.
+            let templates = if class == Class::Images { self.templates()? } else { Vec::new() };
+            for (uid, _) in templates.into_iter().filter(|(_, open)| !open) {
+                self.hide_template(&uid)?;
+            }
             let pool = KernelPool::find(&self.pool, class)?;
             for (uid, info) in self.shown(class)? {
                 let device = match &pool {

@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use berth_core::hydration::{CloneMode, Geometry, Metadata, Shown};
 use berth_core::ids::Uid;
@@ -12,6 +13,7 @@ use super::error::TemplateError;
 use super::metadata::{FoundMetadata, clear_metadata, find_metadata};
 use super::table::{CloneStatus, CloneTable, LinearTable};
 use super::writer::TemplateWriter;
+use crate::program;
 use crate::thin::dmsetup::{self, understood};
 use crate::thin::names::DeviceName;
 use crate::thin::suspender::{SuspendError, Suspender};
@@ -25,6 +27,15 @@ pub fn missing() -> Vec<String> {
             vec!["the kernel has no target clone: load the module dm-clone".to_owned()]
         }
         Ok(_) => Vec::new(),
+    }
+}
+
+/// Loads what the kernel needs for templates that become local, if it lacks that and can. What came of it is told by [`missing`].
+pub fn load() {
+    if !missing().is_empty()
+        && let Err(error) = program::run("modprobe", ["dm-clone"], Duration::from_secs(10))
+    {
+        tracing::debug!(%error, "dm-clone is not loaded");
     }
 }
 
@@ -212,6 +223,15 @@ impl TemplateDevice {
             SuspendError::Dm(error) => error.into(),
             source => TemplateError::Suspend { template: self.name.clone(), source },
         })
+    }
+
+    /// Removes the template of a holder if its making was interrupted. One that is active is left alone.
+    pub fn remove_unfinished(pool: &Uid, holder: &Uid) -> Result<(), TemplateError> {
+        let device = Self::named(pool, holder)?;
+        match dmsetup::info(&device.uuid)? {
+            Some(info) if !info.live => Ok(dmsetup::remove(&device.name)?),
+            _ => Ok(()),
+        }
     }
 
     /// Makes it disappear. What is local stays so, what was written since the last flush too. One that is not active is no

@@ -15,7 +15,7 @@ mod metadata;
 mod table;
 mod writer;
 
-pub use self::device::{CloneConfig, TemplateDevice, longest_request, missing};
+pub use self::device::{CloneConfig, TemplateDevice, load, longest_request, missing};
 pub use self::error::TemplateError;
 pub use self::metadata::{FoundMetadata, clear_metadata, find_metadata};
 pub use self::table::{CloneStatus, CloneTable, LinearTable, WorkingClone};

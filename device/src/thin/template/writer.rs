@@ -106,6 +106,21 @@ impl TemplateWriter {
         Ok(())
     }
 
+    /// Makes the last region local if it is shorter than the others, from what is read there. Waits for the source.
+    ///
+    /// Never from the process that serves the source: killed while it waits for itself, it would neither end nor answer.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn settle_short_region(&self) -> Result<(), TemplateError> {
+        let Some(Span { offset, length }) = self.geometry.short_region() else { return Ok(()) };
+        let length = usize::try_from(length.0).unwrap_or(usize::MAX);
+        let mut buffer = DirectBuffer::new(length);
+        let read = self.file.read_exact_at(&mut buffer, offset.0);
+        read.map_err(|source| self.failed("read", offset, source))?;
+        self.write(offset, &buffer, length)
+    }
+
     /// Waits until everything that was written or discarded is durable.
     ///
     /// # Errors

@@ -80,6 +80,12 @@ impl<S: ObjectStore> RemoteImage<S> {
         Ok(done)
     }
 
+    /// Counts nothing as told to the sink any more, so that the next [`Self::prefetch`] tells of all: for a sink that has lost what
+    /// it was told of.
+    pub fn tell_again(&self) {
+        self.inner.told.forget();
+    }
+
     /// Limits the background to so many bytes per second of what is transferred; nothing is no limit.
     pub fn set_background_rate(&self, rate: Option<Size>) {
         let mut pace = self.inner.background.pace.lock().unwrap_or_else(PoisonError::into_inner);

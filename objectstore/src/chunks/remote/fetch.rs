@@ -1,5 +1,6 @@
 //! Bringing chunks and pages of the index: one fetch for all who want the same.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
@@ -37,6 +38,11 @@ impl Told {
     /// True if it was.
     pub(super) fn was(&self, item: u64) -> bool {
         self.word(item).is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
+    }
+
+    /// Takes note that it was told of nothing.
+    pub(super) fn forget(&self) {
+        self.0.iter().for_each(|word| word.store(0, Ordering::Release));
     }
 
     /// Takes note that it is; nothing if it was before.
@@ -182,6 +188,9 @@ impl<S: ObjectStore> Inner<S> {
         let Some(mut telling) = self.told.begin(item.number) else { return };
         match sink.arrived(item.start, bytes).await {
             Ok(()) => telling.kept = true,
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => {
+                tracing::debug!(image = %self.digest, offset = item.start, "nobody keeps chunks");
+            }
             Err(error) => {
                 tracing::warn!(image = %self.digest, offset = item.start, %error, "a chunk that arrived was not kept");
             }

@@ -146,7 +146,9 @@ impl Node {
         }
         let held = HeldImage {
             holder: uid.clone(),
+            usable: before.as_ref().is_some_and(|before| before.usable),
             complete: before.as_ref().is_some_and(|before| before.complete),
+            in_use: false,
             last_used: before.map_or(Timestamp(0), |before| before.last_used),
         };
         let complete = held.complete;
@@ -242,7 +244,7 @@ impl Node {
                     let Some(image) = area.images.values_mut().find(|held| held.holder == done.uid) else {
                         continue;
                     };
-                    image.complete = true;
+                    (image.usable, image.complete) = (true, true);
                     let bytes = area.promises.get(&done.uid).map(|promise| promise.data);
                     let disk = self.disks.get_mut(name).expect("one for each pool");
                     disk.bytes.insert(done.uid.clone(), bytes.unwrap_or(Bytes(UNIT)));
