@@ -15,6 +15,7 @@ use crate::commands::pages::{CompletionsArgs, ManArgs};
 use crate::commands::pool::PoolArgs;
 use crate::commands::serve_store::ServeStoreArgs;
 use crate::commands::template::TemplateArgs;
+use crate::commands::transfer::TransferArgs;
 use crate::commands::volume::VolumeArgs;
 use crate::telemetry::LogFormat;
 use crate::values::{self, node_name};
@@ -52,6 +53,11 @@ pub enum Command {
     Template(TemplateArgs),
     /// Fetches objects of a store into files, and sends files to a store, without Kubernetes.
     File(FileArgs),
+    /// Makes one object of an image, in the format of another tool, without Kubernetes. Stopped at any moment, the same command
+    /// goes on where it was.
+    ///
+    /// Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …).
+    Transfer(Box<TransferArgs>),
     /// Carries out operations from a file or from standard input.
     ///
     /// Each line is one operation as JSON, and has one answer as a line of JSON, written at once; empty lines are ignored. The

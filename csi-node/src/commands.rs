@@ -12,4 +12,6 @@ pub mod serve_store;
 pub mod session;
 pub mod template;
 pub mod text;
+pub mod transfer;
 pub mod volume;
+mod work_dir;

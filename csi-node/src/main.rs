@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use berth_node::args::{Cli, Command};
 use berth_node::commands::template::{TemplateArgs, TemplateCommand};
-use berth_node::commands::{asking, batch, file, host_config, pages, preflight, serve_store, template};
+use berth_node::commands::{
+    asking, batch, file, host_config, pages, preflight, serve_store, template, transfer,
+};
 use berth_node::{run, telemetry};
 use clap::Parser as _;
 
@@ -38,6 +40,9 @@ fn main() -> anyhow::Result<ExitCode> {
                 |stop| async move { Ok(file::run(&args, &stop).await.map(done)?) },
             ))
         }
+        Command::Transfer(args) => on_runtime(run::until_interrupted(|stop| async move {
+            Ok(transfer::run(&args, &stop).await.map(done)?)
+        })),
         Command::Batch(args) => Ok(batch::run(&args)?),
         Command::Preflight(args) => {
             let passed = preflight::run(&args)?;

@@ -75,23 +75,40 @@ pub async fn import<S: ObjectStore>(
     observer: &dyn Observer,
     cancel: &CancellationToken,
 ) -> Result<Durable, TransferError> {
+    let retries = job.limits.retries;
+    again(journal, retries, observer, cancel, || attempt(job, source, chunks, journal, reporter, cancel))
+        .await
+}
+
+/// Makes attempts until one succeeds, or what it fails on does not pass: for an image store that is away without end, for
+/// everything else `retries` times in a row without coming nearer to the end.
+///
+/// # Errors
+/// As [`import`].
+pub async fn again<T, F: Future<Output = Result<T, TransferError>>>(
+    journal: &Journal,
+    retries: u32,
+    observer: &dyn Observer,
+    cancel: &CancellationToken,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, TransferError> {
     let mut failures = Failures::default();
     let mut attempts = 0;
     loop {
         attempts += 1;
         observer.attempt(attempts);
         let before = journal.reached();
-        let error = match attempt(job, source, chunks, journal, reporter, cancel).await {
-            Ok(durable) => return Ok(durable),
+        let error = match attempt().await {
+            Ok(done) => return Ok(done),
             Err(error) => error,
         };
-        let millis = match failures.note(error.fault(), journal.reached() > before, job.limits.retries) {
+        let millis = match failures.note(error.fault(), journal.reached() > before, retries) {
             Next::Again(millis) => millis,
             Next::Exhausted => return Err(TransferError::Exhausted { attempts, source: Box::new(error) }),
             Next::Ended => return Err(error),
         };
         let pause = Duration::from_millis(millis);
-        tracing::warn!(error = error.chain(), ?pause, attempts, "the import is tried again");
+        tracing::warn!(error = error.chain(), ?pause, attempts, "tried again");
         observer.retrying(&error, pause);
         if cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
             return Err(TransferError::Cancelled);

@@ -4,6 +4,7 @@
 #[allow(dead_code)] // no test program uses all of it
 #[path = "../bed/mod.rs"]
 mod bed;
+mod command;
 mod direct;
 mod import;
 mod object;

@@ -171,6 +171,17 @@ impl S3Server {
         }
     }
 
+    /// The keys of uploads that were begun and neither completed nor given up, as the server lists them: at most 1,000.
+    ///
+    /// # Errors
+    /// [`ServerError::Request`].
+    pub async fn open_uploads(&self) -> Result<Vec<String>, ServerError> {
+        let page = signed("GET", &format!("{}/{BUCKET}?uploads=", self.endpoint()), None).await?;
+        let uploads = page.split("<Upload>").skip(1);
+        let keys = uploads.filter_map(|rest| rest.split("<Key>").nth(1)?.split("</Key>").next());
+        Ok(keys.map(str::to_owned).collect())
+    }
+
     /// Copies one object into a file, by another implementation of the protocol than ours.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! `berth-node template import`: a file into an image store.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,26 +8,23 @@ use std::time::Duration;
 
 use berth_api::defaults;
 use berth_core::ids::{Digest, NodeName, ObjectName, Sha256Sum, Uid};
-use berth_core::stages::{Shape, Stage};
+use berth_core::stages::Shape;
 use berth_core::units::{Bytes, Generation};
 use berth_image::{ProbeError, probe_file};
 use berth_objectstore::chunks::caibx::{ChunkSize, IndexError};
 use berth_objectstore::chunks::store::{ChunkStore, OpenError};
 use berth_objectstore::layout::{LayoutError, StoreLayout};
 use berth_objectstore::s3::S3Store;
-use berth_record::{CreateError, NodeRecord, OpenError as RecordOpenError};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use nix::sys::statvfs::statvfs;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Output;
 use crate::commands::object_store::{StoreArgs, StoreArgsError};
+use crate::commands::work_dir::{Bar, WorkDir, WorkDirError};
 use crate::transfer::probe::checked;
 use crate::transfer::{
-    Durable, Journal, Limits, Observer, Origin, Reporter, Snapshot, Source, TransferError, TransferJob,
-    abandon, import,
+    Durable, Limits, Origin, Reporter, Source, TransferError, TransferJob, abandon, import,
 };
 
 /// Flags of `berth-node template import`.
@@ -65,7 +62,7 @@ pub struct ImportArgs {
 /// Why a template was not imported.
 #[derive(Debug, Error)]
 pub enum TemplateError {
-    /// A file or directory.
+    /// A file.
     #[error("failed to {action} {}", path.display())]
     File {
         /// What was tried.
@@ -78,16 +75,9 @@ pub enum TemplateError {
     /// The image cannot be imported.
     #[error(transparent)]
     Probe(#[from] ProbeError),
-    /// The work directory is too small.
-    #[error("{} has {available} available, and up to {needed} are needed", path.display())]
-    Space {
-        /// The directory.
-        path: PathBuf,
-        /// What it has.
-        available: Bytes,
-        /// What is needed.
-        needed: Bytes,
-    },
+    /// The work directory.
+    #[error(transparent)]
+    WorkDir(#[from] WorkDirError),
     /// The chunk size.
     #[error("--chunk-size")]
     ChunkSize(#[from] IndexError),
@@ -100,12 +90,6 @@ pub enum TemplateError {
     /// The store.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The record in the work directory cannot be made.
-    #[error(transparent)]
-    CreateRecord(#[from] CreateError),
-    /// The record in the work directory cannot be opened.
-    #[error(transparent)]
-    OpenRecord(#[from] RecordOpenError),
     /// The import.
     #[error("failed to import {}", path.display())]
     Import {
@@ -134,38 +118,40 @@ pub async fn run(args: &ImportArgs, cancel: &CancellationToken) -> Result<(), Te
 pub async fn import_file(args: &ImportArgs, cancel: &CancellationToken) -> Result<Durable, TemplateError> {
     let file = args.file.canonicalize().map_err(failed("find", &args.file))?;
     probe_file(&file)?;
-    let uid = work_uid(args, &file)?;
+    let (uid, node) = (work_uid(args, &file)?, NodeName::from("command"));
     let chunk_size = ChunkSize::new(Bytes::kib(args.chunk_size))?;
     let limits = limits(args);
-    let dir = args.work_dir.clone().unwrap_or_else(|| std::env::temp_dir().join(format!("berth-{uid}")));
-    std::fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
+    let needed = needed(&file, &limits, chunk_size)?;
+    let dir = WorkDir::open(args.work_dir.as_deref(), &uid, &node)?;
+    dir.check_space(needed)?;
     let job = TransferJob {
-        uid: uid.clone(),
+        uid,
         generation: Generation::FIRST,
         name: args.name.clone(),
-        node: NodeName::from("command"),
+        node,
         limits,
         format: None,
         checksum: args.checksum.map(|digest| digest.0),
-        promised: space(&file, &dir, &limits, chunk_size)?,
-        dir,
+        promised: needed,
+        dir: dir.path.clone(),
     };
     let chunks = open_store(args, chunk_size).await?;
-    let record = job.dir.join("record.redb");
-    let journal = Journal::new(Arc::new(open_record(&record, &job.node)?), uid, job.generation);
-    let (bar, source) = (Arc::new(Bar::new(args)), Source::Staged(Origin::Local(file)));
+    let journal = dir.journal();
+    let (bar, source) = (Arc::new(Bar::new(args.output)), Source::Staged(Origin::Local(file)));
     let reporter: Arc<dyn Reporter> = Arc::clone(&bar) as _;
     let outcome = import(&job, &source, &chunks, &journal, &reporter, &*bar, cancel).await;
-    bar.0.finish_and_clear();
-    if let Err(error) = &outcome
-        && !matches!(error, TransferError::Cancelled | TransferError::Exhausted { .. })
+    bar.clear();
+    // Only what another start goes on with stays.
+    let goes_on = matches!(outcome, Err(TransferError::Cancelled | TransferError::Exhausted { .. }));
+    if outcome.is_err()
+        && !goes_on
         && let Err(left) = abandon(&job, &chunks, &journal, false).await
     {
         tracing::warn!(error = left.chain(), "traces of the failed import stay");
     }
-    // Only what another start goes on with stays.
-    if !matches!(outcome, Err(TransferError::Cancelled | TransferError::Exhausted { .. })) {
-        clean_up(args, &job, &record, journal)?;
+    if !goes_on {
+        drop(journal);
+        dir.remove()?;
     }
     outcome.map_err(|source| TemplateError::Import { path: args.file.clone(), source: Box::new(source) })
 }
@@ -189,47 +175,19 @@ fn limits(args: &ImportArgs) -> Limits {
     }
 }
 
-/// What the work needs, if the directory has it.
-fn space(file: &Path, dir: &Path, limits: &Limits, chunk_size: ChunkSize) -> Result<Bytes, TemplateError> {
+/// What the work needs.
+fn needed(file: &Path, limits: &Limits, chunk_size: ChunkSize) -> Result<Bytes, TemplateError> {
     let probe = probe_file(file)?;
     let imported =
         |source: TransferError| TemplateError::Import { path: file.to_owned(), source: Box::new(source) };
     let probed = checked(&probe, Bytes::ZERO, limits).map_err(imported)?;
     let shape = Shape { in_place: true, ..probed.shape(Some(chunk_size.size())) };
-    let found = statvfs(dir).map_err(|errno| failed("look at the space of", dir)(errno.into()))?;
-    let available = Bytes(found.blocks_available().saturating_mul(found.fragment_size()));
-    let needed = shape.peak_bytes();
-    if needed > available {
-        return Err(TemplateError::Space { path: dir.to_owned(), available, needed });
-    }
-    Ok(needed)
+    Ok(shape.peak_bytes())
 }
 
 async fn open_store(args: &ImportArgs, chunk_size: ChunkSize) -> Result<ChunkStore<S3Store>, TemplateError> {
     let store = args.store.connect().await?;
     Ok(ChunkStore::open_or_create(store, StoreLayout::new(&args.prefix)?, chunk_size).await?)
-}
-
-fn open_record(path: &Path, node: &NodeName) -> Result<NodeRecord, TemplateError> {
-    match NodeRecord::open(path, node) {
-        Err(RecordOpenError::NotFound { .. }) => Ok(NodeRecord::create(path, node)?),
-        other => Ok(other?),
-    }
-}
-
-/// Removes the record, and the directory if it is ours.
-fn clean_up(
-    args: &ImportArgs,
-    job: &TransferJob,
-    record: &Path,
-    journal: Journal,
-) -> Result<(), TemplateError> {
-    drop(journal);
-    std::fs::remove_file(record).map_err(failed("remove", record))?;
-    if args.work_dir.is_none() {
-        std::fs::remove_dir(&job.dir).map_err(failed("remove", &job.dir))?;
-    }
-    Ok(())
 }
 
 fn print(args: &ImportArgs, durable: &Durable) -> io::Result<()> {
@@ -253,41 +211,8 @@ fn print(args: &ImportArgs, durable: &Durable) -> io::Result<()> {
     }
 }
 
-/// The progress bar, where a person looks.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(args: &ImportArgs) -> Self {
-        let shown = io::stderr().is_terminal() && args.output == Output::Text;
-        let target = if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(100), target);
-        if let Ok(style) = ProgressStyle::with_template("{msg:<8} {wide_bar} {pos:>3} %  {elapsed_precise}") {
-            bar.set_style(style);
-        }
-        Self(bar)
-    }
-}
-
-impl Reporter for Bar {
-    fn progress(&self, shape: &Shape, now: Snapshot) {
-        let percent = u64::from(shape.percent(now.stage, now.done, now.total));
-        self.0.set_position(percent.max(self.0.position()));
-        if now.stage >= Stage::Upload || now.done == Bytes::ZERO {
-            self.0.set_message(now.stage.as_str());
-        }
-    }
-}
-
-impl Observer for Bar {
-    fn attempt(&self, _: u32) {}
-
-    fn retrying(&self, error: &TransferError, pause: Duration) {
-        self.0.println(format!("{}; tried again in {} s", error.chain(), pause.as_secs()));
-    }
-}
-
 /// `NAMESPACE/NAME` of a template.
-pub(super) fn object_name(text: &str) -> Result<ObjectName, String> {
+pub(crate) fn object_name(text: &str) -> Result<ObjectName, String> {
     let part = |part: &str| {
         let valid = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
         !part.is_empty() && part.bytes().all(valid)
