@@ -351,8 +351,8 @@ mod tests {
 
     #[test]
     fn the_short_region_is_left_out_and_told_from_others() {
-        let region = RegionSize::new(Bytes::kib(64)).unwrap();
-        let odd = Geometry::new(Bytes(Bytes::mib(1).0 + 512), region).unwrap();
+        let region = RegionSize::new(Bytes::kib(64)).expect("a region size");
+        let odd = Geometry::new(Bytes(Bytes::mib(1).0 + 512), region).expect("a disk");
         let span = |offset, length| Span { offset: Bytes(offset), length: Bytes(length) };
         let whole = Bytes::mib(1).0;
         for (asked, left) in [
@@ -363,7 +363,7 @@ mod tests {
         ] {
             assert_eq!(odd.without_short(asked), left, "{asked:?}");
         }
-        let even = Geometry::new(Bytes::mib(1), region).unwrap();
+        let even = Geometry::new(Bytes::mib(1), region).expect("a disk");
         assert_eq!(even.without_short(span(0, whole)), Some(span(0, whole)));
         let progress = |hydrated| Progress { hydrated, total: 17 };
         assert!(odd.lacks_only_short(progress(16)) && !even.lacks_only_short(progress(16)));
