@@ -33,6 +33,8 @@ pub enum Tool {
     Minio,
     /// `csi-sanity`.
     CsiSanity,
+    /// `helm`.
+    Helm,
 }
 
 /// Why a program cannot be had.
@@ -88,7 +90,7 @@ enum Origin {
 
 impl Tool {
     /// All of them, in the order in which they are built.
-    pub const ALL: [Self; 4] = [Self::CsiSanity, Self::Etcd, Self::Minio, Self::KubeApiserver];
+    pub const ALL: [Self; 5] = [Self::CsiSanity, Self::Etcd, Self::Minio, Self::Helm, Self::KubeApiserver];
 
     /// The name of its file.
     pub fn file_name(self) -> &'static str {
@@ -97,6 +99,7 @@ impl Tool {
             Self::Etcd => "etcd",
             Self::Minio => "minio",
             Self::CsiSanity => "csi-sanity",
+            Self::Helm => "helm",
         }
     }
 
@@ -107,6 +110,7 @@ impl Tool {
             Self::Etcd => "go.etcd.io/etcd/server/v3",
             Self::Minio => "github.com/minio/minio",
             Self::CsiSanity => "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
+            Self::Helm => "helm.sh/helm/v4/cmd/helm",
         }
     }
 
@@ -117,10 +121,11 @@ impl Tool {
             Self::Etcd => "etcd",
             Self::Minio => "minio",
             Self::CsiSanity => "csi-sanity",
+            Self::Helm => "helm",
         }
     }
 
-    /// Linker flags: smaller files, and the version that kube-apiserver reports.
+    /// Linker flags: smaller files, and the versions that kube-apiserver and Helm report.
     fn ldflags(self) -> &'static str {
         match self {
             Self::KubeApiserver => {
@@ -128,6 +133,7 @@ impl Tool {
                  -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36 \
                  -X k8s.io/component-base/version.gitTreeState=clean"
             }
+            Self::Helm => "-s -w -X helm.sh/helm/v4/internal/version.version=v4.3.1",
             Self::Etcd | Self::Minio | Self::CsiSanity => "-s -w",
         }
     }
@@ -301,8 +307,16 @@ mod tests {
                 "{tool} is no tool of its module"
             );
         }
-        let module = fs::read_to_string(Surroundings::from_env().pins.join("apiserver/go.mod")).unwrap();
-        let pinned = module.lines().find_map(|line| line.strip_prefix("require k8s.io/kubernetes ")).unwrap();
-        assert!(Tool::KubeApiserver.ldflags().contains(&format!("gitVersion={pinned} ")), "{pinned}");
+        for (tool, required, stamp) in [
+            (Tool::KubeApiserver, "k8s.io/kubernetes ", "gitVersion="),
+            (Tool::Helm, "helm.sh/helm/v4 ", "version.version="),
+        ] {
+            let module = Surroundings::from_env().pins.join(tool.module()).join("go.mod");
+            let module = fs::read_to_string(module).unwrap();
+            let words = |line: &str| line.trim_start().trim_start_matches("require ").to_owned();
+            let mut lines = module.lines().map(words);
+            let pinned = lines.find_map(|line| line.strip_prefix(required).map(str::to_owned)).unwrap();
+            assert!(format!("{} ", tool.ldflags()).contains(&format!("{stamp}{pinned} ")), "{pinned}");
+        }
     }
 }
