@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod books;
+mod chart;
 mod cluster;
 mod data_plane;
 mod files;
@@ -44,6 +45,7 @@ fn scenarios() -> Vec<Scenario> {
         process::scenarios(),
         cluster::scenarios(),
         manifests::scenarios(),
+        chart::scenarios(),
         minio::scenarios(),
         operator::scenarios(),
         kubectl::scenarios(),
