@@ -22,7 +22,7 @@ use crate::screen::{Screen, Step, size};
 const IMPORT_LIMIT: Duration = Duration::from_secs(1800);
 
 /// What the examples say that this demonstration replaces.
-const POOL_PATH: &str = "/var/lib/berth/pools/quickstart";
+const POOL_PATH: &str = "/var/lib/berth/areas/quickstart";
 const STORE_ENDPOINT: &str = "http://127.0.0.1:9000";
 const SOURCE_URL: &str = "http://127.0.0.1:8000/plain/debian.qcow2";
 const ACCESS_KEY: &str = "accessKeyId: quickstart ";
