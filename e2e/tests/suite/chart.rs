@@ -2,6 +2,7 @@
 
 mod containers;
 mod helm;
+mod image;
 mod installed;
 mod same;
 mod values;
@@ -26,6 +27,8 @@ pub fn scenarios() -> Vec<Scenario> {
     let helm = [Need::Tool(Tool::Helm)];
     let programs = [helm.as_slice(), &[Need::Program(OPERATOR), Need::Program(NODE)]].concat();
     let cluster = [helm.as_slice(), CONTROL_PLANE].concat();
+    let image =
+        [Need::Long, Need::Site, Need::Command("mmdebstrap"), Need::Command("chroot"), Need::Program(NODE)];
     vec![
         Scenario::new("chart::command_lines_are_what_the_programs_take", &programs, || async {
             containers::command_lines_are_what_the_programs_take()
@@ -56,6 +59,13 @@ pub fn scenarios() -> Vec<Scenario> {
             &cluster,
             installed::pods_pass_their_level,
         )
+        .limited(LIMIT),
+        Scenario::new("chart::entry_points_are_the_programs", &[], || async {
+            image::entry_points_are_the_programs()
+        }),
+        Scenario::new("chart::the_node_image_has_what_a_node_runs", &image, || async {
+            image::the_node_image_has_what_a_node_runs()
+        })
         .limited(LIMIT),
     ]
 }
