@@ -38,8 +38,6 @@ const TEMPLATE: &str = "disk";
 const ARCHIVE: &str = "archive";
 /// What a kill may cost: the distance between two checkpoints, and parts in flight. Unit: bytes.
 pub const WINDOW: u64 = 32 << 20;
-/// What a part of these objects has. Unit: bytes.
-const PART: u64 = 16 << 20;
 /// In which stages one transfer is struck, as far as it has them and kills are missing.
 const STRIKES: [Stage; 5] = [Stage::Fetch, Stage::Upload, Stage::Verify, Stage::Publish, Stage::Upload];
 /// One in so many transfers is deleted under way.

@@ -1,5 +1,6 @@
 //! What must hold after a transfer, and after all of them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use tokio::time::sleep;
 
 use super::routes::{Route, object_key};
 use super::strike::Ended;
-use super::{ARCHIVE, KillError, NAMESPACE, PART, POOL, Run, STORE, WINDOW};
+use super::{ARCHIVE, KillError, NAMESPACE, POOL, Run, STORE, WINDOW};
 use crate::image;
 use crate::kill::checks::sum_of;
 use crate::kill::store_files::StoreFiles;
@@ -37,8 +38,7 @@ impl Run<'_> {
             Ended::Succeeded(status) => self.check_result(name, route, status).await?,
             Ended::Deleted => self.check_nothing_made(name).await?,
         }
-        // Whose answer was lost comes again, whether or not anything was killed.
-        let again = self.sent_again(name, route)?.saturating_sub(self.lost_answers(name)? * PART);
+        let again = self.sent_again(name, route)?;
         let windows = again.div_ceil(WINDOW.saturating_mul(kills.max(1)));
         self.report.repeated_windows_max = self.report.repeated_windows_max.max(windows);
         if windows > 1 || (kills == 0 && again > 0) {
@@ -113,24 +113,20 @@ impl Run<'_> {
         Ok(RequestLog::read(&self.site.dir().join("s3/requests.jsonl"))?)
     }
 
-    /// Bytes of this transfer that the object store received again.
+    /// Bytes of this transfer that the object store received again, though nothing but a kill was to blame.
     fn sent_again(&mut self, name: &str, route: Route) -> Result<u64, KillError> {
         let log = self.log()?;
         if route.driver().is_some() {
             let key = object_key(name);
-            let uploads: Vec<String> = log
-                .entries()
-                .iter()
-                .filter(|entry| entry.key == key)
-                .filter_map(|entry| entry.upload_id.clone())
-                .collect();
-            let parts = log.repeated_parts();
-            let ours = parts.iter().filter(|((upload, _), _)| uploads.contains(upload));
             // An upload that was begun anew sends everything again.
-            let begun =
-                log.succeeded("CreateMultipartUpload").filter(|entry| entry.key == key).count() as u64;
-            let anew = begun.saturating_sub(1) * self.images.data;
-            return Ok(ours.map(|(_, repeats)| repeats.bytes).sum::<u64>() + anew);
+            let begun = log.succeeded("CreateMultipartUpload").filter(|entry| entry.key == key);
+            let uploads: BTreeSet<_> = begun.filter_map(|entry| entry.upload_id.as_ref()).collect();
+            let with_parts = |id: &&&String| {
+                log.succeeded("UploadPart").any(|entry| entry.upload_id.as_ref() == Some(**id))
+            };
+            let anew =
+                (uploads.iter().filter(with_parts).count() as u64).saturating_sub(1) * self.images.data;
+            return Ok(parts_again(&log, &key) + anew);
         }
         // Chunks are of all transfers into the store alike: what is there already is not sent.
         let prefix = format!("{ARCHIVE}/chunks/");
@@ -138,13 +134,6 @@ impl Run<'_> {
         let all: u64 =
             repeats.iter().filter(|(key, _)| key.starts_with(&prefix)).map(|(_, one)| one.bytes).sum();
         Ok(all.saturating_sub(std::mem::replace(&mut self.chunks_again, all)))
-    }
-
-    /// Parts of this transfer whose answer was lost on request.
-    fn lost_answers(&self, name: &str) -> Result<u64, KillError> {
-        let (log, key) = (self.log()?, object_key(name));
-        let lost = log.succeeded("UploadPart").filter(|entry| entry.key == key && entry.fault.is_some());
-        Ok(lost.count() as u64)
     }
 
     pub(super) fn count_faults(&mut self) -> Result<(), KillError> {
@@ -204,6 +193,22 @@ impl Run<'_> {
         left.extend(names.into_iter().map(|name| format!("staging/{name}")));
         Ok(left)
     }
+}
+
+/// Bytes of parts that arrived more than once. One whose answer the store was to lose, or to refuse, has to come again.
+fn parts_again(log: &RequestLog, key: &str) -> u64 {
+    let mut arrived: BTreeMap<(&str, u32), (u64, u64, u64)> = BTreeMap::new();
+    for entry in log.entries().iter().filter(|entry| entry.op == "UploadPart" && entry.key == key) {
+        let (Some(upload), Some(part), Some(bytes)) = (&entry.upload_id, entry.part, entry.payload) else {
+            continue;
+        };
+        let (times, faults, most) = arrived.entry((upload.as_str(), part)).or_default();
+        *times += 1;
+        // A delay is no reason to send anything again.
+        *faults += u64::from(!entry.succeeded() || !entry.complete);
+        *most = bytes.max(*most);
+    }
+    arrived.values().map(|(times, faults, bytes)| times.saturating_sub(1 + faults) * bytes).sum()
 }
 
 /// The object, as the tool that owns its format reads it, against the disk.
