@@ -1,16 +1,20 @@
 //! An image as a stream of extents.
 
+use std::error::Error;
 use std::future::Future;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use berth_core::units::Bytes;
 use thiserror::Error;
 use tokio::task::spawn_blocking;
 
-use crate::probe::{ImageFormat, Probe, ProbeError, Reader, probe_file_as};
-use crate::qcow2::Qcow2Reader;
+use crate::probe::{ImageFormat, Probe, ProbeError, Refusal, probe_file_as};
 use crate::raw::RawReader;
+use crate::read_at::LocalFile;
+#[cfg(doc)]
+use crate::read_at::ReadAt;
+use crate::reader::ImageReader;
 
 /// The most that one trip to a blocking thread reads, and so what a reader keeps as its buffer.
 pub(crate) const PIECE: usize = 1 << 20;
@@ -35,70 +39,103 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
+/// What a source of bytes says when it cannot be read; see [`ReadAt::Error`].
+pub type SourceError = Box<dyn Error + Send + Sync>;
+
 /// Why an image could not be opened or read.
 #[derive(Debug, Error)]
 pub enum ReadError {
-    /// The file cannot be read.
-    #[error("failed to read image {path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The file system's answer.
-        source: io::Error,
+    /// Its bytes cannot be had: nothing is known to be wrong with the image.
+    #[error("failed to read image {image}")]
+    Source {
+        /// The image.
+        image: String,
+        /// What the source says: its [`ReadAt::Error`].
+        source: SourceError,
     },
     /// The image's structures contradict each other.
-    #[error("image {path} is corrupt: {what}")]
+    #[error("image {image} is corrupt: {what}")]
     Corrupt {
-        /// The file.
-        path: PathBuf,
+        /// The image.
+        image: String,
         /// Which, and how.
         what: String,
     },
     /// The image ends before something that it refers to.
-    #[error("image {path} is truncated: {found} where there must be {expected}")]
+    #[error("image {image} is truncated: {found} where there must be {expected}")]
     Truncated {
-        /// The file.
-        path: PathBuf,
-        /// The least length that the file must have.
+        /// The image.
+        image: String,
+        /// The least length that it must have.
         expected: Bytes,
         /// The length that it has.
         found: Bytes,
     },
     /// Something beyond the end of the disk was asked for.
-    #[error("range {offset}+{len} bytes is outside of image {path}")]
+    #[error("range {offset}+{len} bytes is outside of image {image}")]
     OutOfRange {
-        /// The file.
-        path: PathBuf,
+        /// The image.
+        image: String,
         /// Where the range begins.
         offset: u64,
         /// How long it is.
         len: usize,
     },
-    /// The file is not what was probed.
-    #[error("image {path} has changed since it was probed")]
+    /// The image is not what was probed.
+    #[error("image {image} has changed since it was probed")]
     Changed {
-        /// The file.
-        path: PathBuf,
+        /// The image.
+        image: String,
     },
     /// Only a tool can read the format.
-    #[error("image {path} can only be read through {driver}")]
+    #[error("image {image} can only be read through {driver}")]
     NotNative {
-        /// The file.
-        path: PathBuf,
+        /// The image.
+        image: String,
         /// The driver of `qemu-img`.
         driver: &'static str,
     },
-    /// The file is not an image that may be opened.
-    #[error(transparent)]
-    Probe(#[from] ProbeError),
+    /// It is not an image that may be opened.
+    #[error("image {image} is refused")]
+    Refused {
+        /// The image.
+        image: String,
+        /// Why.
+        source: Refusal,
+    },
+}
+
+impl ReadError {
+    /// What the source of the bytes said, if that is what ended the reading, and if it is of this type.
+    pub fn source_error<E: Error + 'static>(&self) -> Option<&E> {
+        match self {
+            Self::Source { source, .. } => source.downcast_ref(),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn io(path: &Path, source: io::Error) -> Self {
+        Self::Source { image: path.display().to_string(), source: source.into() }
+    }
+}
+
+impl From<ProbeError> for ReadError {
+    fn from(error: ProbeError) -> Self {
+        match error {
+            ProbeError::Refused { path, source } => {
+                Self::Refused { image: path.display().to_string(), source }
+            }
+            ProbeError::Io { path, source } => Self::io(&path, source),
+        }
+    }
 }
 
 /// Reads an image front to back, or anywhere.
 ///
 /// **Guarantees:** the extents from 0 on are ascending, do not overlap and cover the disk up to
 /// [`virtual_size`](Self::virtual_size), a multiple of 512; what lies beyond the file's end is an error, not zeros;
-/// memory does not grow with the image (qcow2: its L1 table, at most 32 MiB, and about 6 MiB). Work is done on blocking
-/// threads, so that a slow disk holds up nobody else.
+/// memory does not grow with the image ([`ImageReader`]: about 40 MiB at most). Files are read and data decompressed on
+/// blocking threads, so that neither holds up anybody else.
 pub trait ExtentReader: Send {
     /// The size that a machine sees.
     fn virtual_size(&self) -> Bytes;
@@ -115,33 +152,34 @@ pub trait ExtentReader: Send {
     ) -> impl Future<Output = Result<(), ReadError>> + Send;
 }
 
-/// A reader of any native format.
+/// A reader of any native format, in a file.
+#[allow(clippy::large_enum_variant)] // there is one for each image that is read
 pub enum AnyReader {
-    /// Of a raw image.
+    /// Of a raw image, by its holes.
     Raw(RawReader),
-    /// Of a qcow2 image.
-    Qcow2(Qcow2Reader),
+    /// Of any other.
+    Image(ImageReader<LocalFile>),
 }
 
 impl ExtentReader for AnyReader {
     fn virtual_size(&self) -> Bytes {
         match self {
             Self::Raw(reader) => reader.virtual_size(),
-            Self::Qcow2(reader) => reader.virtual_size(),
+            Self::Image(reader) => reader.virtual_size(),
         }
     }
 
     async fn next_extent(&mut self, from: Bytes) -> Result<Option<Extent>, ReadError> {
         match self {
             Self::Raw(reader) => reader.next_extent(from).await,
-            Self::Qcow2(reader) => reader.next_extent(from).await,
+            Self::Image(reader) => reader.next_extent(from).await,
         }
     }
 
     async fn read_at(&mut self, offset: Bytes, buf: &mut [u8]) -> Result<(), ReadError> {
         match self {
             Self::Raw(reader) => reader.read_at(offset, buf).await,
-            Self::Qcow2(reader) => reader.read_at(offset, buf).await,
+            Self::Image(reader) => reader.read_at(offset, buf).await,
         }
     }
 }
@@ -151,39 +189,35 @@ impl ExtentReader for AnyReader {
 /// # Errors
 /// [`ReadError::Changed`] if the file is not what `probe` says, [`ReadError::NotNative`] if a tool must read it.
 pub async fn open(path: &Path, probe: &Probe) -> Result<AnyReader, ReadError> {
-    if let Reader::QemuImg { driver } = probe.reader {
-        return Err(ReadError::NotNative { path: path.to_owned(), driver });
+    if probe.format != ImageFormat::Raw {
+        let file = LocalFile::open(path).await.map_err(|source| ReadError::io(path, source))?;
+        return ImageReader::open(file, probe).await.map(AnyReader::Image);
     }
-    let (owned, format) = (path.to_owned(), probe.format);
-    let now = on_thread(path, move || Ok(probe_file_as(format, &owned)?)).await?;
+    let owned = path.to_owned();
+    let now = on_thread(path, move || Ok(probe_file_as(ImageFormat::Raw, &owned)?)).await?;
     if now != *probe {
-        return Err(ReadError::Changed { path: path.to_owned() });
+        return Err(ReadError::Changed { image: path.display().to_string() });
     }
-    match format {
-        ImageFormat::Qcow2 => Qcow2Reader::open(path).await.map(AnyReader::Qcow2),
-        _ => RawReader::open(path).await.map(AnyReader::Raw),
-    }
+    RawReader::open(path).await.map(AnyReader::Raw)
 }
 
-/// Runs `work` on a blocking thread. A panic there can only be a decoder's that met contradictions.
+/// Runs `work` on a blocking thread.
 pub(crate) async fn on_thread<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> Result<T, ReadError> + Send + 'static,
 ) -> Result<T, ReadError> {
-    match spawn_blocking(work).await {
-        Ok(answer) => answer,
-        Err(stopped) if stopped.is_panic() => Err(ReadError::Corrupt {
-            path: path.to_owned(),
-            what: "its structures make the decoder fail".into(),
-        }),
-        Err(stopped) => Err(ReadError::Io { path: path.to_owned(), source: io::Error::other(stopped) }),
-    }
+    spawn_blocking(work).await.map_err(|stopped| ReadError::io(path, io::Error::other(stopped)))?
 }
 
 /// Refuses a range that does not lie on the disk.
-pub(crate) fn check_range(path: &Path, size: Bytes, offset: Bytes, len: usize) -> Result<(), ReadError> {
+pub(crate) fn check_range(
+    image: impl FnOnce() -> String,
+    size: Bytes,
+    offset: Bytes,
+    len: usize,
+) -> Result<(), ReadError> {
     match offset.checked_add(Bytes(len as u64)) {
         Some(end) if end <= size => Ok(()),
-        _ => Err(ReadError::OutOfRange { path: path.to_owned(), offset: offset.0, len }),
+        _ => Err(ReadError::OutOfRange { image: image(), offset: offset.0, len }),
     }
 }

@@ -32,13 +32,13 @@ impl RawReader {
     /// Opens the file for reading only.
     ///
     /// # Errors
-    /// [`ReadError::Io`].
+    /// [`ReadError::Source`], with an [`io::Error`].
     pub async fn open(path: &Path) -> Result<Self, ReadError> {
         let owned = path.to_owned();
         let inner = on_thread(path, move || {
             let opened =
                 File::open(&owned).and_then(|mut file| file.seek(SeekFrom::End(0)).map(|end| (file, end)));
-            let (file, end) = opened.map_err(|source| ReadError::Io { path: owned.clone(), source })?;
+            let (file, end) = opened.map_err(|source| ReadError::io(&owned, source))?;
             Ok(Inner { file, path: owned, length: Bytes(end) })
         });
         Ok(Self { inner: Arc::new(inner.await?), buffer: Vec::new() })
@@ -59,7 +59,7 @@ impl ExtentReader for RawReader {
     }
 
     async fn read_at(&mut self, offset: Bytes, buf: &mut [u8]) -> Result<(), ReadError> {
-        check_range(&self.inner.path, self.virtual_size(), offset, buf.len())?;
+        check_range(|| self.inner.name(), self.virtual_size(), offset, buf.len())?;
         let mut at = offset;
         for piece in buf.chunks_mut(PIECE) {
             let (inner, mut buffer) = (Arc::clone(&self.inner), std::mem::take(&mut self.buffer));
@@ -74,6 +74,10 @@ impl ExtentReader for RawReader {
 }
 
 impl Inner {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
     /// The extent at `from`, which is below the virtual size.
     fn extent(&self, from: Bytes) -> Result<Extent, ReadError> {
         let size = self.length.round_up(SECTOR);
@@ -95,7 +99,7 @@ impl Inner {
             Err(Errno::ENXIO) => Ok(None),
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) if matches!(whence, Whence::SeekData) => Ok(Some(from)),
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(Some(self.length)),
-            Err(errno) => Err(ReadError::Io { path: self.path.clone(), source: errno.into() }),
+            Err(errno) => Err(ReadError::io(&self.path, errno.into())),
         }
     }
 
@@ -105,11 +109,11 @@ impl Inner {
         padding.fill(0);
         self.file.read_exact_at(data, at.0).map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => ReadError::Truncated {
-                path: self.path.clone(),
+                image: self.name(),
                 expected: self.length,
                 found: Bytes(self.file.metadata().map_or(0, |now| now.len())),
             },
-            _ => ReadError::Io { path: self.path.clone(), source },
+            _ => ReadError::io(&self.path, source),
         })
     }
 }

@@ -120,7 +120,7 @@ fn vmdk_descriptors() {
     let extent = "RW 2048 SPARSE \"disk.vmdk\"";
     let good = descriptor("monolithicSparse", &[extent], "");
     let found = look(&vmdk(&good, 2048, None)).unwrap();
-    assert_eq!((found.virtual_size, found.reader), (Some(Bytes::mib(1)), Reader::QemuImg { driver: "vmdk" }));
+    assert_eq!((found.virtual_size, found.reader), (Some(Bytes::mib(1)), Reader::Native));
     let reason = |text: &str, capacity| look(&vmdk(text, capacity, None)).unwrap_err().reason();
     // Zero sectors: QEMU would open the files that the descriptor names.
     assert_eq!(reason(&good, 0), Reason::ImageCorrupt);
@@ -159,7 +159,7 @@ fn vhd_footers() {
     let dynamic = sparse_vhd(3);
     let found = look(&dynamic).unwrap();
     assert_eq!((found.format, found.virtual_size), (ImageFormat::Vhd, Some(Bytes::mib(8))));
-    assert_eq!(found.reader.options(), [("force_size_calc", "current_size")]);
+    assert_eq!(found.reader, Reader::Native);
     assert_eq!(look(&sparse_vhd(4)), Err(Refusal::BackingFile { name: "parent.vhd".into() }));
     assert_eq!(look(&dynamic[..2048]).unwrap_err().reason(), Reason::ImageTruncated);
     let mut differing = dynamic.clone();
@@ -184,11 +184,25 @@ fn vhdx_metadata() {
     assert_eq!(look(&vhdx(5 << 30, 0, 2)).unwrap_err().reason(), Reason::ImageCorrupt);
     assert_eq!(look(&vhdx(5 << 30, 0, 0)).unwrap_err().reason(), Reason::ImageCorrupt);
     assert_eq!(look(&vhdx(1 << 60, 0, 1)).unwrap_err().reason(), Reason::ImageCorrupt);
-    assert_eq!(look(&vhdx(1 << 30, 0, 1)[..400 << 10]).unwrap_err().reason(), Reason::ImageTruncated);
-    let image = vhdx(5 << 30, 0, 1);
+    assert_eq!(look(&vhdx(1 << 30, 0, 1)[..1500 << 10]).unwrap_err().reason(), Reason::ImageTruncated);
+    let mut image = vhdx(5 << 30, 0, 1);
     let early =
         probe(&Sample { head: &image[..64 << 10], size: Bytes(image.len() as u64), tail: None }).unwrap();
     assert_eq!((early.virtual_size, early.notes), (None, vec![Note::SizeUnconfirmed]));
+
+    // A log in the older header was written out since; one in the newer header was not.
+    put(&mut image, (64 << 10) + 48, &[7; 16]);
+    seal_vhdx(&mut image);
+    assert_eq!(look(&image).unwrap().reader, Reader::Native);
+    put(&mut image, (128 << 10) + 48, &[7; 16]);
+    seal_vhdx(&mut image);
+    assert_eq!(look(&image).unwrap().reader, Reader::QemuImg { driver: "vhdx" });
+    let early = Sample { head: &image[..1 << 20], size: Bytes(image.len() as u64), tail: None };
+    assert_eq!(probe(&early).unwrap().reader, Reader::QemuImg { driver: "vhdx" });
+    image[(128 << 10) + 100] ^= 1; // Only the older one is sound.
+    assert_eq!(look(&image).unwrap().reader, Reader::QemuImg { driver: "vhdx" });
+    image[(64 << 10) + 100] ^= 1;
+    assert_eq!(look(&image).unwrap_err().reason(), Reason::ImageCorrupt);
 }
 
 /// Bytes that are tried beside random ones: they make counts and offsets extreme.
@@ -221,7 +235,16 @@ fn mutated_headers_never_panic() {
         (vmdk(&stream, 2048, Some(2048)), vec![0..80, 512..700, 64512..64600]),
         (sparse_vhd(3), vec![0..80, 512..600]),
         (fixed, vec![4096..4200]),
-        (vhdx(1 << 30, 0, 1), vec![196_608..196_670, 524_288..524_400, 589_824..589_840]),
+        (
+            vhdx(1 << 30, 0, 1),
+            vec![
+                65_536..65_620,
+                131_072..131_150,
+                196_608..196_690,
+                1_048_576..1_048_720,
+                1_114_112..1_114_132,
+            ],
+        ),
     ];
     let mut numbers = Numbers(0x00be_4714);
     let mut accepted = 0;

@@ -47,7 +47,7 @@ async fn a_tebibyte_takes_no_more_than_two_gibibytes() {
         assert_eq!(data, tables);
         println!("clusters 2^{cluster_bits}: 2 GiB takes {small}, 1 TiB takes {large}");
         let more = large.saturating_sub(small);
-        // Small clusters have 16 MiB of tables and more; what the allocator keeps differs by some MiB from run to run.
-        assert!(more < Bytes::mib(12), "clusters 2^{cluster_bits}: {more} more");
+        // 8 MiB of tables and a window of 4 MiB; what the allocator keeps differs by some MiB from run to run.
+        assert!(more < Bytes::mib(16), "clusters 2^{cluster_bits}: {more} more");
     }
 }

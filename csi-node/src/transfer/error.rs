@@ -297,8 +297,8 @@ fn read_reason(error: &ReadError) -> Reason {
         ReadError::Truncated { .. } => Reason::ImageTruncated,
         ReadError::Corrupt { .. } | ReadError::OutOfRange { .. } => Reason::ImageCorrupt,
         ReadError::NotNative { .. } => Reason::ImageFormatUnsupported,
-        ReadError::Probe(ProbeError::Refused { source, .. }) => source.reason(),
-        ReadError::Io { .. } | ReadError::Changed { .. } | ReadError::Probe(_) => Reason::Retrying,
+        ReadError::Refused { source, .. } => source.reason(),
+        ReadError::Source { .. } | ReadError::Changed { .. } => Reason::Retrying,
     }
 }
 

@@ -23,11 +23,11 @@ const FORMATS: [(&str, &[&str], bool); 8] = [
     ("raw", &[], false),
     ("qcow2", &[], false),
     ("qcow2", &["-c"], false),
-    ("qcow2", &["-c", "-o", "compression_type=zstd"], true),
-    ("vmdk", &["-o", "subformat=streamOptimized"], true),
-    ("vpc", &["-o", "subformat=dynamic,force_size"], true),
-    ("vpc", &["-o", "subformat=fixed"], true),
-    ("vhdx", &[], true),
+    ("qcow2", &["-c", "-o", "compression_type=zstd"], false),
+    ("vmdk", &["-o", "subformat=streamOptimized"], false),
+    ("vpc", &["-o", "subformat=dynamic,force_size"], false),
+    ("vpc", &["-o", "subformat=fixed"], false),
+    ("vhdx", &[], false),
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,13 +194,30 @@ async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
     println!("{cuts} cuts {stages:?}, read {fetched}, received again {again}");
 }
 
+/// Names a log, which is empty, in both headers of a VHDX: only a tool reads it then. Source: \[MS-VHDX\] 2.2.2.
+fn name_log(vhdx: &std::path::Path) {
+    let mut image = std::fs::read(vhdx).unwrap();
+    for at in [64 << 10, 128 << 10] {
+        let header = &mut image[at..at + 4096];
+        header[48..64].fill(7);
+        header[4..8].fill(0);
+        let crc = header.iter().fold(u32::MAX, |crc, byte| {
+            let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+            (0..8).fold(crc ^ u32::from(*byte), step)
+        });
+        header[4..8].copy_from_slice(&(!crc).to_le_bytes());
+    }
+    std::fs::write(vhdx, image).unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn stopped_in_every_stage_it_goes_on() {
     let bed = Bed::new().await;
     let disk = bed.dir.path().join("disk");
     raw_image(&disk, 64, &[0..20]);
-    qemu_img(&["convert", "-q", "-f", "raw", "-O", "vmdk", text(&disk), text(&bed.file("disk.vmdk"))]);
-    let (work, origin) = (Work::new(&bed, "stopped"), bed.origin("plain", "disk.vmdk", PATIENCE));
+    qemu_img(&["convert", "-q", "-f", "raw", "-O", "vhdx", text(&disk), text(&bed.file("disk.vhdx"))]);
+    name_log(&bed.file("disk.vhdx"));
+    let (work, origin) = (Work::new(&bed, "stopped"), bed.origin("plain", "disk.vhdx", PATIENCE));
     for stage in [Stage::Fetch, Stage::Convert, Stage::Upload, Stage::Verify, Stage::Publish] {
         for _ in 0..2 {
             let cancel = CancellationToken::new();

@@ -2,6 +2,7 @@
 
 mod foreign;
 mod qcow2;
+mod ranged;
 mod refusal;
 mod source;
 mod vhd;
@@ -16,9 +17,14 @@ use berth_core::units::Bytes;
 use thiserror::Error;
 
 pub(crate) use qcow2::Qcow2Header;
+pub(crate) use ranged::look_into;
+pub use ranged::probe_at;
 pub use refusal::Refusal;
 pub use source::Sample;
 pub(crate) use source::{Source, Stop};
+pub(crate) use vhd::{VhdBlocks, VhdHeader};
+pub(crate) use vhdx::VhdxHeader;
+pub(crate) use vmdk::VmdkHeader;
 
 /// As much of the head as [`probe()`] ever looks at, but for VHDX.
 pub const HEAD_SAMPLE: Bytes = Bytes::mib(1);
@@ -58,25 +64,13 @@ impl fmt::Display for ImageFormat {
 /// Who can read the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reader {
-    /// [`crate::open`].
+    /// [`crate::open`] and [`crate::ImageReader`].
     Native,
-    /// `qemu-img`, told the driver and never left to find out: `driver=…,file.driver=file,file.filename=…` with
-    /// [`Reader::options`].
+    /// `qemu-img`, told the driver and never left to find out: `driver=…,file.driver=file,file.filename=…`.
     QemuImg {
-        /// `vmdk`, `vpc`, `vhdx` or `qcow2`.
+        /// `vmdk` or `vhdx`.
         driver: &'static str,
     },
-}
-
-impl Reader {
-    /// Further options that `qemu-img` needs for the size to be the one that was probed.
-    pub fn options(self) -> &'static [(&'static str, &'static str)] {
-        match self {
-            // Otherwise the geometry counts for some creators, which is up to a cylinder smaller.
-            Self::QemuImg { driver: "vpc" } => &[("force_size_calc", "current_size")],
-            _ => &[],
-        }
-    }
 }
 
 /// Something worth telling about an image that can be imported.
@@ -190,7 +184,7 @@ fn settle(sample: &Sample<'_>, answer: Result<Probe, Stop>) -> Result<Probe, Ref
     })
 }
 
-fn probe_source(source: &dyn Source) -> Result<Probe, Stop> {
+pub(crate) fn probe_source(source: &dyn Source) -> Result<Probe, Stop> {
     let size = source.size()?;
     let head = source.up_to(Bytes(0), Bytes(512))?;
     match detect(&head) {
@@ -220,7 +214,7 @@ fn detect(head: &[u8]) -> Option<ImageFormat> {
     }
 }
 
-fn probe_source_as(format: ImageFormat, source: &dyn Source) -> Result<Probe, Stop> {
+pub(crate) fn probe_source_as(format: ImageFormat, source: &dyn Source) -> Result<Probe, Stop> {
     let head = source.up_to(Bytes(0), Bytes(512))?;
     match (format, detect(&head)) {
         (ImageFormat::Raw, _) => return probe_raw(source),

@@ -26,6 +26,8 @@ const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 /// The checked header of an image that stands for itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Qcow2Header {
+    /// 2 or 3.
+    pub version: u32,
     /// log2 of the cluster size, 9 to 21.
     pub cluster_bits: u32,
     /// As the header says, maybe no multiple of 512.
@@ -44,11 +46,10 @@ pub(super) fn probe(source: &dyn Source) -> Result<Probe, Stop> {
         (header.zstd, Note::Zstd),
         (header.extended_l2, Note::ExtendedL2),
     ];
-    let native = !header.zstd && !header.extended_l2;
     Ok(Probe {
         format: ImageFormat::Qcow2,
         virtual_size: Some(header.size.round_up(SECTOR)),
-        reader: if native { Reader::Native } else { Reader::QemuImg { driver: "qcow2" } },
+        reader: Reader::Native,
         notes: noted.into_iter().filter_map(|(there, note)| there.then_some(note)).collect(),
     })
 }
@@ -76,6 +77,7 @@ impl Qcow2Header {
         let extensions = if version == 3 { check_v3(source, &head, cluster_bits)? } else { 72 };
         check_extensions(source, extensions, cluster_bits, features & DATA_FILE != 0)?;
         let header = Self {
+            version,
             cluster_bits,
             size: Bytes(be_u64(&head, 24)?),
             l1_offset: Bytes(be_u64(&head, 40)?),
@@ -93,9 +95,14 @@ impl Qcow2Header {
         1 << self.cluster_bits
     }
 
-    /// Bytes of the disk that one L2 table describes. Not for extended L2 tables.
+    /// Bytes of an entry of an L2 table.
+    pub(crate) fn entry_size(&self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// Bytes of the disk that one L2 table describes.
     pub(crate) fn table_reach(&self) -> u64 {
-        self.cluster_size() * (self.cluster_size() / 8)
+        self.cluster_size() * (self.cluster_size() / self.entry_size())
     }
 
     fn check_tables(&self, source: &dyn Source, head: &[u8]) -> Result<(), Stop> {
@@ -109,8 +116,7 @@ impl Qcow2Header {
         if self.snapshots > SNAPSHOT_LIMIT {
             return corrupt("too many snapshots");
         }
-        let reach = if self.extended_l2 { self.table_reach() / 2 } else { self.table_reach() };
-        if self.l1_entries < self.size.0.div_ceil(reach) {
+        if self.l1_entries < self.size.0.div_ceil(self.table_reach()) {
             return corrupt("L1 table too small for the virtual size");
         }
         if self.l1_entries * 8 > L1_LIMIT {

@@ -30,7 +30,62 @@ pub(super) fn has_sound_footer(source: &dyn Source) -> Result<bool, Stop> {
     }
 }
 
+/// The checked headers of an image that stands for itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VhdHeader {
+    /// A multiple of 512.
+    pub size: Bytes,
+    /// `None` if the disk is fixed.
+    pub blocks: Option<VhdBlocks>,
+}
+
+/// How a dynamic disk is divided.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VhdBlocks {
+    /// Where the block allocation table begins in the file.
+    pub table: Bytes,
+    /// Its entries, of 4 bytes. Enough for the disk.
+    pub entries: u64,
+    /// Bytes of a block: a power of two, at least 512.
+    pub block: u64,
+}
+
 pub(super) fn probe(source: &dyn Source) -> Result<Probe, Stop> {
+    let header = VhdHeader::read(source)?;
+    Ok(Probe {
+        format: ImageFormat::Vhd,
+        virtual_size: Some(header.size),
+        reader: Reader::Native,
+        notes: Vec::new(),
+    })
+}
+
+impl VhdHeader {
+    /// Reads and checks the footer and what it leads to: everything that must hold before a program may open the image. If
+    /// the end is not at hand, and there is a copy of the footer at the front, that one counts.
+    pub(crate) fn read(source: &dyn Source) -> Result<Self, Stop> {
+        let footer = footer(source)?;
+        if !check_sum(&footer, 64) {
+            return Err(Refusal::corrupt("checksum of the footer").into());
+        }
+        let size = Bytes(be_u64(&footer, 48)?);
+        if size.0 > SIZE_LIMIT || !size.0.is_multiple_of(SECTOR.0) {
+            return Err(Refusal::corrupt(format!("virtual size {size}")).into());
+        }
+        let blocks = match be_u32(&footer, 60)? {
+            FIXED => {
+                fits(source, size.saturating_add(Bytes(FOOTER)))?;
+                None
+            }
+            DYNAMIC => Some(VhdBlocks::read(source, &footer, size)?),
+            DIFFERENCING => return Err(parent(source, &footer)),
+            other => return Err(Refusal::unsupported(format!("VHD type {other}")).into()),
+        };
+        Ok(Self { size, blocks })
+    }
+}
+
+fn footer(source: &dyn Source) -> Result<Vec<u8>, Stop> {
     let size = source.size()?;
     let head = source.up_to(Bytes(0), Bytes(FOOTER))?;
     let tail = match source.exactly(size.saturating_sub(Bytes(FOOTER)), FOOTER) {
@@ -45,41 +100,29 @@ pub(super) fn probe(source: &dyn Source) -> Result<Probe, Stop> {
     if copied && tail.as_ref().is_some_and(|tail| tail.get(48..68) != head.get(48..68)) {
         return Err(Refusal::corrupt("the two footers differ").into());
     }
-    let footer = if copied { head } else { tail.unwrap_or_default() };
-    if !check_sum(&footer, 64) {
-        return Err(Refusal::corrupt("checksum of the footer").into());
-    }
-    let virtual_size = Bytes(be_u64(&footer, 48)?);
-    if virtual_size.0 > SIZE_LIMIT || !virtual_size.0.is_multiple_of(SECTOR.0) {
-        return Err(Refusal::corrupt(format!("virtual size {virtual_size}")).into());
-    }
-    match be_u32(&footer, 60)? {
-        FIXED => fits(source, virtual_size.saturating_add(Bytes(FOOTER)))?,
-        DYNAMIC => check_dynamic(source, &footer, virtual_size)?,
-        DIFFERENCING => return Err(parent(source, &footer)),
-        other => return Err(Refusal::unsupported(format!("VHD type {other}")).into()),
-    }
-    Ok(Probe {
-        format: ImageFormat::Vhd,
-        virtual_size: Some(virtual_size),
-        reader: Reader::QemuImg { driver: "vpc" },
-        notes: Vec::new(),
-    })
+    Ok(if copied { head } else { tail.unwrap_or_default() })
 }
 
-fn check_dynamic(source: &dyn Source, footer: &[u8], virtual_size: Bytes) -> Result<(), Stop> {
-    let header = source.exactly(Bytes(be_u64(footer, 16)?), 1024)?;
-    if !header.starts_with(DYNAMIC_COOKIE) || !check_sum(&header, 36) {
-        return Err(Refusal::corrupt("dynamic disk header").into());
+impl VhdBlocks {
+    fn read(source: &dyn Source, footer: &[u8], virtual_size: Bytes) -> Result<Self, Stop> {
+        let header = source.exactly(Bytes(be_u64(footer, 16)?), 1024)?;
+        if !header.starts_with(DYNAMIC_COOKIE) || !check_sum(&header, 36) {
+            return Err(Refusal::corrupt("dynamic disk header").into());
+        }
+        let (table, entries, block) = (be_u64(&header, 16)?, be_u32(&header, 28)?, be_u32(&header, 32)?);
+        let (entries, block) = (u64::from(entries), u64::from(block));
+        if !block.is_power_of_two() || block < SECTOR.0 {
+            return Err(Refusal::corrupt(format!("block size {block}")).into());
+        }
+        if entries * block < virtual_size.0 {
+            return Err(Refusal::corrupt("block table too small for the virtual size").into());
+        }
+        if !table.is_multiple_of(SECTOR.0) {
+            return Err(Refusal::corrupt("unaligned block table").into());
+        }
+        fits(source, Bytes(table).saturating_add(Bytes(entries * 4)))?;
+        Ok(Self { table: Bytes(table), entries, block })
     }
-    let (table, entries, block) = (be_u64(&header, 16)?, be_u32(&header, 28)?, be_u32(&header, 32)?);
-    if !block.is_power_of_two() || block < 512 {
-        return Err(Refusal::corrupt(format!("block size {block}")).into());
-    }
-    if u64::from(entries) * u64::from(block) < virtual_size.0 {
-        return Err(Refusal::corrupt("block table too small for the virtual size").into());
-    }
-    fits(source, Bytes(table).saturating_add(Bytes(u64::from(entries) * 4)))
 }
 
 /// The refusal of a differencing disk, with the parent's name as its header has it.

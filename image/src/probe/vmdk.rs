@@ -6,6 +6,8 @@ use super::source::{Source, Stop, le_u16, le_u32, le_u64};
 use super::{ImageFormat, Note, Probe, Reader, Refusal};
 
 const MAGIC: &[u8; 4] = b"KDMV";
+/// Flags of the header.
+const ZERO_GRAINS: u32 = 1 << 2;
 const COMPRESSED: u32 = 1 << 16;
 const MARKERS: u32 = 1 << 17;
 const DEFLATE: u16 = 1;
@@ -18,54 +20,78 @@ const DESCRIPTOR_LIMIT: u64 = 64 << 10;
 /// Grains are 4 KiB to 64 KiB; 1 GiB is what QEMU still opens.
 const GRAIN_LIMIT: u64 = 2 << 20;
 
-struct SparseHeader {
+/// Compressed grains are decompressed whole, so of larger ones the tool takes care.
+const NATIVE_GRAIN: u64 = 4096;
+
+/// A checked header.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VmdkHeader {
     flags: u32,
-    capacity: u64,
+    /// Of the disk, in sectors.
+    pub capacity: u64,
+    /// Sectors of a grain: a power of two.
+    pub grain: u64,
+    /// Entries of a grain table, 1 to 512.
+    pub entries: u64,
     descriptor: (u64, u64),
-    directory: u64,
+    /// Where the grain directory begins, in sectors.
+    pub directory: u64,
 }
 
 pub(super) fn probe(source: &dyn Source) -> Result<Probe, Stop> {
-    let head = source.up_to(Bytes(0), Bytes(512))?;
-    if head.starts_with(b"COWD") {
-        return Err(Refusal::unsupported("a VMFS sparse extent").into());
-    }
-    if !head.starts_with(MAGIC) {
-        return Err(descriptor_file(source));
-    }
-    let header = SparseHeader::parse(&source.exactly(Bytes(0), 512)?)?;
-    // Zero would make some readers take the descriptor for the image, and open what it names.
-    let Some(virtual_size) = header.capacity.checked_mul(512).filter(|size| (1..1 << 62).contains(size))
-    else {
-        return Err(Refusal::corrupt(format!("capacity of {} sectors", header.capacity)).into());
+    let (header, confirmed) = match VmdkHeader::read(source) {
+        Ok(header) => (header, true),
+        // The size is the header's; whatever the footer tells remains to be seen.
+        Err(Stop::NotSampled { end }) => match VmdkHeader::read_first(source)? {
+            header if header.directory == AT_END => (header, false),
+            _ => return Err(Stop::NotSampled { end }),
+        },
+        Err(stop) => return Err(stop),
     };
-    check_descriptor(source, &header)?;
-    let mut notes = Vec::new();
-    if header.flags & (COMPRESSED | MARKERS) != 0 {
-        notes.push(Note::StreamOptimized);
-    }
-    if header.directory == AT_END {
-        match check_footer(source, &header) {
-            Err(Stop::NotSampled { .. }) => notes.push(Note::SizeUnconfirmed),
-            checked => checked?,
-        }
-    } else {
+    let noted = [
+        (header.flags & (COMPRESSED | MARKERS) != 0, Note::StreamOptimized),
+        (!confirmed, Note::SizeUnconfirmed),
+    ];
+    Ok(Probe {
+        format: ImageFormat::Vmdk,
+        virtual_size: Some(Bytes(header.capacity * 512)),
+        reader: if header.is_native() { Reader::Native } else { Reader::QemuImg { driver: "vmdk" } },
+        notes: noted.into_iter().filter_map(|(there, note)| there.then_some(note)).collect(),
+    })
+}
+
+impl VmdkHeader {
+    /// Reads and checks the header that counts: everything that must hold before a program may open the image.
+    pub(crate) fn read(source: &dyn Source) -> Result<Self, Stop> {
+        let header = Self::read_first(source)?;
+        let header = if header.directory == AT_END { read_footer(source, &header)? } else { header };
         let directory = header.directory.checked_mul(512).map(Bytes);
         let expected = directory.ok_or_else(|| Refusal::corrupt("grain directory beyond any disk"))?;
         let found = source.size()?;
         if expected >= found {
             return Err(Refusal::Truncated { expected, found }.into());
         }
+        Ok(header)
     }
-    Ok(Probe {
-        format: ImageFormat::Vmdk,
-        virtual_size: Some(Bytes(virtual_size)),
-        reader: Reader::QemuImg { driver: "vmdk" },
-        notes,
-    })
-}
 
-impl SparseHeader {
+    /// The one that the image begins with, and its descriptor.
+    fn read_first(source: &dyn Source) -> Result<Self, Stop> {
+        let head = source.up_to(Bytes(0), Bytes(512))?;
+        if head.starts_with(b"COWD") {
+            return Err(Refusal::unsupported("a VMFS sparse extent").into());
+        }
+        if !head.starts_with(MAGIC) {
+            return Err(descriptor_file(source));
+        }
+        let header = Self::parse(&source.exactly(Bytes(0), 512)?)?;
+        // Zero would make some readers take the descriptor for the image, and open what it names.
+        if !(1..1 << 53).contains(&header.capacity) {
+            return Err(Refusal::corrupt(format!("capacity of {} sectors", header.capacity)).into());
+        }
+        check_descriptor(source, &header)?;
+        Ok(header)
+    }
+
     fn parse(header: &[u8]) -> Result<Self, Refusal> {
         let version = le_u32(header, 4)?;
         if !(1..=3).contains(&version) {
@@ -76,7 +102,8 @@ impl SparseHeader {
         if !grain.is_power_of_two() || !(8..=GRAIN_LIMIT).contains(&grain) {
             return Err(Refusal::corrupt(format!("grains of {grain} sectors")));
         }
-        if !(1..=512).contains(&le_u32(header, 44)?) {
+        let entries = u64::from(le_u32(header, 44)?);
+        if !(1..=512).contains(&entries) {
             return Err(Refusal::corrupt("entries of a grain table"));
         }
         let method = le_u16(header, 77)?;
@@ -86,15 +113,32 @@ impl SparseHeader {
         Ok(Self {
             flags,
             capacity: le_u64(header, 12)?,
+            grain,
+            entries,
             descriptor: (le_u64(header, 28)?, le_u64(header, 36)?),
             directory: le_u64(header, 56)?,
         })
+    }
+
+    /// Grains are compressed.
+    pub(crate) fn is_compressed(&self) -> bool {
+        self.flags & COMPRESSED != 0
+    }
+
+    /// A grain table can say of a grain that it is zeros, by 1 in place of a sector.
+    pub(crate) fn has_zero_grains(&self) -> bool {
+        self.flags & ZERO_GRAINS != 0
+    }
+
+    /// The specification has compressed grains with markers only.
+    fn is_native(&self) -> bool {
+        !self.is_compressed() || (self.flags & MARKERS != 0 && self.grain <= NATIVE_GRAIN)
     }
 }
 
 /// The end of a stream-optimised image: a marker, a second header and the end-of-stream marker, 512 bytes each. Readers
 /// take the second header for the true one, so it must say the same.
-fn check_footer(source: &dyn Source, header: &SparseHeader) -> Result<(), Stop> {
+fn read_footer(source: &dyn Source, header: &VmdkHeader) -> Result<VmdkHeader, Stop> {
     let found = source.size()?;
     let truncated = Refusal::Truncated { expected: found.saturating_add(Bytes(512)), found };
     let Some(start) = found.0.checked_sub(1536) else { return Err(truncated.into()) };
@@ -103,18 +147,18 @@ fn check_footer(source: &dyn Source, header: &SparseHeader) -> Result<(), Stop> 
     if !footer.starts_with(MAGIC) || last.iter().any(|byte| *byte != 0) {
         return Err(truncated.into());
     }
-    let footer = SparseHeader::parse(footer)?;
+    let footer = VmdkHeader::parse(footer)?;
     if footer.capacity != header.capacity
         || footer.descriptor != header.descriptor
         || footer.directory == AT_END
     {
         return Err(Refusal::corrupt("header and footer differ").into());
     }
-    Ok(())
+    Ok(footer)
 }
 
 /// The embedded descriptor must name this one extent and no parent.
-fn check_descriptor(source: &dyn Source, header: &SparseHeader) -> Result<(), Stop> {
+fn check_descriptor(source: &dyn Source, header: &VmdkHeader) -> Result<(), Stop> {
     no_parent(&source.up_to(FIXED_DESCRIPTOR.0, FIXED_DESCRIPTOR.1)?)?;
     let (offset, sectors) = header.descriptor;
     if offset == 0 {

@@ -2,6 +2,8 @@
 #![allow(dead_code, missing_docs)]
 
 pub mod disk;
+pub mod images;
+pub mod source;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -164,43 +166,63 @@ pub fn sparse_vhd(kind: u32) -> Vec<u8> {
 }
 
 const METADATA: &[u8; 16] = b"\x06\xa2\x7c\x8b\x90\x47\x9a\x4b\xb8\xfe\x57\x5f\x05\x0f\x88\x6e";
+const TABLE: &[u8; 16] = b"\x66\x77\xc2\x2d\x23\xf6\x00\x42\x9d\x64\x11\x5e\x9b\xfd\x4a\x08";
 const PARAMETERS: &[u8; 16] = b"\x37\x67\xa1\xca\x36\xfa\x43\x4d\xb3\xb6\x33\xf0\xaa\x44\xe7\x6b";
 const DISK_SIZE: &[u8; 16] = b"\x24\x42\xa5\x2f\x1b\xcd\x76\x48\xb2\x11\x5d\xbe\xd8\x3b\xf4\xb8";
+const SECTOR_SIZE: &[u8; 16] = b"\x1d\xbf\x41\x81\x6f\xa9\x09\x47\xba\x47\xf2\x33\xa8\xfa\xab\x5f";
 
-/// A VHDX whose metadata are at 512 KiB: `items` of them say the size.
+/// A VHDX whose metadata are at 1 MiB and its table of 64 KiB at 2 MiB: `items` of them say the size. Blocks of 1 MiB.
 pub fn vhdx(size: u64, flags: u32, items: u16) -> Vec<u8> {
-    let mut file = vec![0; 640 << 10];
+    let mut file = vec![0; 3 << 20];
     put(&mut file, 0, b"vhdxfile");
+    for (number, at) in [(1_u64, 64 << 10), (2, 128 << 10)] {
+        put(&mut file, at, b"head");
+        put(&mut file, at + 8, &number.to_le_bytes());
+        put(&mut file, at + 66, &1_u16.to_le_bytes());
+    }
     let regions = 192 << 10;
     put(&mut file, regions, b"regi");
-    put(&mut file, regions + 8, &1_u32.to_le_bytes());
-    put(&mut file, regions + 16, METADATA);
-    put(&mut file, regions + 32, &(512_u64 << 10).to_le_bytes());
-    put(&mut file, regions + 40, &(64_u32 << 10).to_le_bytes());
-    put(&mut file, regions + 44, &1_u32.to_le_bytes());
+    put(&mut file, regions + 8, &2_u32.to_le_bytes());
+    for (number, (id, at)) in [(METADATA, 1_u64 << 20), (TABLE, 2 << 20)].into_iter().enumerate() {
+        let entry = regions + 16 + 32 * number;
+        put(&mut file, entry, id);
+        put(&mut file, entry + 16, &at.to_le_bytes());
+        put(&mut file, entry + 24, &(128_u32 << 10).to_le_bytes());
+        put(&mut file, entry + 28, &1_u32.to_le_bytes());
+    }
     seal_vhdx(&mut file);
-    let metadata = 512 << 10;
+    let metadata = 1 << 20;
     put(&mut file, metadata, b"metadata");
-    put(&mut file, metadata + 10, &(1 + items).to_le_bytes());
-    put(&mut file, metadata + 32, PARAMETERS);
-    put(&mut file, metadata + 48, &65536_u32.to_le_bytes());
-    for item in 0..usize::from(items) {
-        put(&mut file, metadata + 64 + 32 * item, DISK_SIZE);
-        put(&mut file, metadata + 80 + 32 * item, &65544_u32.to_le_bytes());
+    put(&mut file, metadata + 10, &(2 + items).to_le_bytes());
+    let known = [(PARAMETERS, 65536_u32), (SECTOR_SIZE, 65552)].into_iter();
+    let sizes = (0..items).map(|_| (DISK_SIZE, 65544));
+    for (number, (id, at)) in known.chain(sizes).enumerate() {
+        put(&mut file, metadata + 32 + 32 * number, id);
+        put(&mut file, metadata + 48 + 32 * number, &at.to_le_bytes());
     }
     put(&mut file, metadata + 65536, &(1_u32 << 20).to_le_bytes());
     put(&mut file, metadata + 65540, &flags.to_le_bytes());
     put(&mut file, metadata + 65544, &size.to_le_bytes());
+    put(&mut file, metadata + 65552, &512_u32.to_le_bytes());
     file
 }
 
+/// Makes the checksums of headers and of the region table right.
 pub fn seal_vhdx(file: &mut [u8]) {
-    let table = &mut file[192 << 10..256 << 10];
-    put(table, 4, &[0; 4]);
-    let mut crc = u32::MAX;
-    for byte in table.iter() {
-        crc ^= u32::from(*byte);
-        (0..8).for_each(|_| crc = if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 });
+    for part in [64 << 10..68 << 10, 128 << 10..132 << 10, 192 << 10..256 << 10] {
+        let table = &mut file[part];
+        put(table, 4, &[0; 4]);
+        let crc = crc32c(table);
+        put(table, 4, &crc.to_le_bytes());
     }
-    put(table, 4, &(!crc).to_le_bytes());
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    let crc = bytes.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(
+            crc ^ u32::from(*byte),
+            |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 },
+        )
+    });
+    !crc
 }
