@@ -82,6 +82,14 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* What is added to the environment of the programs on nodes. */}}
+{{- define "berth.env" -}}
+{{- range $name, $value := .Values.node.env }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end -}}
+
 {{/* Directories of the host that filesystem pools or image files lie in, under the same path. */}}
 {{- define "berth.extraMounts" -}}
 {{- range $index, $path := .Values.node.extraHostPaths }}

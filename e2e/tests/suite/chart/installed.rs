@@ -102,7 +102,17 @@ pub async fn installed_upgraded_and_guarded() -> anyhow::Result<()> {
     guarded(&release).await?;
     release.done(&["install", "berth", &chart()], VALUES).context("installed again")?;
     ensure!(release.workloads().await? == WORKLOADS, "{:?}", release.workloads().await?);
-    Ok(())
+    taken_over(&release)
+}
+
+/// Definitions that belong to another release are not taken unless somebody says so.
+fn taken_over(release: &Release) -> anyhow::Result<()> {
+    release.done(&["uninstall", "berth"], "")?;
+    let Err(said) = release.helm(&["install", "other", &chart()], VALUES)? else {
+        anyhow::bail!("what belonged to another release was taken");
+    };
+    ensure!(said.contains("ownership"), "{said}");
+    release.done(&["install", "other", &chart(), "--take-ownership"], VALUES).map(drop)
 }
 
 /// The nodes' account may do what external-provisioner needs, and reads no Secret.
