@@ -35,6 +35,8 @@ pub enum Tool {
     CsiSanity,
     /// `helm`.
     Helm,
+    /// `csi-provisioner`.
+    CsiProvisioner,
 }
 
 /// Why a program cannot be had.
@@ -90,7 +92,8 @@ enum Origin {
 
 impl Tool {
     /// All of them, in the order in which they are built.
-    pub const ALL: [Self; 5] = [Self::CsiSanity, Self::Etcd, Self::Minio, Self::Helm, Self::KubeApiserver];
+    pub const ALL: [Self; 6] =
+        [Self::CsiSanity, Self::Etcd, Self::Minio, Self::Helm, Self::CsiProvisioner, Self::KubeApiserver];
 
     /// The name of its file.
     pub fn file_name(self) -> &'static str {
@@ -100,6 +103,7 @@ impl Tool {
             Self::Minio => "minio",
             Self::CsiSanity => "csi-sanity",
             Self::Helm => "helm",
+            Self::CsiProvisioner => "csi-provisioner",
         }
     }
 
@@ -111,6 +115,7 @@ impl Tool {
             Self::Minio => "github.com/minio/minio",
             Self::CsiSanity => "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
             Self::Helm => "helm.sh/helm/v4/cmd/helm",
+            Self::CsiProvisioner => "github.com/kubernetes-csi/external-provisioner/v6/cmd/csi-provisioner",
         }
     }
 
@@ -122,10 +127,11 @@ impl Tool {
             Self::Minio => "minio",
             Self::CsiSanity => "csi-sanity",
             Self::Helm => "helm",
+            Self::CsiProvisioner => "csi-provisioner",
         }
     }
 
-    /// Linker flags: smaller files, and the versions that kube-apiserver and Helm report.
+    /// Linker flags: smaller files, and the versions that programs report.
     fn ldflags(self) -> &'static str {
         match self {
             Self::KubeApiserver => {
@@ -133,6 +139,7 @@ impl Tool {
                  -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36 \
                  -X k8s.io/component-base/version.gitTreeState=clean"
             }
+            Self::CsiProvisioner => "-s -w -X main.version=v6.4.0",
             Self::Helm => "-s -w -X helm.sh/helm/v4/internal/version.version=v4.3.1",
             Self::Etcd | Self::Minio | Self::CsiSanity => "-s -w",
         }
@@ -310,6 +317,7 @@ mod tests {
         for (tool, required, stamp) in [
             (Tool::KubeApiserver, "k8s.io/kubernetes ", "gitVersion="),
             (Tool::Helm, "helm.sh/helm/v4 ", "version.version="),
+            (Tool::CsiProvisioner, "github.com/kubernetes-csi/external-provisioner/v6 ", "main.version="),
         ] {
             let module = Surroundings::from_env().pins.join(tool.module()).join("go.mod");
             let module = fs::read_to_string(module).unwrap();

@@ -4,6 +4,7 @@ mod containers;
 mod helm;
 mod image;
 mod installed;
+mod provisioner;
 mod same;
 mod values;
 
@@ -27,6 +28,7 @@ pub fn scenarios() -> Vec<Scenario> {
     let helm = [Need::Tool(Tool::Helm)];
     let programs = [helm.as_slice(), &[Need::Program(OPERATOR), Need::Program(NODE)]].concat();
     let cluster = [helm.as_slice(), CONTROL_PLANE].concat();
+    let site = [Need::SITE, helm.as_slice(), &[Need::Tool(Tool::CsiProvisioner)]].concat();
     let image =
         [Need::Long, Need::Site, Need::Command("mmdebstrap"), Need::Command("chroot"), Need::Program(NODE)];
     vec![
@@ -59,6 +61,10 @@ pub fn scenarios() -> Vec<Scenario> {
             &cluster,
             installed::pods_pass_their_level,
         )
+        .limited(LIMIT),
+        Scenario::new("chart::claims_become_volumes_by_its_sidecar_and_its_rights", &site, || async {
+            provisioner::claims_become_volumes().await
+        })
         .limited(LIMIT),
         Scenario::new("chart::entry_points_are_the_programs", &[], || async {
             image::entry_points_are_the_programs()
