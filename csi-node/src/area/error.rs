@@ -267,7 +267,7 @@ impl AreaError {
                 | ClaimError::InUseByNode { .. }
                 | ClaimError::ForeignImage { .. },
             ) => Reason::InUseByPool,
-            Self::Claim(ClaimError::TooSmall { .. })
+            Self::Claim(ClaimError::TooSmall { .. } | ClaimError::MountedOver { .. })
             | Self::Geometry(_)
             | Self::Name(_)
             | Self::NoKernelPools { .. }

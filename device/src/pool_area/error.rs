@@ -81,6 +81,14 @@ pub enum ClaimError {
         /// The image.
         path: PathBuf,
     },
+    /// The area would be mounted over the directory that it lies in, and hide it from the next start.
+    #[error("{path} lies in {mount_point}, where the pool is mounted: give it another path", path = path.display(), mount_point = mount_point.display())]
+    MountedOver {
+        /// The directory.
+        path: PathBuf,
+        /// Where the area is mounted.
+        mount_point: PathBuf,
+    },
     /// The image exists and cannot be mounted here, for what is missing.
     #[error("pool image {path} cannot be mounted: {}", missing.join("; "))]
     Unmountable {

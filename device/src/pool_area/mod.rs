@@ -237,6 +237,10 @@ fn claim_directory(config: &PoolAreaConfig) -> Result<Claim, ClaimError> {
     if config.size < MIN_SIZE {
         return Err(ClaimError::TooSmall { size: config.size });
     }
+    if config.dir.starts_with(&config.mount_point) {
+        let (path, mount_point) = (config.dir.clone(), config.mount_point.clone());
+        return Err(ClaimError::MountedOver { path, mount_point });
+    }
     let image = config.dir.join(IMAGE);
     if image.exists() {
         return Err(ClaimError::ForeignImage { path: image }); // never adopt what nobody claimed
@@ -459,6 +463,17 @@ mod tests {
         let config = PoolAreaConfig { size: Bytes::mib(10), ..config(dir.path()) };
         assert!(matches!(PoolArea::open_or_create(&config), Err(ClaimError::TooSmall { .. })));
         assert_eq!(Claim::read(dir.path()).unwrap(), None);
+    }
+
+    #[test]
+    fn a_pool_is_not_mounted_over_its_own_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in [dir.path().join("fast"), dir.path().join("fast/area")] {
+            let config = PoolAreaConfig { mount_point: dir.path().join("fast"), ..config(&path) };
+            let error = PoolArea::open_or_create(&config).unwrap_err();
+            assert!(matches!(error, ClaimError::MountedOver { .. }), "{error}");
+            assert_eq!(Claim::read(&path).unwrap(), None);
+        }
     }
 
     #[test]
