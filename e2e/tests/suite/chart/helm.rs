@@ -9,6 +9,9 @@ use berth_e2e::tools::Tool;
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempDir};
 
+/// The oldest Kubernetes that the chart is for.
+const KUBERNETES: &str = "1.33.0";
+
 /// Helm, and nothing of what the user of this machine has configured.
 pub struct Helm {
     program: PathBuf,
@@ -42,6 +45,10 @@ impl Helm {
         helm.args(words).args(["--namespace", namespace]);
         if ["template", "lint", "install", "upgrade"].contains(&words[0]) {
             helm.arg("--values").arg(file.path());
+        }
+        if ["template", "lint"].contains(&words[0]) {
+            // Without an API server, Helm guesses.
+            helm.args(["--kube-version", KUBERNETES]);
         }
         for name in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             helm.env(name, self.home.path());
