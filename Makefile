@@ -1,5 +1,5 @@
 # Every target works from a clean clone on Debian with Rust (rust-toolchain.toml) and Go installed.
-.PHONY: help setup demo test e2e bench lint
+.PHONY: help setup demo test e2e chart bench lint
 
 help: ## what the targets do
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ test: setup ## every test, the long ones short; the last line counts them
 
 e2e: setup ## the end-to-end suite at full length
 	@BERTH_E2E_LONG=1 cargo xtask test --package berth-e2e
+
+chart: setup ## the scenarios of the Helm chart alone
+	@cargo xtask test --package berth-e2e --test suite -- chart::
 
 bench: ## side by side with other tools
 	@cargo xtask bench
