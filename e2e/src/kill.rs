@@ -2,7 +2,7 @@
 //!
 //! One site, three image stores in one bucket. `reference` takes an import that nothing disturbs. `killed` takes a qcow2
 //! with kills in fetch, upload, verify and publish, after an import that was deleted in the middle of its upload; some of
-//! the chunks that it sends are acknowledged by the S3 server, and lost. `converted` takes a vmdk with kills in convert.
+//! the chunks that it sends are acknowledged by the S3 server, and lost. `converted` takes a VHDX with kills in convert.
 //! What holds is read from outside: the server's files and request log, API objects, the node's folders.
 
 pub(crate) mod checks;
@@ -240,7 +240,7 @@ pub async fn run(options: &KillOptions) -> Result<Report, KillError> {
 
 impl Run<'_> {
     async fn all(&mut self) -> Result<(), KillError> {
-        let Images { qcow2, vmdk, .. } = self.images.clone();
+        let Images { qcow2, vhdx, .. } = self.images.clone();
         self.import(Self::plan("reference", "reference", &qcow2)).await?;
         if !self.report.violations.is_empty() {
             return Ok(());
@@ -266,7 +266,7 @@ impl Run<'_> {
             if !self.report.violations.is_empty() {
                 break;
             }
-            let mut plan = Self::plan(&format!("converted-{round}"), "converted", &vmdk);
+            let mut plan = Self::plan(&format!("converted-{round}"), "converted", &vhdx);
             plan.kills = wanted;
             wanted = self.import(plan).await?;
             if wanted.is_empty() {

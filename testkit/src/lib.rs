@@ -7,4 +7,5 @@
 
 pub mod http_source;
 pub mod s3;
+pub mod vhdx;
 mod wire;

@@ -14,6 +14,7 @@ use berth_objectstore::chunks::publish::Expected;
 use berth_objectstore::chunks::session::{Session, Writer};
 use berth_testkit::http_source::HttpSource;
 use berth_testkit::s3::fault::{FaultAction, FaultRule};
+use berth_testkit::vhdx::name_log;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -194,29 +195,13 @@ async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
     println!("{cuts} cuts {stages:?}, read {fetched}, received again {again}");
 }
 
-/// Names a log, which is empty, in both headers of a VHDX: only a tool reads it then. Source: \[MS-VHDX\] 2.2.2.
-fn name_log(vhdx: &std::path::Path) {
-    let mut image = std::fs::read(vhdx).unwrap();
-    for at in [64 << 10, 128 << 10] {
-        let header = &mut image[at..at + 4096];
-        header[48..64].fill(7);
-        header[4..8].fill(0);
-        let crc = header.iter().fold(u32::MAX, |crc, byte| {
-            let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
-            (0..8).fold(crc ^ u32::from(*byte), step)
-        });
-        header[4..8].copy_from_slice(&(!crc).to_le_bytes());
-    }
-    std::fs::write(vhdx, image).unwrap();
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn stopped_in_every_stage_it_goes_on() {
     let bed = Bed::new().await;
     let disk = bed.dir.path().join("disk");
     raw_image(&disk, 64, &[0..20]);
     qemu_img(&["convert", "-q", "-f", "raw", "-O", "vhdx", text(&disk), text(&bed.file("disk.vhdx"))]);
-    name_log(&bed.file("disk.vhdx"));
+    name_log(&bed.file("disk.vhdx")).unwrap();
     let (work, origin) = (Work::new(&bed, "stopped"), bed.origin("plain", "disk.vhdx", PATIENCE));
     for stage in [Stage::Fetch, Stage::Convert, Stage::Upload, Stage::Verify, Stage::Publish] {
         for _ in 0..2 {

@@ -37,7 +37,9 @@ struct Args {
 async fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
     if args.list_sabotages {
-        SABOTAGES.iter().for_each(|name| println!("{name}"));
+        for name in SABOTAGES {
+            println!("{name}");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(name) = args.sabotage.as_deref().filter(|name| !SABOTAGES.contains(name)) {

@@ -6,6 +6,8 @@ use std::io::{self, BufWriter, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use berth_testkit::vhdx::name_log;
+
 use crate::image::{self, ImageError};
 use crate::seeded::Seeded;
 
@@ -21,8 +23,8 @@ pub struct Images {
     pub raw: PathBuf,
     /// Not compressed.
     pub qcow2: PathBuf,
-    /// Monolithic and sparse.
-    pub vmdk: PathBuf,
+    /// Of the kind that a tool converts.
+    pub vhdx: PathBuf,
     /// Bytes of data: holes not counted.
     pub data: u64,
     /// The size of the disk in bytes.
@@ -42,7 +44,7 @@ pub fn obtain(data_mib: u64, seed: u64) -> Result<Images, ImageError> {
     let images = Images {
         raw: name("raw"),
         qcow2: name("qcow2"),
-        vmdk: name("vmdk"),
+        vhdx: name("vhdx"),
         data: data_mib * MIB,
         virtual_size,
     };
@@ -50,11 +52,13 @@ pub fn obtain(data_mib: u64, seed: u64) -> Result<Images, ImageError> {
         let written = write_raw(path, data_mib, virtual_size, seed);
         written.map_err(|source| ImageError::File { path: path.to_owned(), source })
     })?;
-    for (format, target) in [("qcow2", &images.qcow2), ("vmdk", &images.vmdk)] {
+    for (format, target) in [("qcow2", &images.qcow2), ("vhdx", &images.vhdx)] {
         made(target, |path| {
             let mut convert = Command::new("qemu-img");
             convert.args(["convert", "-q", "-f", "raw", "-O", format]);
-            image::run(convert.args([&images.raw, &path.to_owned()]))
+            image::run(convert.args([&images.raw, &path.to_owned()]))?;
+            let named = if format == "vhdx" { name_log(path) } else { Ok(()) };
+            named.map_err(|source| ImageError::File { path: path.to_owned(), source })
         })?;
     }
     Ok(images)
