@@ -13,7 +13,7 @@ use super::super::error::TransferError;
 use super::super::job::SentObject;
 use super::super::journal::Phase;
 use super::ObjectAttempt;
-use super::sending::{Sending, SentPart};
+use super::sending::SentPart;
 
 impl ObjectAttempt<'_> {
     /// A small object, in one request.
@@ -38,35 +38,20 @@ impl ObjectAttempt<'_> {
         Ok(told(stored, virtual_size, source_digest))
     }
 
-    /// Makes the object of the parts that are there, and of the last ones.
+    /// Makes the object of its parts. Of an upload that is `gone` it may have become one before.
     pub(super) async fn complete(
         &self,
         ready: &Phase,
-        sending: &Sending,
-        last: Vec<SentPart>,
+        upload: &str,
+        mut parts: Vec<SentPart>,
+        gone: bool,
         shape: &Shape,
         source_digest: Option<Digest>,
     ) -> Result<SentObject, TransferError> {
-        let (store, key, upload) = (&self.target.store, &self.target.key, &sending.upload);
-        let mut parts: Vec<SentPart> = sending.parts.iter().cloned().chain(last).collect();
+        let (store, key) = (&self.target.store, &self.target.key);
         parts.sort_by_key(|part| part.number);
-        self.say(shape, Stage::Verify, Bytes::ZERO, Bytes(1));
-        tracing::info!(stage = "Verify", parts = parts.len(), "verifying");
-        self.check_listed(ready, sending, &parts).await?;
-        tracing::info!(stage = "Publish", parts = parts.len(), "publishing");
-        self.say(shape, Stage::Publish, Bytes::ZERO, Bytes(1));
-        self.claim_holds().await?;
         let made: Vec<Part> = parts.iter().map(SentPart::part).collect();
-        let request = {
-            let (store, key, upload, made) = (store.clone(), key.clone(), upload.clone(), made.clone());
-            async move { store.complete_upload(&key, &upload, &made).await }
-        };
-        let completed = self.journal.to_the_end(request).await?;
-        // An upload that is gone may have been completed by an attempt that never heard of it: the object tells.
-        let gone = matches!(completed, Err(StoreError::NotFound { .. }));
-        if !gone {
-            self.or_anew(ready, completed.map_err(TransferError::from)).await?;
-        }
+        let gone = gone || self.make(ready, upload, &parts, made.clone(), shape).await?;
         let stored = match store.stored(key).await {
             Err(error @ StoreError::NotFound { .. }) if gone => {
                 self.or_anew(ready, Err(error.into())).await?
@@ -83,15 +68,41 @@ impl ObjectAttempt<'_> {
         Ok(told(stored, shape.virtual_size, source_digest))
     }
 
+    /// Lists the parts, and asks for the object of them; true if the upload is gone.
+    async fn make(
+        &self,
+        ready: &Phase,
+        upload: &str,
+        parts: &[SentPart],
+        made: Vec<Part>,
+        shape: &Shape,
+    ) -> Result<bool, TransferError> {
+        self.say(shape, Stage::Verify, Bytes::ZERO, Bytes(1));
+        tracing::info!(stage = "Verify", parts = parts.len(), "verifying");
+        self.check_listed(ready, upload, parts).await?;
+        tracing::info!(stage = "Publish", parts = parts.len(), "publishing");
+        self.say(shape, Stage::Publish, Bytes::ZERO, Bytes(1));
+        self.claim_holds().await?;
+        let request = {
+            let (store, key) = (self.target.store.clone(), self.target.key.clone());
+            let upload = upload.to_owned();
+            async move { store.complete_upload(&key, &upload, &made).await }
+        };
+        match self.journal.to_the_end(request).await? {
+            Err(StoreError::NotFound { .. }) => Ok(true),
+            completed => self.or_anew(ready, completed.map_err(TransferError::from)).await.map(|()| false),
+        }
+    }
+
     /// Refuses to make an object of an upload that lacks a part, or has another one. A store that does not list parts is
     /// believed; the object is compared afterwards all the same.
     async fn check_listed(
         &self,
         ready: &Phase,
-        sending: &Sending,
+        upload: &str,
         parts: &[SentPart],
     ) -> Result<(), TransferError> {
-        let (key, upload) = (&self.target.key, &sending.upload);
+        let key = &self.target.key;
         let listed = match self.target.store.list_parts(key, upload).await {
             // Completed before, perhaps.
             Err(StoreError::NotFound { .. } | StoreError::Unsupported { .. }) => return Ok(()),

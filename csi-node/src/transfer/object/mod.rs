@@ -15,6 +15,7 @@ use berth_core::ids::{Digest, Sha256Sum, Uid};
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
 use berth_image::{BLOCK, Output, OutputFormat};
+use berth_objectstore::StoreError;
 use berth_objectstore::s3::S3Store;
 use futures::StreamExt as _;
 use tokio_util::sync::CancellationToken;
@@ -196,12 +197,21 @@ impl ObjectAttempt<'_> {
             self.land(ready, &mut sending, &mut flights).await?;
         }
         let (rest, source_digest) = assembler.finish().await?;
-        let mut last = Vec::new();
+        let (mut last, mut gone) = (Vec::new(), false);
         for part in rest {
-            let (landed, _) = self.or_anew(ready, self.launch(&sending, part).await?).await?;
-            last.push(landed);
+            let (number, bytes) = (part.number, part.bytes.clone());
+            match self.launch(&sending, part).await? {
+                // Completed by an attempt that never heard of it, perhaps: the object tells.
+                Err(TransferError::Store(StoreError::NotFound { .. })) => {
+                    gone = true;
+                    let (size, sha256) = (Bytes(bytes.len() as u64), Digest(Sha256Sum::of(&bytes)));
+                    last.push(SentPart { number, size, etag: String::new(), sha256 });
+                }
+                landed => last.push(landed?.0),
+            }
         }
-        self.complete(ready, &sending, last, &shape, source_digest).await
+        let parts = sending.parts.iter().cloned().chain(last).collect();
+        self.complete(ready, &sending.upload, parts, gone, &shape, source_digest).await
     }
 
     /// Begins to send a part.
