@@ -25,6 +25,8 @@ use crate::site::BUCKET;
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 /// What the probe of a source, and headers that came twice, may add to the bytes of a source.
 const PROBE: u64 = 4 << 20;
+/// The same of a VHDX, which keeps its size up to 8 MiB from its start and is looked at twice.
+const LONG_PROBE: u64 = 20 << 20;
 
 impl Run<'_> {
     /// The import is ready, right, and was durable when it said so; nothing was fetched again that was recorded.
@@ -68,7 +70,8 @@ impl Run<'_> {
         let sent = self.sent_of(name)?;
         let size = fs::metadata(plan.file).map_or(0, |meta| meta.len());
         // Nobody else's death lets a source be read again.
-        let allowed = size + PROBE + node_kills * (WINDOW + IN_FLIGHT);
+        let probe = if plan.file.extension().is_some_and(|kind| kind == "vhdx") { LONG_PROBE } else { PROBE };
+        let allowed = size + probe + node_kills * (WINDOW + IN_FLIGHT);
         if sent > allowed {
             self.violated(format!(
                 "import {name}: {sent} bytes of the source were sent, {allowed} are allowed"
