@@ -69,6 +69,13 @@ fn a_server_is_kept_through_its_death_and_that_of_its_keeper() {
     assert_eq!(Keeper::new(&folder, Watch::WhenAsked).list().unwrap(), [], "nor by the next one");
 }
 
+/// Puts an image of this size in its place at once: a keeper looks at what is there at any moment, and holds its locks.
+fn put(image: &Path, size: &str) {
+    let new = image.with_extension("new");
+    run("qemu-img", &["create", "-f", "qcow2", text(&new), size]);
+    std::fs::rename(new, image).unwrap();
+}
+
 #[test]
 fn what_cannot_be_served_is_told_and_served_once_it_can() {
     let stage = Stage::new();
@@ -81,10 +88,10 @@ fn what_cannot_be_served_is_told_and_served_once_it_can() {
     assert!(matches!(error, ServeError::Cannot { .. }), "{error}");
     let line = keeper.list().unwrap().remove(0);
     assert!(!line.running && line.message.is_some(), "{line:?}");
-    run("qemu-img", &["create", "-f", "qcow2", text(&image), "8M"]);
+    put(&image, "8M");
     let error = keeper.serve(&spec(&image)).unwrap_err();
     assert!(error.to_string().contains("8 MiB") || error.to_string().contains("4 MiB"), "{error}");
-    run("qemu-img", &["create", "-f", "qcow2", text(&image), "4M"]);
+    put(&image, "4M");
     wait_until("it is tried again", SOON, || keeper.list().unwrap()[0].running);
     keeper.stop(&uid(3)).unwrap();
     for bad in [

@@ -55,7 +55,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 + states_of(&cluster.admin(), "imagetransfer", "## Transfers").await?
                 + states_of(&cluster.admin(), "stagedimage", "## Staged images").await?;
             println!("states: {pairs} pairs tried");
-            ensure!(pairs == 36 + 36 + 49 + 9, "{pairs} pairs");
+            ensure!(pairs == 36 + 36 + 49 + 16, "{pairs} pairs");
             Ok(())
         }),
     ]

@@ -127,7 +127,7 @@ async fn joined() -> anyhow::Result<()> {
     let made = bed.scene.import_http("disk", &bed.scene.qcow2).await?;
     let data = bed.scene.site.dir().join("s3");
     let before = chunk_reads(&data)?;
-    let slow = FaultRule::new(FaultAction::Delay { ms: 400 }).op("GetObject").key_prefix("images/chunks/");
+    let slow = FaultRule::new(FaultAction::Delay { ms: 2000 }).op("GetObject").key_prefix("images/chunks/");
     write_rules(&data, &[slow])?;
     let spec = json!({
         "poolName": POOL, "maxSize": VOLUME_BYTES, "access": "Block",

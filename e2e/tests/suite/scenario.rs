@@ -1,7 +1,7 @@
 //! One end-to-end scenario: its name, what it needs of the machine, its limit of time, what it does.
 
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_e2e::kernel::KernelHost;
 use berth_e2e::ours::{NODE, OPERATOR, Ours, TEST_HTTP, TEST_S3};
@@ -130,7 +130,9 @@ impl Scenario {
                     Err(Obstacle::Broken(reason)) => return Err(Failed::from(reason)),
                 }
             }
+            let begun = Instant::now();
             let outcome = RUNTIME.block_on(async { tokio::time::timeout(limit, body()).await });
+            println!("{name} took {} s", begun.elapsed().as_secs());
             match outcome {
                 Ok(Ok(())) => Ok(Completion::Completed),
                 Ok(Err(error)) => Err(Failed::from(format!("{error:#}"))),

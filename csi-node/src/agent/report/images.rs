@@ -56,10 +56,13 @@ pub(super) async fn report(node: &Node, view: &NodeView, object: &StagedImage) -
         condition(&previous, ConditionType::Ready, truth, reason, message, object.metadata.generation, now());
     let mut status = json!({
         "state": state,
-        "health": health(state),
         "progress": progress,
         "conditions": [ready],
     });
+    // Left out and not null, which is none of the words that the API knows.
+    if let Some(health) = health(state) {
+        status["health"] = json!(health);
+    }
     if let Some(held) = held {
         status["lastUsed"] = json!(time(held.last_used));
     }
