@@ -32,4 +32,6 @@ pub struct Sizes {
     pub quiet: Duration,
     /// The operator's program.
     pub operator: PathBuf,
+    /// Whether reservations get their finalizer as they are created, and not from the operator.
+    pub guarded: bool,
 }

@@ -38,6 +38,9 @@ struct Args {
     /// The operator's program.
     #[arg(long)]
     operator: PathBuf,
+    /// Without the policy that puts finalizers on reservations as they are created: the operator does it, by a write each.
+    #[arg(long)]
+    unguarded: bool,
     /// Keeps data and logs in this folder. Default: a temporary one that goes away.
     #[arg(long)]
     dir: Option<PathBuf>,
@@ -62,9 +65,11 @@ async fn main() -> anyhow::Result<ExitCode> {
         Subject::B12 => 500,
         Subject::B13 => 400,
     });
-    let Args { reservations, pools, quiet, operator, .. } = args;
-    let sizes = Sizes { reservations, nodes, pools, quiet: Duration::from_secs(quiet), operator };
-    println!("{reservations} reservations of 1 GiB, {nodes} nodes, {pools} pools.\n");
+    let Args { reservations, pools, quiet, operator, unguarded, .. } = args;
+    let quiet = Duration::from_secs(quiet);
+    let sizes = Sizes { reservations, nodes, pools, quiet, operator, guarded: !unguarded };
+    let guard = if unguarded { "the operator" } else { "an admission policy" };
+    println!("{reservations} reservations of 1 GiB, {nodes} nodes, {pools} pools; finalizers by {guard}.\n");
     let ok = match args.subject {
         Subject::B12 => b12(&scale::throughput(&dir, &sizes).await?),
         Subject::B13 => b13(&scale::idle(&dir, &sizes).await?),

@@ -112,7 +112,7 @@ impl<'a> History<'a> {
         self.bed.cut();
         let said = transcript::read(&playing.stdout()?);
         self.note_times(&script, &said);
-        let refusable = refusing.then_some(script.target).flatten();
+        let refusable = refusing.then(|| script.target.unwrap_or_default());
         let real = transcript::take(&self.model, &script.steps, &said, |_| true, refusable);
         self.report.cuts += 1;
         *self.report.kinds.entry(kind).or_default() += 1;
@@ -190,7 +190,11 @@ impl<'a> History<'a> {
         thread::sleep(pause);
         if cut == Cut::Failing {
             self.bed.refuse_writes()?;
-            thread::sleep(self.seeded.millis(0, FAILING));
+            // Nothing more is to begin that could be refused.
+            let end = Instant::now() + self.seeded.millis(0, FAILING);
+            while Instant::now() < end && !ended(&said(playing)?, script.target) {
+                thread::sleep(LOOK);
+            }
         }
         Ok(cut == Cut::Failing)
     }

@@ -39,7 +39,8 @@ pub struct Outcome {
 /// Takes in what was said of these steps, on top of `model`.
 ///
 /// Only what `counts` is acknowledged: with a disk that was made from the log, what came later has not happened. A step
-/// that is refused counts as cut off if `refusable`, because the disk refused writes; otherwise that is a failure.
+/// that is refused counts as cut off if it is at or after `refusable`, because the disk refused writes; otherwise that is a
+/// failure.
 pub fn take(
     model: &Model,
     steps: &[Step],
@@ -68,7 +69,7 @@ pub fn take(
                 outcome.failures.extend(judge(&outcome.model, &Found::read(text)));
                 outcome.judged = true;
             }
-            Said::NotWritten(number, why) if refusable != Some(*number) => {
+            Said::NotWritten(number, why) if !is_refusable(refusable, *number) => {
                 outcome.fail(Total::Other, format!("{:?} failed: {why}", steps.get(*number)));
             }
             Said::NotRead(number, why) => {
@@ -85,6 +86,11 @@ pub fn take(
         outcome.model.cut_off(step);
     }
     outcome
+}
+
+/// Whether a step may be refused that comes at or after the first one that may be.
+fn is_refusable(first: Option<usize>, number: usize) -> bool {
+    first.is_some_and(|first| first <= number)
 }
 
 impl Outcome {
@@ -124,7 +130,7 @@ impl Outcome {
                     self.acknowledge(step);
                 }
             }
-            Some(Answer::Refused(why)) if refusable != Some(number) => {
+            Some(Answer::Refused(why)) if !is_refusable(refusable, number) => {
                 self.fail(Total::Other, format!("{step:?} was refused: {why}"));
             }
             Some(Answer::Refused(_)) => {}
@@ -204,6 +210,7 @@ mod tests {
         assert_eq!(take(&model, &steps(), &said, |_| true, None).failures.len(), 1);
         let outcome = take(&model, &steps(), &said, |_| true, Some(0));
         assert_eq!((outcome.failures.len(), outcome.cut_off.as_ref()), (0, Some(&steps()[0])));
+        assert_eq!(take(&model, &steps(), &said, |_| true, Some(1)).failures.len(), 1, "it came before");
         let finding = json!({"done": {"findings": [{"kind": "Leaked", "about": "y", "message": "z"}]}});
         let said = [Said::Begun(1), Said::Answered(1, finding)];
         let outcome = take(&model, &steps(), &said, |_| true, None);

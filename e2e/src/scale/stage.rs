@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use berth_api::defaults::RELEASE_FINALIZER;
 use berth_api::fields::Quantity;
 use berth_api::staging_pool::{Backend, FilesystemBackend, StagingPoolSpec};
 use berth_api::staging_reservation::{Access, StagingReservationSpec};
@@ -50,6 +51,9 @@ impl Stage {
         let tree = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         cluster.install_crds(&tree.join("crds")).await?;
         cluster.apply_file(&tree.join("charts/berth/files/rbac/operator.yaml")).await?;
+        if sizes.guarded {
+            cluster.apply_file(&tree.join("charts/berth/files/admission/guard-reservations.yaml")).await?;
+        }
         cluster.ensure_namespace(NAMESPACE).await?;
         cluster.ensure_namespace(YARD).await?;
         let client = cluster.client_for(&cluster.admin_kubeconfig()).await?;
@@ -65,7 +69,22 @@ impl Stage {
         let stage = Self { cluster, client, operator, nodes };
         stage.until("every node's ledger", || stage.nodes.world().ledgers() == sizes.nodes).await?;
         stage.until_nodes_are_trusted(sizes.nodes).await?;
+        if sizes.guarded {
+            stage.until_guarded().await?;
+        }
         Ok(stage)
+    }
+
+    /// Waits until the API server acts by the policy that puts finalizers on new reservations.
+    async fn until_guarded(&self) -> anyhow::Result<()> {
+        let api: Api<StagingReservation> = Api::namespaced(self.client.clone(), YARD);
+        let dry = PostParams { dry_run: true, ..PostParams::default() };
+        let deadline = Instant::now() + LIMIT;
+        while api.create(&dry, &reservation("asks", "scale-0")).await?.finalizers() != [RELEASE_FINALIZER] {
+            ensure!(Instant::now() < deadline, "the policy that puts finalizers on does nothing");
+            sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
     }
 
     /// Waits for something that is seen.
@@ -135,7 +154,10 @@ impl Stage {
         let api: Api<StagingReservation> = Api::namespaced(self.client.clone(), YARD);
         let name = |number: usize| format!("yard-{:03}", number % YARD_OBJECTS);
         for number in 0..YARD_OBJECTS {
-            let made = api.create(&PostParams::default(), &reservation(&name(number), "scale-0")).await;
+            let mut yard = reservation(&name(number), "scale-0");
+            // Nobody guards what only asks: it goes at once when it is deleted.
+            yard.spec.dry_run = true;
+            let made = api.create(&PostParams::default(), &yard).await;
             made.context("making the yardstick's objects")?;
         }
         let start = Instant::now();

@@ -13,8 +13,8 @@ use super::writes::Writes;
 
 /// One paced reservation for so many that were declared at once.
 const PACED_PART: usize = 10;
-/// Paced at this share of what was reached with everything declared at once: what is declared is written, too.
-const PACE: f64 = 0.25;
+/// How many are declared per second when they come one after the other: more than external-provisioner asks for at its best.
+const PACE: f64 = 20.0;
 /// How long writes may still follow after the last promise: what nodes report, what is told of pools.
 const AFTER: Duration = Duration::from_secs(6);
 
@@ -84,7 +84,7 @@ pub async fn throughput(dir: &Path, sizes: &Sizes) -> anyhow::Result<Throughput>
     eprintln!("{rate:.0} reservations per second");
     sleep(AFTER).await;
     let writes = Writes::so_far(&stage.client).await?.since(&writes);
-    let paced = one_by_one(&stage, sizes, at_once, rate * PACE).await?;
+    let paced = one_by_one(&stage, sizes, at_once).await?;
     sleep(AFTER).await;
     let memory = stage.memory();
     stage.operator.kill().await;
@@ -113,16 +113,11 @@ fn first_and_last(stage: &Stage) -> Option<(Instant, Instant)> {
 }
 
 /// Declares the rest at a steady pace; how long each took.
-async fn one_by_one(
-    stage: &Stage,
-    sizes: &Sizes,
-    from: usize,
-    pace: f64,
-) -> anyhow::Result<(f64, Duration, Duration)> {
-    let declared = stage.declare(from, sizes.reservations, sizes.pools, Some(pace)).await?;
+async fn one_by_one(stage: &Stage, sizes: &Sizes, from: usize) -> anyhow::Result<(f64, Duration, Duration)> {
+    let declared = stage.declare(from, sizes.reservations, sizes.pools, Some(PACE)).await?;
     stage.until("the paced promises", || stage.nodes.world().promised.len() >= sizes.reservations).await?;
     let world = stage.nodes.world();
     let times = declared.iter().filter_map(|(name, at)| Some(world.promised.get(name)?.duration_since(*at)));
     let times: Vec<Duration> = times.collect();
-    Ok((pace, percentile(times.clone(), 50), percentile(times, 99)))
+    Ok((PACE, percentile(times.clone(), 50), percentile(times, 99)))
 }

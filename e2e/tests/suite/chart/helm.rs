@@ -50,6 +50,9 @@ impl Helm {
             // Without an API server, Helm guesses.
             helm.args(["--kube-version", KUBERNETES]);
         }
+        if words[0] == "template" {
+            helm.args(["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"]);
+        }
         for name in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             helm.env(name, self.home.path());
         }

@@ -5,6 +5,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use berth_api::StagingReservation;
+use berth_api::defaults::RELEASE_FINALIZER;
 use berth_e2e::cluster::{Cluster, SYSTEM_NAMESPACE};
 use berth_e2e::wait::{self, Look};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
@@ -14,7 +16,9 @@ use k8s_openapi::api::authorization::v1::{
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams,
+};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 
@@ -98,6 +102,7 @@ pub async fn installed_upgraded_and_guarded() -> anyhow::Result<()> {
     let classes: Api<StorageClass> = Api::all(release.client());
     ensure!(classes.get("blank").await?.allow_volume_expansion != Some(true), "nothing would expand");
     rights(&release).await?;
+    guarded_at_creation(&release).await?;
     upgraded(&release).await?;
     guarded(&release).await?;
     release.done(&["install", "berth", &chart()], VALUES).context("installed again")?;
@@ -113,6 +118,38 @@ fn taken_over(release: &Release) -> anyhow::Result<()> {
     };
     ensure!(said.contains("ownership"), "{said}");
     release.done(&["install", "other", &chart(), "--take-ownership"], VALUES).map(drop)
+}
+
+/// A reservation has its finalizer from its creation on, beside those it brings; what only asks has none.
+async fn guarded_at_creation(release: &Release) -> anyhow::Result<()> {
+    let reservations: Api<StagingReservation> = Api::namespaced(release.client(), "default");
+    let make = async |name: &str, finalizers: &[&str], dry_run: bool| {
+        let object = json!({
+            "apiVersion": "staging.berth.dev/v1alpha1", "kind": "StagingReservation",
+            "metadata": {"name": name, "finalizers": finalizers},
+            "spec": {"poolName": "fast", "maxSize": "1Gi", "access": "Block", "dryRun": dry_run},
+        });
+        let made = reservations.create(&PostParams::default(), &serde_json::from_value(object)?).await?;
+        let finalizers = made.finalizers().to_vec();
+        let none = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+        reservations.patch(name, &PatchParams::default(), &none).await?;
+        reservations.delete(name, &DeleteParams::default()).await?;
+        anyhow::Ok(finalizers)
+    };
+    wait::until("reservations to be guarded from the start", LIMIT, || async {
+        match make("plain", &[], false).await {
+            Ok(finalizers) if finalizers == [RELEASE_FINALIZER] => Look::Done(()),
+            Ok(other) => Look::NotYet(format!("{other:?}")),
+            Err(error) => Look::Failed(std::io::Error::other(format!("{error:#}"))),
+        }
+    })
+    .await?;
+    let mut beside = make("beside", &["example.com/mine"], false).await?;
+    beside.sort();
+    ensure!(beside == ["example.com/mine", RELEASE_FINALIZER], "{beside:?}");
+    let asks = make("asks", &[], true).await?;
+    ensure!(asks.is_empty(), "what only asks is guarded: {asks:?}");
+    Ok(())
 }
 
 /// The nodes' account may do what external-provisioner needs, and reads no Secret.

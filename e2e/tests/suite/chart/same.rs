@@ -40,7 +40,11 @@ pub fn says_what_the_repository_says() -> anyhow::Result<()> {
         images.extend(used(&rendered));
         same_files(&rendered, "CustomResourceDefinition", &definitions()?).context(set)?;
         for kind in ["ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ServiceAccount"] {
-            same_files(&rendered, kind, &rights(kind)?).context(set)?;
+            let files = ["rbac/operator", "rbac/node", "rbac/provisioner"];
+            same_files(&rendered, kind, &of_kind(kind, &files)?).context(set)?;
+        }
+        for kind in ["MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding"] {
+            same_files(&rendered, kind, &of_kind(kind, &["admission/guard-reservations"])?).context(set)?;
         }
         for definition in rendered.of("CustomResourceDefinition") {
             let policy = &definition["metadata"]["annotations"]["helm.sh/resource-policy"];
@@ -75,12 +79,12 @@ fn definitions() -> anyhow::Result<BTreeMap<String, Value>> {
     Ok(found)
 }
 
-/// The objects of one kind in the files of rights, by name.
-fn rights(kind: &str) -> anyhow::Result<BTreeMap<String, Value>> {
+/// The objects of one kind in files of the chart, by name.
+fn of_kind(kind: &str, files: &[&str]) -> anyhow::Result<BTreeMap<String, Value>> {
     let mut found = BTreeMap::new();
-    for part in ["operator", "node", "provisioner"] {
+    for file in files {
         let objects: Vec<Value> =
-            serde_saphyr::from_multiple(&read(&format!("charts/berth/files/rbac/{part}.yaml"))?)?;
+            serde_saphyr::from_multiple(&read(&format!("charts/berth/files/{file}.yaml"))?)?;
         for object in objects.into_iter().filter(|object| object["kind"] == kind) {
             let name = text(&object["metadata"]["name"]).to_owned();
             ensure!(found.insert(name.clone(), object).is_none(), "{kind} {name} is there twice");
