@@ -318,12 +318,12 @@ impl Site {
         Ok(())
     }
 
-    /// The kinds, the accounts and their rights.
+    /// The kinds, the accounts and their rights, and what nodes may write.
     async fn install(&self) -> Result<(), SiteError> {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         self.cluster.install_crds(&tree.join("crds")).await?;
-        for part in ["operator", "node"] {
-            self.cluster.apply_file(&tree.join(format!("charts/berth/files/rbac/{part}.yaml"))).await?;
+        for part in ["rbac/operator", "rbac/node", "admission/nodes-write-their-own"] {
+            self.cluster.apply_file(&tree.join(format!("charts/berth/files/{part}.yaml"))).await?;
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ mod outage;
 mod process;
 mod references;
 mod remains;
+mod rights;
 mod round_trip;
 mod safety;
 mod sanity;
@@ -39,16 +40,23 @@ use libtest_mimic::Arguments;
 
 use crate::scenario::Scenario;
 
-/// Every scenario of the suite.
+/// How many scenarios run at once that run beside each other.
+const AT_ONCE: usize = 4;
+
+/// Every scenario of the suite. Those that run beside each other stand together, so that no other one waits between them.
 fn scenarios() -> Vec<Scenario> {
-    [
-        process::scenarios(),
-        cluster::scenarios(),
-        manifests::scenarios(),
-        chart::scenarios(),
-        minio::scenarios(),
+    let beside = [
+        scale::scenarios(),
         operator::scenarios(),
         kubectl::scenarios(),
+        manifests::scenarios(),
+        rights::scenarios(),
+        cluster::scenarios(),
+    ];
+    let alone = [
+        process::scenarios(),
+        chart::scenarios(),
+        minio::scenarios(),
         volume::scenarios(),
         thin_cluster::scenarios(),
         thin_lazy::scenarios(),
@@ -63,13 +71,11 @@ fn scenarios() -> Vec<Scenario> {
         memory::scenarios(),
         kernel::scenarios(),
         data_plane::scenarios(),
-        scale::scenarios(),
         zone::scenarios(),
         safety::scenarios(),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    ];
+    let beside = beside.into_iter().flatten().map(Scenario::beside);
+    beside.chain(alone.into_iter().flatten()).collect()
 }
 
 fn main() -> ExitCode {
@@ -77,7 +83,6 @@ fn main() -> ExitCode {
         return code;
     }
     let mut arguments = Arguments::from_args();
-    // One at a time, unless asked otherwise: each scenario fills the machine, and some compare it before and after.
-    arguments.test_threads.get_or_insert(1);
+    arguments.test_threads.get_or_insert(AT_ONCE);
     libtest_mimic::run(&arguments, scenarios().into_iter().map(Scenario::into_trial).collect()).exit_code()
 }

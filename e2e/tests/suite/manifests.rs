@@ -64,13 +64,13 @@ pub fn scenarios() -> Vec<Scenario> {
 /// Tries to change the state of an object from each to each other, and compares with the documented table. Returns how many
 /// were tried.
 async fn states_of(client: &kube::Client, manifest: &str, heading: &str) -> anyhow::Result<usize> {
-    let good = read(&folder().join(format!("good/{manifest}.yaml")))?;
-    let api = api(client, &good)?;
+    let object = good(manifest)?;
+    let api = api(client, &object)?;
     let table = documented(heading)?;
     let state = |state: &str| Patch::Merge(json!({"status": {"state": state}}));
     let mut tried = 0;
     for (from, followers) in &table {
-        let created = api.create(&PostParams::default(), &serde_json::from_value(good.clone())?).await?;
+        let created = api.create(&PostParams::default(), &serde_json::from_value(object.clone())?).await?;
         let name = created.metadata.name.context("an object without a name")?;
         api.patch_status(&name, &PatchParams::default(), &state(from)).await?;
         for to in table.keys() {
@@ -110,7 +110,13 @@ fn documented(heading: &str) -> anyhow::Result<BTreeMap<String, BTreeSet<String>
     Ok(rows.collect())
 }
 
-fn repository() -> PathBuf {
+/// The manifest of this name that is accepted.
+pub fn good(name: &str) -> anyhow::Result<Value> {
+    read(&folder().join(format!("good/{name}.yaml")))
+}
+
+/// The root of the tree.
+pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default()
 }
 
@@ -131,7 +137,7 @@ async fn every_constraint_refuses(client: kube::Client) -> anyhow::Result<()> {
         let expected = row.names.as_deref().unwrap_or(&row.path);
         let said = format!("{} {}", refusal.message, fields(&refusal).join(" "));
         ensure!(said.contains(expected), "{name}: the refusal does not name `{expected}`: {said}");
-        let kind = kind_of(&read(&folder().join(format!("good/{}.yaml", row.from)))?);
+        let kind = kind_of(&good(&row.from)?);
         for hit in hits(&kind, &refusal) {
             open.remove(&hit);
         }
@@ -197,7 +203,7 @@ async fn accept(client: &kube::Client, object: &Value) -> anyhow::Result<()> {
 
 /// Sends what a row describes, and returns the refusal; an acceptance is an error.
 async fn refuse(client: &kube::Client, row: &Refused) -> anyhow::Result<kube::core::Status> {
-    let good = read(&folder().join(format!("good/{}.yaml", row.from)))?;
+    let good = good(&row.from)?;
     let api = api(client, &good)?;
     let dry = PostParams { dry_run: true, field_manager: None };
     let outcome = if row.status || row.update {

@@ -1,6 +1,6 @@
 //! One end-to-end scenario: its name, what it needs of the machine, its limit of time, what it does.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use berth_e2e::kernel::KernelHost;
@@ -17,6 +17,9 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("the 
 
 /// How long a scenario may run, unless it says otherwise. Building missing programs does not count.
 const LIMIT: Duration = Duration::from_secs(240);
+
+/// Held by a scenario while it runs: shared by those that run beside each other, alone by all others.
+static MACHINE: RwLock<()> = RwLock::new(());
 
 /// What a scenario needs of the machine; without it the scenario is skipped.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +100,7 @@ pub struct Scenario {
     name: &'static str,
     needs: Vec<Need>,
     limit: Duration,
+    beside: bool,
     body: Body,
 }
 
@@ -107,7 +111,13 @@ impl Scenario {
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = anyhow::Result<()>> + 'static,
     {
-        Self { name, needs: needs.to_vec(), limit: LIMIT, body: Box::new(|| body().boxed_local()) }
+        Self {
+            name,
+            needs: needs.to_vec(),
+            limit: LIMIT,
+            beside: false,
+            body: Box::new(|| body().boxed_local()),
+        }
     }
 
     /// The same, with another limit of time.
@@ -117,10 +127,20 @@ impl Scenario {
         self
     }
 
+    /// The same, run while others of this kind run: it has a control plane of its own, mostly waits, and looks at nothing else
+    /// of the machine.
+    #[must_use]
+    pub fn beside(mut self) -> Self {
+        self.beside = true;
+        self
+    }
+
     /// Turns it into a trial of the test runner.
     pub fn into_trial(self) -> Trial {
-        let Self { name, needs, limit, body } = self;
+        let Self { name, needs, limit, beside, body } = self;
         Trial::ignorable_test(name, move || {
+            let _shared = beside.then(|| MACHINE.read().unwrap_or_else(PoisonError::into_inner));
+            let _alone = (!beside).then(|| MACHINE.write().unwrap_or_else(PoisonError::into_inner));
             for need in needs {
                 match need.meet() {
                     Ok(()) => {}
@@ -132,7 +152,7 @@ impl Scenario {
             }
             let begun = Instant::now();
             let outcome = RUNTIME.block_on(async { tokio::time::timeout(limit, body()).await });
-            println!("{name} took {} s", begun.elapsed().as_secs());
+            println!("scenario {name} took {} s", begun.elapsed().as_secs());
             match outcome {
                 Ok(Ok(())) => Ok(Completion::Completed),
                 Ok(Err(error)) => Err(Failed::from(format!("{error:#}"))),
