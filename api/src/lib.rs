@@ -46,3 +46,62 @@ pub fn definitions() -> Vec<CustomResourceDefinition> {
         StagedImage::crd(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::JSONSchemaProps;
+
+    use super::*;
+
+    /// The names of all fields below a schema.
+    fn names(schema: &JSONSchemaProps, into: &mut BTreeSet<String>) {
+        for (name, inner) in schema.properties.iter().flatten() {
+            into.insert(name.clone());
+            names(inner, into);
+        }
+        let items = schema.items.as_ref().and_then(|items| serde_json::to_value(items).ok());
+        if let Some(items) = items.and_then(|items| serde_json::from_value::<JSONSchemaProps>(items).ok()) {
+            names(&items, into);
+        }
+    }
+
+    fn spec_fields(definition: &CustomResourceDefinition) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        let schema =
+            definition.spec.versions[0].schema.as_ref().and_then(|schema| schema.open_api_v3_schema.as_ref());
+        let spec = schema.and_then(|schema| schema.properties.as_ref()?.get("spec"));
+        names(spec.expect("every kind has a spec"), &mut found);
+        found
+    }
+
+    #[test]
+    fn a42_staging_is_configured_on_pools_and_transfers_alone() {
+        let of_pools = [
+            "filesystem",
+            "dmThin",
+            "devices",
+            "volumeGroup",
+            "size",
+            "admission",
+            "reclaim",
+            "highWatermark",
+            "keepWarm",
+            "maxQueued",
+            "tenantLimits",
+            "strategy",
+        ];
+        for definition in definitions() {
+            let (kind, fields) = (&definition.spec.names.kind, spec_fields(&definition));
+            if kind == "StagingPool" {
+                let missing: Vec<_> = of_pools.iter().filter(|name| !fields.contains(**name)).collect();
+                assert!(missing.is_empty(), "not on pools any more: {missing:?} of {fields:?}");
+            } else {
+                let here: Vec<_> = of_pools.iter().filter(|name| fields.contains(**name)).collect();
+                assert!(here.is_empty(), "{kind} configures {here:?}");
+            }
+            assert_eq!(fields.contains("staging"), kind == "ImageTransfer", "`staging` on {kind}");
+        }
+    }
+}

@@ -120,4 +120,19 @@ mod tests {
             assert!(error.contains("ns/s") && error.contains(missing), "{error}");
         }
     }
+
+    #[test]
+    fn a42_nothing_but_credentials_is_read_from_a_secret() {
+        let plain = [("accessKeyId", &b"id"[..]), ("secretKey", b"x")];
+        let more = [("path", &b"/mnt"[..]), ("staging", b"Never"), ("pool", b"fast"), ("size", b"1Gi")];
+        let read = |keys: &[(&str, &[u8])]| {
+            let Credentials::Static { access_key_id, secret_key: _, session_token } =
+                credentials_in(&secret(keys), "ns", "s").unwrap()
+            else {
+                panic!("not from the keys of the Secret");
+            };
+            (access_key_id, session_token.is_some())
+        };
+        assert_eq!(read(&[&plain[..], &more].concat()), ("id".to_owned(), false));
+    }
 }

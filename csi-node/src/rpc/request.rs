@@ -260,3 +260,23 @@ pub fn path(field: &'static str, text: &str) -> Result<PathBuf, RpcError> {
 pub fn volume_id(text: &str) -> Result<&str, RpcError> {
     if text.is_empty() { Err(RpcError::invalid("volume_id", "a volume is needed")) } else { Ok(text) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a42_a_class_names_a_pool_and_configures_nothing_of_it() {
+        let class = |more: &[(&str, &str)]| {
+            let all = [&[("pool", "fast"), ("template", "default/disk")], more].concat();
+            ClassParameters::parse(&all.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        };
+        class(&[]).unwrap();
+        for foreign in
+            ["path", "size", "devices", "volumeGroup", "staging", "overcommit", "reclaim", "whenFull"]
+        {
+            let refusal = class(&[(foreign, "1")]).unwrap_err().to_string();
+            assert!(refusal.contains(&format!("`{foreign}` is not known")), "{refusal}");
+        }
+    }
+}

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use berth_api::conditions::{self, ConditionType};
+use berth_api::staged_image::StagedImageState;
 use berth_api::staging_reservation::{ReservationState, StagingReservationStatus};
 use berth_api::{StagedImage, StagingLedger, StagingPool, StagingReservation, TemplateImport};
 use berth_e2e::cluster::SYSTEM_NAMESPACE;
@@ -44,6 +45,7 @@ pub fn scenarios() -> Vec<Scenario> {
             &needs,
             held,
         ),
+        Scenario::new("references::a36_an_image_that_failed_goes_and_its_source_stays", &needs, failed),
         Scenario::new("references::a_restored_etcd_is_noticed_by_programs_that_run_on", &needs, restored),
     ]
 }
@@ -235,6 +237,73 @@ fn chunk_reads(data: &Path) -> anyhow::Result<Vec<String>> {
     let reads = lines.iter().filter(|line| line["op"] == "GetObject");
     let keys = reads.filter_map(|line| line["key"].as_str()).filter(|key| key.starts_with("images/chunks/"));
     Ok(keys.map(str::to_owned).collect())
+}
+
+/// A staged image of which chunks cannot be read is `Failed`, and serves nobody. Deleted in that state it goes with its bytes and
+/// its promise; what is in the store stays as it was, and the next reservation has the image staged anew.
+async fn failed() -> anyhow::Result<()> {
+    let bed = Bed::start().await?;
+    bed.scene.import_http("disk", &bed.scene.qcow2).await?;
+    let data = bed.scene.site.dir().join("s3");
+    let denied = FaultRule::new(FaultAction::Deny).op("GetObject").key_prefix("images/chunks/").skip(20);
+    write_rules(&data, &[denied])?;
+    let spec = json!({
+        "poolName": POOL, "maxSize": VOLUME_BYTES, "access": "Block",
+        "image": { "template": { "namespace": "default", "name": "disk" } },
+    });
+    bed.reserve("first", &spec).await?;
+    let images: Api<StagedImage> = Api::all(bed.scene.site.client());
+    let failed = wait::until("the image to fail", STEP_LIMIT, || async {
+        match images.list(&ListParams::default()).await {
+            Ok(list) => match list.items.first() {
+                Some(image) if state_of(image) == Some(StagedImageState::Failed) => {
+                    Look::Done(image.name_any())
+                }
+                other => Look::NotYet(format!("{:?}", other.and_then(|image| image.status.as_ref()))),
+            },
+            Err(error) => Look::Failed(error),
+        }
+    });
+    let failed = failed.await?;
+    let status = bed.reservations.get("first").await?.status.context("no status")?;
+    ensure!(
+        status.state != Some(ReservationState::Ready),
+        "it is served from an image that failed: {status:?}"
+    );
+
+    bed.reservations.delete("first", &DeleteParams::default()).await?;
+    images.delete(&failed, &DeleteParams::default()).await?;
+    wait::until("image, reservation and promises to be gone", STEP_LIMIT, || async {
+        let left = async {
+            let objects = images.list(&ListParams::default()).await?.items.len();
+            let reserved = bed.reservations.get_opt("first").await?.is_some();
+            anyhow::Ok((objects, reserved, bed.promised().await?))
+        };
+        match left.await {
+            Ok((0, false, 0)) => Look::Done(()),
+            Ok(left) => Look::NotYet(format!("{left:?}")),
+            Err(error) => Look::Failed(std::io::Error::other(format!("{error:#}"))),
+        }
+    })
+    .await?;
+    let kept = bed.scene.node().names(&bed.scene.node().pool_root(POOL).join("images"))?;
+    ensure!(kept.is_empty(), "bytes of the image stay: {kept:?}");
+
+    write_rules(&data, &[])?;
+    bed.reserve("second", &spec).await?;
+    bed.until("to be ready", "second", is(ReservationState::Ready)).await?;
+    bed.reservations.delete("second", &DeleteParams::default()).await?;
+    for image in images.list(&ListParams::default()).await?.items {
+        images.delete(&image.name_any(), &DeleteParams::default()).await?;
+    }
+    let imports: Api<TemplateImport> = Api::namespaced(bed.scene.site.client(), "default");
+    imports.delete("disk", &DeleteParams::default()).await?;
+    nothing_remains(&bed.scene.site).await?;
+    bed.scene.finish()
+}
+
+fn state_of(image: &StagedImage) -> Option<StagedImageState> {
+    image.status.as_ref()?.state
 }
 
 /// A pod reads slowly, for longer than the reference stays unused: its file stays. Another one comes and goes while there is no
