@@ -32,8 +32,8 @@ use super::stores::{self, AccessError};
 use crate::node::Node;
 use crate::telemetry::chain;
 use crate::transfer::{
-    self, Direct, Durable, Journal, Limits, ObjectAttempt, Reporter, SentObject, Source, TransferError,
-    TransferJob, journal,
+    self, CONVERSION_WINDOW, Direct, Durable, Journal, Limits, ObjectAttempt, Reporter, SentObject, Source,
+    TransferError, TransferJob, journal,
 };
 
 pub use self::error::WorkError;
@@ -48,6 +48,7 @@ fn limits(asked: &Asked) -> Limits {
         bytes: asked.limits.bytes,
         stall: Duration::from_secs(asked.limits.stall_timeout),
         retries: asked.limits.retries,
+        conversion_window: CONVERSION_WINDOW,
     }
 }
 

@@ -25,8 +25,8 @@ use super::object_store::{StoreArgs, StoreArgsError};
 use super::work_dir::{Bar, WorkDir, WorkDirError};
 use crate::args::{DefaultStaging, Output};
 use crate::transfer::{
-    Claim, Limits, ObjectAttempt, ObjectTarget, Reporter, SentObject, TransferError, TransferJob,
-    abandon_object, again, send,
+    CONVERSION_WINDOW, Claim, Limits, ObjectAttempt, ObjectTarget, Reporter, SentObject, TransferError,
+    TransferJob, abandon_object, again, send,
 };
 
 /// A format that is written.
@@ -259,6 +259,7 @@ fn limits(args: &TransferArgs) -> Limits {
         bytes: Bytes(u64::MAX),
         stall: Duration::from_secs(defaults::STALL_TIMEOUT_SECONDS),
         retries: defaults::RETRY_LIMIT,
+        conversion_window: CONVERSION_WINDOW,
     }
 }
 

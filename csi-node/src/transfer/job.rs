@@ -23,7 +23,12 @@ pub struct Limits {
     pub stall: Duration,
     /// How often a fault that passes is tried again.
     pub retries: u32,
+    /// How much of a disk a tool converts at most before that is recorded: a multiple of 1 MiB.
+    pub conversion_window: Bytes,
 }
+
+/// What [`Limits::conversion_window`] is in a cluster: some seconds of work, beside which the start of a tool is nothing.
+pub const CONVERSION_WINDOW: Bytes = Bytes::mib(512);
 
 /// One transfer.
 #[derive(Clone, Debug)]

@@ -51,6 +51,15 @@ pub enum Phase {
         /// What is to be done with it.
         shape: Shape,
     },
+    /// `offset` bytes of the raw image are on the disk, synced.
+    Converting {
+        /// The sum of the source's bytes.
+        source_digest: Digest,
+        /// What is to be done with it.
+        shape: Shape,
+        /// How much is there.
+        offset: Bytes,
+    },
     /// The raw image is on the disk, synced. The upload's own checkpoint lies in its session.
     Converted {
         /// The sum of the source's bytes.
@@ -205,6 +214,7 @@ impl Phase {
             Self::Fetching { .. } => "Fetching",
             Self::Reading { .. } => "Reading",
             Self::Fetched { .. } => "Fetched",
+            Self::Converting { .. } => "Converting",
             Self::Converted { .. } => "Converted",
             Self::Beginning { .. } => "Beginning",
             Self::Sending { .. } => "Sending",

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 pub use direct::{Direct, Source, unpin};
 pub use error::{TransferError, source_reason, store_reason};
 pub use fetch::Origin;
-pub use job::{Durable, Limits, Probed, Reporter, SentObject, Snapshot, TransferJob};
+pub use job::{CONVERSION_WINDOW, Durable, Limits, Probed, Reporter, SentObject, Snapshot, TransferJob};
 pub use journal::Journal;
 pub use object::{Claim, ObjectAttempt, ObjectTarget, abandon_object, send};
 pub(crate) use pages::release;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use berth_core::ids::Digest;
 use berth_core::stages::{Shape, Stage};
 use berth_core::units::Bytes;
-use berth_device::qemu::{ConvertLimits, convert_to_raw};
+use berth_device::qemu::{ConvertLimits, Part, convert_to_raw};
 use berth_image::{ImageFormat, Probe, ProbeError, Reader, open, probe_file, probe_file_as};
 
 use super::content::Content;
@@ -69,11 +69,18 @@ impl Staging<'_> {
     /// Brings the image to where the upload can read it.
     pub async fn prepare(&self, phase: Phase) -> Result<Prepared, TransferError> {
         let (raw, path) = (self.job.raw_file(), self.origin.local_file(self.job));
-        let was_converted = matches!(phase, Phase::Converted { .. });
+        let mut converted = Bytes::ZERO;
         let known = match phase {
-            Phase::Fetched { source_digest, shape } | Phase::Converted { source_digest, shape } => {
-                if was_converted && has_length(&raw, shape.virtual_size) {
-                    return Ok(Prepared { source_digest, shape, path: raw });
+            Phase::Converted { source_digest, shape } if has_length(&raw, shape.virtual_size) => {
+                return Ok(Prepared { source_digest, shape, path: raw });
+            }
+            Phase::Fetched { source_digest, shape }
+            | Phase::Converting { source_digest, shape, .. }
+            | Phase::Converted { source_digest, shape } => {
+                if let Phase::Converting { offset, .. } = phase
+                    && has_length(&raw, shape.virtual_size)
+                {
+                    converted = offset;
                 }
                 // The record can be older than a directory that was made anew.
                 has_length(&path, shape.source_bytes).then_some((source_digest, shape))
@@ -88,12 +95,15 @@ impl Staging<'_> {
         };
         let (source_digest, shape) = match known {
             Some(known) => known,
-            None => self.fetched(Phase::Begun).await?,
+            None => {
+                converted = Bytes::ZERO;
+                self.fetched(Phase::Begun).await?
+            }
         };
         if !shape.converted {
             return Ok(Prepared { source_digest, shape, path });
         }
-        self.convert(&path, &shape).await?;
+        self.convert(&path, source_digest, &shape, converted).await?;
         self.journal.save(Phase::Converted { source_digest, shape }).await?;
         Ok(Prepared { source_digest, shape, path: raw })
     }
@@ -139,29 +149,45 @@ impl Staging<'_> {
         Ok(self.journal.work(move || probe_given(&owned, format)).await??)
     }
 
-    async fn convert(&self, path: &Path, shape: &Shape) -> Result<(), TransferError> {
+    /// Converts the image from `offset` on, window by window; each is recorded when it is on the disk.
+    async fn convert(
+        &self,
+        path: &Path,
+        source_digest: Digest,
+        shape: &Shape,
+        mut offset: Bytes,
+    ) -> Result<(), TransferError> {
         let probe = self.probe_whole(path).await?;
         let Reader::QemuImg { driver } = probe.reader else { return Ok(()) };
         let driver = driver.parse()?;
-        let raw = self.job.raw_file();
-        // A tool of an earlier attempt may still be dying: it keeps its own file.
-        remove_if_there(&raw).map_err(TransferError::file("remove", &raw))?;
-        let mut limits = ConvertLimits::new(shape.virtual_size, format!("berth-import-{}", self.job.uid));
-        limits.stall = self.job.limits.stall;
-        let (reporter, shape) = (Arc::clone(self.reporter), *shape);
-        let report = move |percent: u8| {
-            let total = shape.virtual_size;
-            let done = total.percent(u64::from(percent));
-            let (skipped, on_wire) = (Bytes::ZERO, Bytes::ZERO);
-            reporter.progress(&shape, Snapshot { stage: Stage::Convert, done, total, skipped, on_wire });
-        };
-        report(0);
-        tracing::info!(stage = "Convert", format = %probe.format, bytes = shape.virtual_size.0, "converting");
-        let converted = convert_to_raw(path, driver, &raw, &limits, |now| report(now.percent)).await?;
-        if !converted.unconfined.is_empty() {
-            tracing::warn!(missing = ?converted.unconfined, "the conversion tool is less confined than intended");
+        let (raw, size) = (self.job.raw_file(), shape.virtual_size);
+        if offset == Bytes::ZERO {
+            // A tool of an earlier attempt may still be dying: it keeps its own file. Later it can only write the same again.
+            remove_if_there(&raw).map_err(TransferError::file("remove", &raw))?;
         }
-        Ok(())
+        let mut limits = ConvertLimits::new(size, format!("berth-import-{}", self.job.uid));
+        limits.stall = self.job.limits.stall;
+        self.tell_converted(shape, offset);
+        tracing::info!(stage = "Convert", format = %probe.format, bytes = size.0, offset = offset.0, "converting");
+        loop {
+            let part = Part::at(offset, self.job.limits.conversion_window, size);
+            let report = |percent: u8| {
+                let within = part.len.unwrap_or(size.saturating_sub(offset)).percent(percent.into());
+                self.tell_converted(shape, offset.saturating_add(within));
+            };
+            let done = convert_to_raw(path, driver, &raw, part, &limits, |now| report(now.percent)).await?;
+            if !done.unconfined.is_empty() {
+                tracing::warn!(missing = ?done.unconfined, "the conversion tool is less confined than intended");
+            }
+            let Some(len) = part.len else { return Ok(()) };
+            offset = offset.saturating_add(len);
+            self.journal.save(Phase::Converting { source_digest, shape: *shape, offset }).await?;
+        }
+    }
+
+    fn tell_converted(&self, shape: &Shape, done: Bytes) {
+        let (total, skipped, on_wire) = (shape.virtual_size, Bytes::ZERO, Bytes::ZERO);
+        self.reporter.progress(shape, Snapshot { stage: Stage::Convert, done, total, skipped, on_wire });
     }
 }
 

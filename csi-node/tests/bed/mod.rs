@@ -157,6 +157,7 @@ impl Work {
             bytes: Bytes::gib(1),
             stall: Duration::from_secs(20),
             retries: 3,
+            conversion_window: Bytes::mib(16),
         };
         let job = TransferJob {
             uid: Uid(format!("uid-{name}")),

@@ -1,5 +1,6 @@
 //! Imports against a real S3 protocol and a real web server, with images of `qemu-img`.
 
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -219,6 +220,36 @@ async fn stopped_in_every_stage_it_goes_on() {
     work.told.stop_at.lock().unwrap().take();
     let durable = work.run(&bed, &origin).await.unwrap();
     assert!(same_disk(&bed.restore(&durable).await, &disk));
+    bed.check_nothing_left(&work).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn b63_a_conversion_goes_on_at_its_last_window() {
+    let bed = Bed::new().await;
+    let disk = bed.dir.path().join("disk");
+    raw_image(&disk, 64, &[0..60]);
+    qemu_img(&["convert", "-q", "-f", "raw", "-O", "vhdx", text(&disk), text(&bed.file("disk.vhdx"))]);
+    name_log(&bed.file("disk.vhdx")).unwrap();
+    let (work, origin) = (Work::new(&bed, "windows"), bed.origin("plain", "disk.vhdx", PATIENCE));
+    let cancel = CancellationToken::new();
+    *work.told.stop_at.lock().unwrap() = Some((Stage::Convert, cancel.clone()));
+    let outcome = work.run_until(&bed, &origin, &cancel).await;
+    assert!(matches!(outcome, Err(TransferError::Cancelled)), "{outcome:?}");
+    work.told.stop_at.lock().unwrap().take();
+    let cancel = CancellationToken::new();
+    // Into the second of four windows.
+    *work.told.fuse.lock().unwrap() = Some(Fuse::new(20 * MIB, &cancel));
+    let outcome = work.run_until(&bed, &origin, &cancel).await;
+    assert!(matches!(outcome, Err(TransferError::Cancelled)), "{outcome:?}");
+    assert_eq!(work.told.stages.lock().unwrap().last(), Some(&Stage::Convert));
+    work.told.fuse.lock().unwrap().take();
+    // What nobody writes again keeps a mark that is put on it.
+    let raw = std::fs::File::options().write(true).open(work.job.raw_file()).unwrap();
+    raw.write_all_at(b"mark", 0).unwrap();
+    let durable = work.run(&bed, &origin).await.unwrap();
+    let mut expected = std::fs::read(&disk).unwrap();
+    expected[..4].copy_from_slice(b"mark");
+    assert!(std::fs::read(bed.restore(&durable).await).unwrap() == expected, "converted from the beginning");
     bed.check_nothing_left(&work).await;
 }
 

@@ -54,6 +54,27 @@ impl ConvertLimits {
     }
 }
 
+/// What of the disk one run of the tool converts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where it begins: a multiple of 1 MiB.
+    pub from: Bytes,
+    /// How long it is: a multiple of 1 MiB; `None` to the end of the disk.
+    pub len: Option<Bytes>,
+}
+
+impl Part {
+    /// All of it.
+    pub const WHOLE: Self = Self { from: Bytes::ZERO, len: None };
+
+    /// What begins at `from`, at most `window` of a disk of `size`. Whatever is larger or smaller than it says shows at its end,
+    /// so that the last part has no length.
+    pub fn at(from: Bytes, window: Bytes, size: Bytes) -> Self {
+        let len = (window < size.saturating_sub(from)).then_some(window);
+        Self { from, len }
+    }
+}
+
 /// What a conversion did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Converted {
@@ -114,8 +135,9 @@ pub enum ConvertError {
     },
 }
 
-/// Converts the image `source` of format `driver` into the raw, sparse file `target`, which is made, or emptied first
-/// if an earlier attempt left it. When this returns, the target is durable. Dropping the future kills the tool.
+/// Converts a part of the image `source` of format `driver` into the same place of the raw, sparse file `target`. For the part
+/// at the beginning that is made, or emptied first if an earlier attempt left it; the others go on in it. When this returns,
+/// the target is durable. Dropping the future kills the tool.
 ///
 /// The format is stated, backing files are off, and the tool gets both files as open descriptors: it needs no path,
 /// and finds none that its user may not read. While it runs, the two files belong to that user.
@@ -123,14 +145,16 @@ pub async fn convert_to_raw(
     source: &Path,
     driver: SourceDriver,
     target: &Path,
+    part: Part,
     limits: &ConvertLimits,
     progress: impl FnMut(Progress) + Send,
 ) -> Result<Converted, ConvertError> {
     let mut unconfined = Vec::new();
-    let files = Files::open(source, driver, target, limits)?;
+    let files = Files::open(source, driver, target, part, limits)?;
     let group = tool_group(limits, &mut unconfined);
     // Order matters when the future is dropped: the child goes first, then its group, then the files' ownership.
-    let mut child = start(source, driver, &files, group.as_ref(), limits, &mut unconfined)?;
+    let format = (driver, part);
+    let mut child = start(source, format, &files, group.as_ref(), limits, &mut unconfined)?;
     watch(&mut child, source, &files, limits.stall, progress).await?;
     if let Some(Err(error)) = group.map(ToolGroup::remove) {
         unconfined.push(error.to_string());
@@ -175,6 +199,7 @@ impl Files {
         source_path: &Path,
         driver: SourceDriver,
         target_path: &Path,
+        part: Part,
         limits: &ConvertLimits,
     ) -> Result<Self, ConvertError> {
         let failed = |action, path: &Path| {
@@ -187,7 +212,7 @@ impl Files {
             .read(true)
             .write(true)
             .create(true)
-            .truncate(true)
+            .truncate(part.from == Bytes::ZERO)
             .mode(0o600)
             .open(target_path)
             .map_err(failed("open", target_path))?;
@@ -240,7 +265,7 @@ fn takes_direct_io(file: &File) -> bool {
 
 fn start(
     path: &Path,
-    driver: SourceDriver,
+    (driver, part): (SourceDriver, Part),
     files: &Files,
     group: Option<&ToolGroup>,
     limits: &ConvertLimits,
@@ -261,7 +286,7 @@ fn start(
         None
     });
     let mut command = Command::new(program);
-    command.args(arguments(driver, source.as_raw_fd(), target.as_raw_fd(), files.direct));
+    command.args(arguments(driver, part, source.as_raw_fd(), target.as_raw_fd(), files.direct));
     command.env_clear().env("LC_ALL", "C").current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let file_size = Some(files.padded_size.0);
@@ -270,8 +295,9 @@ fn start(
     command.spawn().map_err(run_error)
 }
 
-/// The source is described as JSON: there a missing backing file can be said (`null`), and nothing needs escaping.
-fn arguments(driver: SourceDriver, source: i32, target: i32, direct: [bool; 2]) -> Vec<String> {
+/// The source is described as JSON: there a missing backing file can be said (`null`), and nothing needs escaping. A part of a disk
+/// is a raw disk at an offset of another one, as `BlockdevOptionsRaw` of QEMU's `qapi/block-core.json` has it.
+fn arguments(driver: SourceDriver, part: Part, source: i32, target: i32, direct: [bool; 2]) -> Vec<String> {
     let mut description = serde_json::json!({
         "driver": driver.as_str(),
         "read-only": true,
@@ -281,12 +307,21 @@ fn arguments(driver: SourceDriver, source: i32, target: i32, direct: [bool; 2]) 
     if driver == SourceDriver::Vpc {
         description["force_size_calc"] = "current_size".into(); // the header's size, not one guessed from its creator
     }
+    let mut target = format!("driver=raw,file.driver=file,file.filename=/proc/self/fd/{target}");
+    if part != Part::WHOLE {
+        description = serde_json::json!({ "driver": "raw", "read-only": true, "offset": part.from.0, "file": description });
+        target.push_str(&format!(",offset={}", part.from.0));
+    }
+    if let Some(len) = part.len {
+        description["size"] = len.0.into();
+        target.push_str(&format!(",size={}", len.0));
+    }
     let mode = |direct: bool| if direct { "none" } else { "writeback" }.to_owned();
     let mut arguments =
         ["convert", "-p", "-n", "--target-is-zero", "--target-image-opts"].map(str::to_owned).to_vec();
     arguments.extend(["-T".to_owned(), mode(direct[0]), "-t".to_owned(), mode(direct[1])]);
     arguments.push(format!("json:{description}"));
-    arguments.push(format!("driver=raw,file.driver=file,file.filename=/proc/self/fd/{target}"));
+    arguments.push(target);
     arguments
 }
 
@@ -362,7 +397,7 @@ mod tests {
 
     #[test]
     fn the_format_is_stated_and_nothing_else_is_opened() {
-        let arguments = arguments(SourceDriver::Qcow2, 7, 8, [true, false]);
+        let arguments = arguments(SourceDriver::Qcow2, Part::WHOLE, 7, 8, [true, false]);
         let description = arguments.iter().find_map(|argument| argument.strip_prefix("json:")).unwrap();
         let description: serde_json::Value = serde_json::from_str(description).unwrap();
         assert_eq!(description["driver"], "qcow2");
@@ -371,5 +406,21 @@ mod tests {
         assert_eq!(description["file"]["filename"], "/proc/self/fd/7");
         assert_eq!(description["read-only"], true);
         assert_eq!(arguments.last().unwrap(), "driver=raw,file.driver=file,file.filename=/proc/self/fd/8");
+    }
+
+    #[test]
+    fn parts_cover_the_disk_and_the_last_one_is_open() {
+        let (window, size) = (Bytes::mib(4), Bytes(9_000_448));
+        let at = |mib: u64| Part::at(Bytes::mib(mib), window, size);
+        assert_eq!(at(0), Part { from: Bytes::ZERO, len: Some(window) });
+        assert_eq!(at(4), Part { from: Bytes::mib(4), len: Some(window) });
+        assert_eq!(at(8), Part { from: Bytes::mib(8), len: None });
+        assert_eq!(Part::at(Bytes::ZERO, window, window), Part::WHOLE);
+        let arguments = arguments(SourceDriver::Vhdx, at(4), 7, 8, [false, false]);
+        let description = arguments.iter().find_map(|argument| argument.strip_prefix("json:")).unwrap();
+        let description: serde_json::Value = serde_json::from_str(description).unwrap();
+        assert_eq!((&description["driver"], &description["file"]["driver"]), (&"raw".into(), &"vhdx".into()));
+        assert_eq!((&description["offset"], &description["size"]), (&(4 << 20).into(), &(4 << 20).into()));
+        assert!(arguments.last().unwrap().ends_with(",offset=4194304,size=4194304"), "{arguments:?}");
     }
 }

@@ -6,7 +6,7 @@ mod convert;
 mod guard;
 mod progress;
 
-pub use self::convert::{ConvertError, ConvertLimits, Converted, convert_to_raw};
+pub use self::convert::{ConvertError, ConvertLimits, Converted, Part, convert_to_raw};
 pub(crate) use self::guard::guard_file;
 pub use self::guard::{GuardError, SourceDriver, UnknownDriver, guard};
 pub use self::progress::Progress;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use berth_core::units::Bytes;
-use berth_device::qemu::{ConvertError, ConvertLimits, Progress, SourceDriver, convert_to_raw};
+use berth_device::qemu::{ConvertError, ConvertLimits, Part, Progress, SourceDriver, convert_to_raw};
 
 use crate::{Bench, group, noise, sparse, tool};
 
@@ -78,7 +78,9 @@ async fn every_format_becomes_the_same_raw_disk() {
         let mut seen = Vec::new();
         let limits = ConvertLimits::new(size, group("formats"));
         let done =
-            convert_to_raw(&source, driver, &target, &limits, |progress| seen.push(progress)).await.unwrap();
+            convert_to_raw(&source, driver, &target, Part::WHOLE, &limits, |progress| seen.push(progress))
+                .await
+                .unwrap();
         let result = fs::read(&target).unwrap();
         assert_eq!(result.len() as u64, size.0, "{driver}");
         assert!(result == content, "{driver} {options:?} differs");
@@ -90,13 +92,49 @@ async fn every_format_becomes_the_same_raw_disk() {
 }
 
 #[tokio::test]
+async fn part_by_part_it_becomes_the_same_disk_and_what_was_done_is_left_alone() {
+    let Some(bench) = Bench::new("part_by_part_it_becomes_the_same_disk") else { return };
+    let (raw, size) = disk(&bench);
+    let content = fs::read(&raw).unwrap();
+    let window = Bytes::mib(4);
+    for driver in [SourceDriver::Qcow2, SourceDriver::Vhdx] {
+        let source = image(&raw, driver, &[]);
+        let target = bench.path("target");
+        let limits = ConvertLimits::new(size, group("parts"));
+        let (mut from, mut parts) = (Bytes::ZERO, 0);
+        loop {
+            let part = Part::at(from, window, size);
+            convert_to_raw(&source, driver, &target, part, &limits, |_| ()).await.unwrap();
+            assert_eq!(fs::metadata(&target).unwrap().len(), size.0);
+            parts += 1;
+            if part.len.is_none() {
+                break;
+            }
+            from = Bytes(from.0 + window.0);
+        }
+        assert_eq!(parts, size.0.div_ceil(window.0));
+        assert!(fs::read(&target).unwrap() == content, "{driver} differs");
+        // A part writes nothing into others.
+        File::options().write(true).open(&target).unwrap().write_all_at(b"mark", 1).unwrap();
+        convert_to_raw(&source, driver, &target, Part::at(window, window, size), &limits, |_| ())
+            .await
+            .unwrap();
+        let again = fs::read(&target).unwrap();
+        assert_eq!(&again[1..5], b"mark");
+        assert!(again[5..] == content[5..], "{driver} differs behind the mark");
+    }
+}
+
+#[tokio::test]
 async fn an_image_that_is_larger_than_promised_writes_nothing_beyond() {
     let Some(bench) = Bench::new("an_image_that_is_larger_than_promised") else { return };
     let (raw, size) = disk(&bench);
     let source = image(&raw, SourceDriver::Qcow2, &[]);
     let target = bench.path("target");
     let limits = ConvertLimits::new(Bytes(size.0 / 2), group("larger"));
-    let error = convert_to_raw(&source, SourceDriver::Qcow2, &target, &limits, |_| ()).await.unwrap_err();
+    let error = convert_to_raw(&source, SourceDriver::Qcow2, &target, Part::WHOLE, &limits, |_| ())
+        .await
+        .unwrap_err();
     assert!(matches!(&error, ConvertError::Failed { output, .. } if output.contains("smaller")), "{error}");
     assert!(fs::metadata(&target).unwrap().len() <= limits.virtual_size.round_up(Bytes::kib(4)).0);
 }
@@ -133,7 +171,7 @@ async fn images_that_reach_outside_or_lie_are_refused() {
         (&raw, SourceDriver::Qcow2),
         (&backed, SourceDriver::Vmdk),
     ] {
-        let error = convert_to_raw(source, driver, &target, &limits, |_| ()).await.unwrap_err();
+        let error = convert_to_raw(source, driver, &target, Part::WHOLE, &limits, |_| ()).await.unwrap_err();
         assert!(matches!(error, ConvertError::Guard(_)), "{error}");
         assert!(!target.exists(), "refused before anything was made");
     }
@@ -159,7 +197,7 @@ async fn the_tool_is_unprivileged_and_dies_with_the_future() {
     let group = &group("cancelled");
     let limits = ConvertLimits { user: 54321, ..ConvertLimits::new(size, group.as_str()) };
     let tool = {
-        let conversion = convert_to_raw(&source, SourceDriver::Qcow2, &target, &limits, |_| ());
+        let conversion = convert_to_raw(&source, SourceDriver::Qcow2, &target, Part::WHOLE, &limits, |_| ());
         tokio::select! {
             done = conversion => panic!("it ended before it could be cancelled: {done:?}"),
             tool = unprivileged(group) => tool,
@@ -196,7 +234,7 @@ async fn a_tool_that_stands_still_is_killed() {
     let group = &group("stalled");
     let limits =
         ConvertLimits { stall: Duration::from_millis(700), ..ConvertLimits::new(size, group.as_str()) };
-    let conversion = convert_to_raw(&source, SourceDriver::Qcow2, &target, &limits, |_| ());
+    let conversion = convert_to_raw(&source, SourceDriver::Qcow2, &target, Part::WHOLE, &limits, |_| ());
     let freeze = async {
         let tool = until(group, true).await;
         for process in tool {

@@ -24,7 +24,7 @@ use crate::commands::object_store::{StoreArgs, StoreArgsError};
 use crate::commands::work_dir::{Bar, WorkDir, WorkDirError};
 use crate::transfer::probe::checked;
 use crate::transfer::{
-    Durable, Limits, Origin, Reporter, Source, TransferError, TransferJob, abandon, import,
+    CONVERSION_WINDOW, Durable, Limits, Origin, Reporter, Source, TransferError, TransferJob, abandon, import,
 };
 
 /// Flags of `berth-node template import`.
@@ -172,6 +172,7 @@ fn limits(args: &ImportArgs) -> Limits {
         bytes: Bytes(u64::MAX),
         stall: Duration::from_secs(defaults::STALL_TIMEOUT_SECONDS),
         retries: defaults::RETRY_LIMIT,
+        conversion_window: CONVERSION_WINDOW,
     }
 }
 
