@@ -71,6 +71,14 @@ pub enum ClusterCommand {
     ///
     /// Ends with 0 if it fits now, with 1 if it would wait, with 2 if it would be refused.
     Fit(FitArgs),
+    /// Makes a reservation.
+    ///
+    /// With `--wait`, ends with 0 once it is ready, with 1 if it was not in time, with 2 if it is refused.
+    Reserve(ReserveArgs),
+    /// Ends a reservation: its node gives the bytes back, then the space is free.
+    ///
+    /// With `--wait`, ends with 0 once that is done, with 1 if it was not in time.
+    Release(ReleaseArgs),
     /// Keeps a reservation that nothing uses for another while.
     Renew(RenewArgs),
     /// Lets an import or a transfer that has failed be tried again.
@@ -115,17 +123,12 @@ pub struct ExplainArgs {
     pub output: Output,
 }
 
-/// Flags of `kubectl berth fit`.
+/// What is asked for, by flags.
 #[derive(Clone, Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("request").required(true).multiple(true).args(["size", "file", "template"]))]
-pub struct FitArgs {
+pub struct RequestFlags {
     /// The most that would be written, for example `20Gi`. Default with `--template`: the template's size.
     #[arg(long, value_name = "SIZE")]
     pub size: Option<String>,
-
-    /// A manifest of a `StagingReservation`, in YAML or JSON; `-` is standard input.
-    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "pool", "selector", "access", "template", "node", "zone", "priority"])]
-    pub file: Option<PathBuf>,
 
     /// This pool only.
     #[arg(long, value_name = "POOL", conflicts_with = "selector")]
@@ -154,6 +157,19 @@ pub struct FitArgs {
     /// Its priority; higher ones come first among those that wait.
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-1000..=1000))]
     pub priority: Option<i32>,
+}
+
+/// Flags of `kubectl berth fit`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("request").required(true).multiple(true).args(["size", "file", "template"]))]
+pub struct FitArgs {
+    /// What is asked about.
+    #[command(flatten)]
+    pub flags: RequestFlags,
+
+    /// A manifest of a `StagingReservation`, in YAML or JSON; `-` is standard input.
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["size", "pool", "selector", "access", "template", "node", "zone", "priority"])]
+    pub file: Option<PathBuf>,
 
     /// The namespace that would ask. Default: the manifest's, or the context's.
     #[arg(short, long)]
@@ -162,6 +178,77 @@ pub struct FitArgs {
     /// How the answer is printed.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub output: Output,
+}
+
+/// Flags of `kubectl berth reserve`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("request").required(true).multiple(true).args(["size", "template"]))]
+pub struct ReserveArgs {
+    /// The reservation's name.
+    #[arg(value_name = "RESERVATION")]
+    pub name: String,
+
+    /// What is asked for.
+    #[command(flatten)]
+    pub flags: RequestFlags,
+
+    /// Wait in the pool's queue where there is no room, or be refused at once. Default: as the pool says.
+    #[arg(long, value_enum, ignore_case = true)]
+    pub when_full: Option<WhenFull>,
+
+    /// How long it stays after nothing has used it any more, for example `2h30m`. Default: `1h`.
+    #[arg(long, value_name = "SPAN")]
+    pub ttl: Option<String>,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// Wait, and show progress, until it is ready or refused.
+    #[arg(long)]
+    pub wait: bool,
+
+    /// Wait no longer than this many seconds; ends with 1 then. Default: as long as it takes.
+    #[arg(long, value_name = "SECONDS", requires = "wait")]
+    pub at_most: Option<u64>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth release`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ReleaseArgs {
+    /// The reservation.
+    #[arg(value_name = "RESERVATION")]
+    pub name: String,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// Wait until its node has given the space back.
+    #[arg(long)]
+    pub wait: bool,
+
+    /// Wait no longer than this many seconds; ends with 1 then. Default: as long as it takes.
+    #[arg(long, value_name = "SECONDS", requires = "wait")]
+    pub at_most: Option<u64>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// What becomes of a request for which there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum WhenFull {
+    /// It waits.
+    Queue,
+    /// It is refused.
+    Reject,
 }
 
 /// How reserved space is used.
@@ -404,6 +491,28 @@ mod tests {
             (&["--template", "debian"], "`debian` is not of the form namespace/name"),
             (&["--size", "1Gi", "--priority", "1001"], "1001"),
             (&["--size", "1Gi", "--access", "nfs"], "nfs"),
+        ] {
+            let error = parse(bad).expect_err("refused");
+            assert!(error.contains(says), "{bad:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a41_a_reservation_is_made_of_the_flags_that_fit_takes() {
+        let parse = |flags: &[&str]| {
+            let words = ["kubectl-berth", "reserve"].iter().chain(flags);
+            Args::try_parse_from(words).map(drop).map_err(|error| error.to_string())
+        };
+        let all =
+            ["room", "--size", "20Gi", "--pool", "fast", "--when-full", "reject", "--ttl", "2h", "--wait"];
+        assert_eq!(parse(&all), Ok(()));
+        assert_eq!(parse(&["disk", "--template", "images/debian", "--zone", "a"]), Ok(()));
+        for (bad, says) in [
+            (&["--size", "1Gi"][..], "RESERVATION"),
+            (&["room"], "--size"),
+            (&["room", "--size", "1Gi", "--at-most", "5"], "--wait"),
+            (&["room", "--size", "1Gi", "--when-full", "maybe"], "maybe"),
+            (&["room", "-f", "x.yaml"], "-f"),
         ] {
             let error = parse(bad).expect_err("refused");
             assert!(error.contains(says), "{bad:?}: {error}");

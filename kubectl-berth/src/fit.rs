@@ -1,6 +1,6 @@
 //! `kubectl berth fit`: what would become of a request, by the operator's own code over the live objects.
 
-mod request;
+pub mod request;
 
 use std::process::ExitCode;
 

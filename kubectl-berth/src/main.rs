@@ -12,7 +12,9 @@ mod fixture;
 mod observe;
 mod pages;
 mod pods;
+mod release;
 mod renew;
+mod reserve;
 mod retry;
 mod server;
 mod status;
@@ -63,6 +65,8 @@ async fn ask(args: &Args, command: &ClusterCommand) -> anyhow::Result<ExitCode> 
         ClusterCommand::Status(status) => status::run(&client, &scope, status).await,
         ClusterCommand::Explain(explain) => explain::run(&client, &scope, explain).await,
         ClusterCommand::Fit(fit) => fit::run(&client, &scope, fit).await,
+        ClusterCommand::Reserve(reserve) => reserve::run(&client, reserve).await,
+        ClusterCommand::Release(release) => release::run(&client, release).await,
         ClusterCommand::Renew(renew) => renew::run(&client, &scope, renew).await,
         ClusterCommand::Retry(retry) => retry::run(&client, &scope, retry).await,
         ClusterCommand::Drain(drain) => drain::drain(&client, &scope, drain).await,

@@ -23,6 +23,7 @@ pub fn scenarios() -> Vec<Scenario> {
     let needs = [CONTROL_PLANE, &[Need::Program(OPERATOR), Need::Program(KUBECTL)]].concat();
     vec![
         Scenario::new("kubectl::fit_and_explain_say_what_the_operator_does", &needs, fit_and_explain),
+        Scenario::new("kubectl::a41_space_is_reserved_and_released", &needs, reserve_and_release),
         Scenario::new("kubectl::renew_puts_the_end_off", &needs, renew_puts_the_end_off),
         Scenario::new("kubectl::drain_names_holders_and_waits_for_them", &needs, drain_names_holders),
         Scenario::new("kubectl::doctor_finds_a_node_that_is_silent", &needs, doctor_finds_a_silent_node),
@@ -105,6 +106,36 @@ async fn fit_and_explain() -> anyhow::Result<()> {
     ensure!(told["promises"][0]["dataBytes"] == 6 * GIB && told["promises"][0]["obeyed"] == true, "{told}");
     ensure!(told["next"] == "Nothing: it is ready on node n1.", "{told}");
     plugin.refused(&["explain", "none", "-n", "default"], "there is no StagingReservation none").await
+}
+
+async fn reserve_and_release() -> anyhow::Result<()> {
+    let mut bed = Bed::start().await?;
+    bed.start_operator("one")?;
+    let _node = bed.node("n1", 10 * GIB).await?;
+    let plugin = Plugin::of(&bed).await?;
+    let reserve = async |code: i32, name: &str, size: &str, more: &[&str]| {
+        let words = ["reserve", name, "--size", size, "--pool", "p", "-n", "default", "--wait"];
+        plugin.json(code, &[&words, more].concat()).await
+    };
+    let ready = reserve(0, "room", "6Gi", &[]).await?;
+    ensure!(ready["progress"]["state"] == "Ready" && ready["progress"]["node"] == "n1", "{ready}");
+    let waits = reserve(1, "more", "6Gi", &["--at-most", "3"]).await?;
+    ensure!(waits["progress"]["state"] == "Queued" && waits["progress"]["queue"][0] == 1, "{waits}");
+    let refused = reserve(2, "huge", "11Gi", &[]).await?;
+    ensure!(refused["progress"]["reason"] == "LargerThanPool", "{refused}");
+    let refused = reserve(2, "now", "6Gi", &["--when-full", "Reject"]).await?;
+    ensure!(refused["progress"]["state"] == "Refused", "{refused}");
+    let words = ["reserve", "odd", "--size", "6 GB", "-n", "default"];
+    plugin.refused(&words, "spec.maxSize").await?;
+    let words = ["reserve", "room", "--size", "1Gi", "-n", "default"];
+    plugin.refused(&words, "already exists").await?;
+
+    let released = plugin.json(0, &["release", "room", "-n", "default", "--wait"]).await?;
+    ensure!(released["gone"] == true, "{released}");
+    bed.wait_state("more", ReservationState::Ready).await?;
+    let ledger = bed.ledger("n1").await?.context("no ledger")?;
+    ensure!(ledger.spec.promises.len() == 1, "{:?}", ledger.spec.promises);
+    plugin.refused(&["release", "room", "-n", "default"], "there is no StagingReservation room").await
 }
 
 async fn renew_puts_the_end_off() -> anyhow::Result<()> {

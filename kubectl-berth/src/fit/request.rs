@@ -9,7 +9,7 @@ use berth_api::staging_reservation::{Access, ImageReference, StagingReservationS
 use kube::ResourceExt as _;
 use thiserror::Error;
 
-use crate::args::{self, FitArgs};
+use crate::args::{self, FitArgs, RequestFlags};
 
 /// The largest manifest that is read, in bytes.
 const LARGEST: u64 = 1 << 20;
@@ -50,7 +50,7 @@ pub enum RequestError {
 pub fn request(args: &FitArgs, default_namespace: &str) -> Result<StagingReservation, RequestError> {
     let mut request = match &args.file {
         Some(path) => manifest(path)?,
-        None => StagingReservation::new("request", spec(args)),
+        None => StagingReservation::new("request", spec(&args.flags)),
     };
     let namespace = match (request.namespace(), &args.namespace) {
         (Some(manifest), Some(flag)) if manifest != *flag => {
@@ -69,24 +69,25 @@ pub fn request(args: &FitArgs, default_namespace: &str) -> Result<StagingReserva
     Ok(request)
 }
 
-fn spec(args: &FitArgs) -> StagingReservationSpec {
-    let template = args.template.as_ref().map(|(namespace, name)| ImageReference {
+/// What the flags ask for.
+pub fn spec(flags: &RequestFlags) -> StagingReservationSpec {
+    let template = flags.template.as_ref().map(|(namespace, name)| ImageReference {
         template: ObjectRef { namespace: namespace.clone(), name: name.clone() },
     });
-    let access = match (args.access, &template) {
+    let access = match (flags.access, &template) {
         (Some(args::Access::File), _) | (None, None) => Access::File,
         (Some(args::Access::Block), _) | (None, Some(_)) => Access::Block,
         (Some(args::Access::Stream), _) => Access::Stream,
     };
     StagingReservationSpec {
-        pool_name: args.pool.clone(),
-        pool_selector: args.selector.clone().map(|match_labels| PoolSelector { match_labels }),
-        max_size: args.size.clone().map_or_else(Quantity::default, Quantity),
+        pool_name: flags.pool.clone(),
+        pool_selector: flags.selector.clone().map(|match_labels| PoolSelector { match_labels }),
+        max_size: flags.size.clone().map_or_else(Quantity::default, Quantity),
         image: template,
         access,
-        node_name: args.node.clone(),
-        topology: args.zone.clone().map(|zone| Topology { zone }),
-        priority: args.priority,
+        node_name: flags.node.clone(),
+        topology: flags.zone.clone().map(|zone| Topology { zone }),
+        priority: flags.priority,
         ..StagingReservationSpec::default()
     }
 }
