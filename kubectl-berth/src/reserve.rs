@@ -103,7 +103,7 @@ pub async fn run(client: &Client, args: &ReserveArgs) -> anyhow::Result<ExitCode
     if !args.wait {
         match args.output {
             Output::Table => {
-                println!("reservation {name} is made; `kubectl berth explain` says how it goes on")
+                println!("reservation {name} is made; `kubectl berth explain` says how it goes on");
             }
             Output::Json => println!("{:#}", json!({"name": name})),
         }

@@ -69,7 +69,6 @@ impl Staging<'_> {
     /// Brings the image to where the upload can read it.
     pub async fn prepare(&self, phase: Phase) -> Result<Prepared, TransferError> {
         let (raw, path) = (self.job.raw_file(), self.origin.local_file(self.job));
-        let mut converted = Bytes::ZERO;
         let known = match phase {
             Phase::Converted { source_digest, shape } if has_length(&raw, shape.virtual_size) => {
                 return Ok(Prepared { source_digest, shape, path: raw });
@@ -77,13 +76,12 @@ impl Staging<'_> {
             Phase::Fetched { source_digest, shape }
             | Phase::Converting { source_digest, shape, .. }
             | Phase::Converted { source_digest, shape } => {
-                if let Phase::Converting { offset, .. } = phase
-                    && has_length(&raw, shape.virtual_size)
-                {
-                    converted = offset;
-                }
+                let converted = match phase {
+                    Phase::Converting { offset, .. } if has_length(&raw, shape.virtual_size) => offset,
+                    _ => Bytes::ZERO,
+                };
                 // The record can be older than a directory that was made anew.
-                has_length(&path, shape.source_bytes).then_some((source_digest, shape))
+                has_length(&path, shape.source_bytes).then_some((source_digest, shape, converted))
             }
             Phase::Begun
             | Phase::Reading { .. }
@@ -93,12 +91,9 @@ impl Staging<'_> {
             | Phase::Published { .. } => None,
             fetching @ Phase::Fetching { .. } => Some(self.fetched(fetching).await?),
         };
-        let (source_digest, shape) = match known {
+        let (source_digest, shape, converted) = match known {
             Some(known) => known,
-            None => {
-                converted = Bytes::ZERO;
-                self.fetched(Phase::Begun).await?
-            }
+            None => self.fetched(Phase::Begun).await?,
         };
         if !shape.converted {
             return Ok(Prepared { source_digest, shape, path });
@@ -108,7 +103,8 @@ impl Staging<'_> {
         Ok(Prepared { source_digest, shape, path: raw })
     }
 
-    async fn fetched(&self, phase: Phase) -> Result<(Digest, Shape), TransferError> {
+    /// Fetches it; nothing of it is converted then.
+    async fn fetched(&self, phase: Phase) -> Result<(Digest, Shape, Bytes), TransferError> {
         let path = self.origin.local_file(self.job);
         if self.origin.is_local() {
             self.shape(&path, Bytes::ZERO).await?; // What is refused is not read first.
@@ -124,7 +120,7 @@ impl Staging<'_> {
         self.forget_index().await?;
         self.journal.save(Phase::Fetched { source_digest, shape }).await?;
         tracing::info!(stage = "Fetch", bytes = size.0, digest = %sum, "fetched");
-        Ok((source_digest, shape))
+        Ok((source_digest, shape, Bytes::ZERO))
     }
 
     /// An index of what was fetched before is not one of this, whatever the bucket says of it.

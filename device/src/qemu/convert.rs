@@ -307,21 +307,21 @@ fn arguments(driver: SourceDriver, part: Part, source: i32, target: i32, direct:
     if driver == SourceDriver::Vpc {
         description["force_size_calc"] = "current_size".into(); // the header's size, not one guessed from its creator
     }
-    let mut target = format!("driver=raw,file.driver=file,file.filename=/proc/self/fd/{target}");
+    let mut target = vec![format!("driver=raw,file.driver=file,file.filename=/proc/self/fd/{target}")];
     if part != Part::WHOLE {
         description = serde_json::json!({ "driver": "raw", "read-only": true, "offset": part.from.0, "file": description });
-        target.push_str(&format!(",offset={}", part.from.0));
+        target.push(format!("offset={}", part.from.0));
     }
     if let Some(len) = part.len {
         description["size"] = len.0.into();
-        target.push_str(&format!(",size={}", len.0));
+        target.push(format!("size={}", len.0));
     }
     let mode = |direct: bool| if direct { "none" } else { "writeback" }.to_owned();
     let mut arguments =
         ["convert", "-p", "-n", "--target-is-zero", "--target-image-opts"].map(str::to_owned).to_vec();
     arguments.extend(["-T".to_owned(), mode(direct[0]), "-t".to_owned(), mode(direct[1])]);
     arguments.push(format!("json:{description}"));
-    arguments.push(target);
+    arguments.push(target.join(","));
     arguments
 }
 

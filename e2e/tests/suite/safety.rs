@@ -114,9 +114,9 @@ async fn transfer_sabotages() -> anyhow::Result<()> {
     must_notice_all(KILL_TRANSFERS, &["--data-mib", "128", "--kills", "12"], 4).await
 }
 
-/// Three of each of the 16 operations in the short version.
+/// Two of each of the 16 operations in the short version.
 async fn crash_cuts() -> anyhow::Result<()> {
-    must_pass(CRASH, &["--cuts", if long() { "100" } else { "48" }]).await
+    must_pass(CRASH, &["--cuts", if long() { "100" } else { "32" }]).await
 }
 
 async fn crash_sabotages() -> anyhow::Result<()> {
