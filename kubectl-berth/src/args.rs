@@ -1,7 +1,6 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use berth_api::defaults::SYSTEM_NAMESPACE;
@@ -83,6 +82,9 @@ pub enum ClusterCommand {
     Renew(RenewArgs),
     /// Lets an import or a transfer that has failed be tried again.
     Retry(RetryArgs),
+    /// Follows a transfer or an import, has a transfer pause, and lets it go on.
+    #[command(subcommand)]
+    Transfer(TransferCommand),
     /// Empties a pool: it takes nothing new, and images that nothing refers to go. Shows what still holds it.
     Drain(DrainArgs),
     /// Lets a pool take nothing new; what is there stays.
@@ -286,8 +288,8 @@ pub struct RenewArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub struct RetryArgs {
     /// The `TemplateImport`, or, as `transfer/NAME`, the `ImageTransfer`.
-    #[arg(value_name = "NAME")]
-    pub what: Retried,
+    #[arg(value_name = "NAME", value_parser = |text: &str| WorkName::parse(text, TransferKind::Import))]
+    pub what: WorkName,
 
     /// Its namespace. Default: the context's.
     #[arg(short, long)]
@@ -298,25 +300,78 @@ pub struct RetryArgs {
     pub output: Output,
 }
 
-/// What is to be tried again.
+/// The commands of `kubectl berth transfer`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum TransferCommand {
+    /// Shows how far it is, with a bar, until it has ended.
+    ///
+    /// Ends with 0 if it succeeded, with 1 if it had not ended in time, with 2 if it failed.
+    Wait(WaitArgs),
+    /// Has it pause: it keeps its node, its space and what it has done.
+    Suspend(TransferArgs),
+    /// Lets it go on where it paused.
+    Resume(TransferArgs),
+}
+
+/// Flags of `kubectl berth transfer wait`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct WaitArgs {
+    /// The `ImageTransfer`, or, as `import/NAME`, the `TemplateImport`.
+    #[arg(value_name = "NAME", value_parser = |text: &str| WorkName::parse(text, TransferKind::Transfer))]
+    pub what: WorkName,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// Wait no longer than this many seconds. Default: as long as it takes.
+    #[arg(long, value_name = "SECONDS")]
+    pub at_most: Option<u64>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Flags of `kubectl berth transfer suspend` and `kubectl berth transfer resume`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TransferArgs {
+    /// The `ImageTransfer`.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+
+    /// Its namespace. Default: the context's.
+    #[arg(short, long)]
+    pub namespace: Option<String>,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// An import or a transfer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Retried {
+pub struct WorkName {
     /// Its kind.
     pub kind: TransferKind,
     /// Its name.
     pub name: String,
 }
 
-impl FromStr for Retried {
-    type Err = String;
-
-    /// Reads `NAME`, which is an import, or `KIND/NAME` with a name that kubectl has for the kind, or a shorter one.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (kind, name) = text.split_once('/').unwrap_or(("import", text));
-        let kind = match kind.to_ascii_lowercase().as_str() {
-            "import" | "imports" | "templateimport" | "templateimports" | "tmplimp" => TransferKind::Import,
-            "transfer" | "transfers" | "imagetransfer" | "imagetransfers" | "imgx" => TransferKind::Transfer,
-            _ => return Err(format!("`{kind}` is neither `import` nor `transfer`")),
+impl WorkName {
+    /// Reads `NAME`, which is of the kind `usual`, or `KIND/NAME` with a name that kubectl has for the kind, or a shorter one.
+    fn parse(text: &str, usual: TransferKind) -> Result<Self, String> {
+        let (kind, name) = match text.split_once('/') {
+            None => (usual, text),
+            Some((kind, name)) => match kind.to_ascii_lowercase().as_str() {
+                "import" | "imports" | "templateimport" | "templateimports" | "tmplimp" => {
+                    (TransferKind::Import, name)
+                }
+                "transfer" | "transfers" | "imagetransfer" | "imagetransfers" | "imgx" => {
+                    (TransferKind::Transfer, name)
+                }
+                kind => return Err(format!("`{kind}` is neither `import` nor `transfer`")),
+            },
         };
         if name.is_empty() {
             return Err("the name is missing".to_owned());
@@ -454,9 +509,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_tried_again_may_be_named_with_its_kind() {
-        let parse = |text: &str| text.parse::<Retried>();
-        let is = |kind| Ok(Retried { kind, name: "debian".to_owned() });
+    fn work_may_be_named_with_its_kind() {
+        let usual = WorkName::parse("debian", TransferKind::Transfer).expect("a name");
+        assert_eq!(usual.kind, TransferKind::Transfer);
+        let parse = |text: &str| WorkName::parse(text, TransferKind::Import);
+        let is = |kind| Ok(WorkName { kind, name: "debian".to_owned() });
         for import in ["debian", "import/debian", "templateimports/debian", "TmplImp/debian"] {
             assert_eq!(parse(import), is(TransferKind::Import), "{import}");
         }

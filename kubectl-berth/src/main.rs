@@ -19,6 +19,7 @@ mod retry;
 mod server;
 mod status;
 mod text;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -69,6 +70,7 @@ async fn ask(args: &Args, command: &ClusterCommand) -> anyhow::Result<ExitCode> 
         ClusterCommand::Release(release) => release::run(&client, release).await,
         ClusterCommand::Renew(renew) => renew::run(&client, &scope, renew).await,
         ClusterCommand::Retry(retry) => retry::run(&client, &scope, retry).await,
+        ClusterCommand::Transfer(transfer) => transfer::run(&client, transfer).await,
         ClusterCommand::Drain(drain) => drain::drain(&client, &scope, drain).await,
         ClusterCommand::Cordon(cordon) => drain::cordon(&client, cordon).await,
         ClusterCommand::Uncordon(uncordon) => drain::uncordon(&client, uncordon).await,

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::args::{Output, Retried, RetryArgs};
+use crate::args::{Output, RetryArgs, WorkName};
 use crate::observe::Scope;
 use crate::server::{self, rfc3339};
 
@@ -84,7 +84,7 @@ pub async fn run(client: &Client, scope: &Scope, args: &RetryArgs) -> anyhow::Re
 async fn find<K>(
     client: &Client,
     namespace: &str,
-    what: &Retried,
+    what: &WorkName,
     view: impl Fn(&K) -> TransferView,
 ) -> anyhow::Result<TransferView>
 where

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use berth_api::defaults::ANNOTATION_RENEWED;
+use berth_api::image_transfer::TransferState;
 use berth_api::staging_ledger::LedgerPromise;
 use berth_api::staging_pool::Service;
 use berth_api::staging_reservation::ReservationState;
@@ -17,6 +18,7 @@ use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 
 use crate::operator::bed::{Bed, GIB, MOMENT};
+use crate::operator::transfers::Moving;
 use crate::scenario::{CONTROL_PLANE, Need, Scenario};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -24,6 +26,7 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![
         Scenario::new("kubectl::fit_and_explain_say_what_the_operator_does", &needs, fit_and_explain),
         Scenario::new("kubectl::a41_space_is_reserved_and_released", &needs, reserve_and_release),
+        Scenario::new("kubectl::b23_a_transfer_is_followed_pauses_and_goes_on", &needs, transfer),
         Scenario::new("kubectl::renew_puts_the_end_off", &needs, renew_puts_the_end_off),
         Scenario::new("kubectl::drain_names_holders_and_waits_for_them", &needs, drain_names_holders),
         Scenario::new("kubectl::doctor_finds_a_node_that_is_silent", &needs, doctor_finds_a_silent_node),
@@ -136,6 +139,40 @@ async fn reserve_and_release() -> anyhow::Result<()> {
     let ledger = bed.ledger("n1").await?.context("no ledger")?;
     ensure!(ledger.spec.promises.len() == 1, "{:?}", ledger.spec.promises);
     plugin.refused(&["release", "room", "-n", "default"], "there is no StagingReservation room").await
+}
+
+async fn transfer() -> anyhow::Result<()> {
+    let mut bed = Bed::start().await?;
+    bed.start_operator("one")?;
+    let _node = bed.node("n1", 10 * GIB).await?;
+    let plugin = Plugin::of(&bed).await?;
+    let moving = Moving::ask(bed, "n1", json!({})).await?;
+    moving.wait_state(TransferState::Probing, "Probing").await?;
+    moving.plan(GIB).await?;
+    moving.wait_state(TransferState::Transferring, "Progressing").await?;
+    let say = async |code: i32, verb: &str, more: &[&str]| {
+        plugin.json(code, &[&["transfer", verb, "t", "-n", "default"], more].concat()).await
+    };
+    let soon = ["--at-most", "1"];
+
+    say(0, "suspend", &[]).await?;
+    moving.wait_state(TransferState::Suspended, "Suspended").await?;
+    let pauses = say(1, "wait", &soon).await?;
+    ensure!(pauses["now"]["state"] == "Suspended", "{pauses}");
+    say(0, "resume", &[]).await?;
+    moving.wait_state(TransferState::Transferring, "Progressing").await?;
+
+    let stage = json!({"index": 1, "total": 2, "name": "Fetch"});
+    let progress = json!({"percent": 45, "bytesDone": GIB / 2, "bytesTotal": GIB, "rate": 1 << 20});
+    moving.tell_beside_plan(GIB, json!({"stage": stage, "progress": progress})).await?;
+    let moves = say(1, "wait", &soon).await?;
+    ensure!(moves["now"]["percent"] == 45 && moves["now"]["stage"] == "1/2 Fetch", "{moves}");
+    let result = json!({"result": {"size": GIB, "virtualSize": GIB, "etag": "e"}});
+    let ((), ended) = tokio::try_join!(moving.tell(result), say(0, "wait", &[]))?;
+    ensure!(ended["now"]["end"] == "Succeeded", "{ended}");
+    plugin.refused(&["transfer", "suspend", "t", "-n", "default"], "has ended").await?;
+    let none = ["transfer", "wait", "none", "-n", "default"];
+    plugin.refused(&none, "there is no ImageTransfer none").await
 }
 
 async fn renew_puts_the_end_off() -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ mod owned;
 mod reclaim;
 mod restored;
 mod stream;
-mod transfers;
+pub mod transfers;
 
 use std::collections::BTreeSet;
 use std::time::Duration;

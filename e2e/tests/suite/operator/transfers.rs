@@ -35,14 +35,14 @@ pub(super) fn scenarios(operator: &[Need]) -> Vec<Scenario> {
 }
 
 /// A bed with one transfer, and the client of its node.
-struct Moving {
-    bed: Bed,
+pub struct Moving {
+    pub bed: Bed,
     node: Client,
 }
 
 impl Moving {
     /// Asks for the transfer `t` of a file to an object, with these fields beside.
-    async fn ask(bed: Bed, node: &str, more: Value) -> anyhow::Result<Self> {
+    pub async fn ask(bed: Bed, node: &str, more: Value) -> anyhow::Result<Self> {
         let mut spec = json!({
             "source": {"http": {"url": "http://127.0.0.1:9/disk.raw"}},
             "destination": {"s3": {"endpoint": "http://127.0.0.1:9", "bucket": "disks", "key": "disk.raw"}},
@@ -76,7 +76,7 @@ impl Moving {
     }
 
     /// What the node says.
-    async fn tell(&self, status: Value) -> anyhow::Result<()> {
+    pub async fn tell(&self, status: Value) -> anyhow::Result<()> {
         let api: Api<ImageTransfer> = Api::namespaced(self.node.clone(), "default");
         let body = json!({
             "apiVersion": "staging.berth.dev/v1alpha1", "kind": "ImageTransfer", "metadata": {"name": "t"}, "status": status,
@@ -85,11 +85,16 @@ impl Moving {
         Ok(())
     }
 
-    async fn plan(&self, peak: i64) -> anyhow::Result<()> {
-        self.tell(json!({"plan": {
+    pub async fn plan(&self, peak: i64) -> anyhow::Result<()> {
+        self.tell_beside_plan(peak, json!({})).await
+    }
+
+    /// A plan, and these fields.
+    pub async fn tell_beside_plan(&self, peak: i64, mut status: Value) -> anyhow::Result<()> {
+        status["plan"] = json!({
             "format": "Raw", "sourceBytes": GIB, "virtualSize": GIB, "peakBytes": peak, "steps": ["Fetch", "Upload"], "why": "a test",
-        }}))
-        .await
+        });
+        self.tell(status).await
     }
 
     /// Waits until its status is as wanted.
@@ -111,7 +116,11 @@ impl Moving {
     }
 
     /// Waits for a state, with the reason that its condition `Succeeded` has then.
-    async fn wait_state(&self, state: TransferState, reason: &str) -> anyhow::Result<ImageTransferStatus> {
+    pub async fn wait_state(
+        &self,
+        state: TransferState,
+        reason: &str,
+    ) -> anyhow::Result<ImageTransferStatus> {
         let said = |status: &ImageTransferStatus| {
             find(&status.conditions, ConditionType::Succeeded).is_some_and(|told| told.reason == reason)
         };
