@@ -57,11 +57,16 @@ pub struct Scene {
 impl Scene {
     /// The pool is one of a directory on nodes that are namespaces, and one of the device mapper on others.
     pub async fn start(s3: S3Kind, kind: NodeKind) -> anyhow::Result<Self> {
+        Self::start_on(s3, kind, 1).await
+    }
+
+    /// The same with so many nodes, each with the pool.
+    pub async fn start_on(s3: S3Kind, kind: NodeKind, nodes: usize) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         let before = Snapshot::below(&fs::canonicalize(dir.path())?);
         let (raw, qcow2) = make_image(dir.path())?;
         let mut options = SiteOptions::new(&dir.path().join("site"));
-        (options.s3, options.kind) = (s3, kind);
+        (options.s3, options.kind, options.nodes) = (s3, kind, nodes);
         let site = Site::start(options).await?;
         println!("{}", site.nodes()[0].description());
         for file in [&raw, &qcow2] {

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use berth_api::StagingReservation;
+use berth_api::{StagedImage, StagingReservation};
 use berth_e2e::cluster::SYSTEM_NAMESPACE;
 use berth_e2e::csi::{Claim, View};
 use berth_e2e::site::{NodeKind, S3Kind, Site, SiteOptions};
@@ -36,6 +36,11 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::new("volume::qcow2_to_mount_and_back", &needs, qcow2_to_mount_and_back),
         Scenario::new("volume::casync_reads_what_is_stored", &with_casync, casync_reads_what_is_stored),
         Scenario::new("volume::every_source_gives_the_same_image", &needs, every_source_gives_the_same_image),
+        Scenario::new(
+            "volume::a23_a_template_is_used_on_every_node_at_once",
+            &needs,
+            used_on_every_node_at_once,
+        ),
         Scenario::new("volume::classes_that_are_refused", &needs, classes_that_are_refused),
         Scenario::new("volume::two_nodes_and_two_operators", &needs, two_nodes_and_two_operators),
         Scenario::new("volume::through_minio", &with_minio, through_minio),
@@ -140,6 +145,35 @@ async fn through_minio() -> anyhow::Result<()> {
     let release = node.read(&used.target.join("etc/os-release"))?;
     ensure!(release == OS_RELEASE.as_bytes(), "another /etc/os-release");
     take_back(&csi, &used).await?;
+    scene.finish()
+}
+
+/// A template that is Ready is used on two nodes at once; each takes it from the store, and none from the other.
+async fn used_on_every_node_at_once() -> anyhow::Result<()> {
+    let scene = Scene::start_on(S3Kind::Test, NodeKind::Namespace, 2).await?;
+    scene.import_http("disk", &scene.qcow2).await?;
+    let nodes = scene.site.nodes();
+    let csis = [nodes[0].csi(), nodes[1].csi()];
+    let claims = [claim("here", View::Block, RAW), claim("there", View::Block, RAW)];
+    let (here, there) =
+        tokio::try_join!(give(&nodes[0], &csis[0], &claims[0]), give(&nodes[1], &csis[1], &claims[1]))?;
+    for (node, used) in nodes.iter().zip([&here, &there]) {
+        same_start(node, &used.target, &scene.raw)?;
+    }
+    let images: Api<StagedImage> = Api::all(scene.site.client());
+    let images = images.list(&kube::api::ListParams::default()).await?.items;
+    let mut on: Vec<&str> = images.iter().map(|image| image.spec.node_name.as_str()).collect();
+    on.sort_unstable();
+    ensure!(on == ["node-1", "node-2"], "staged on {on:?}");
+    let log = fs::read_to_string(scene.site.dir().join("s3/requests.jsonl"))?;
+    let chunks =
+        log.lines().filter(|line| line.contains(r#""op":"GetObject""#) && line.contains("images/chunks/"));
+    let data: i64 = images.iter().map(|image| image.spec.data_bytes).sum();
+    let places = usize::try_from(data / (256 << 10))?;
+    let read = chunks.count();
+    ensure!(read >= places, "{read} chunks were read for {places} places on two nodes");
+    take_back(&csis[0], &here).await?;
+    take_back(&csis[1], &there).await?;
     scene.finish()
 }
 

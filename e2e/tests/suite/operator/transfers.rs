@@ -193,6 +193,8 @@ async fn pauses_and_goes_on() -> anyhow::Result<()> {
     let status = moving.wait_state(TransferState::Succeeded, "Succeeded").await?;
     ensure!(succeeded(&status) == Some("True"), "{status:?}");
     moving.bed.wait_gone(&own).await?;
+    let after = moving.api().get("t").await?.status.unwrap_or_default();
+    ensure!(place(&after)? == before, "b28: its last node is forgotten: {after:?}");
 
     moving.change_spec(json!({"ttlSecondsAfterFinished": 1})).await?;
     let leaving = wait::until("the transfer to be deleted", MOMENT, || async {
