@@ -289,7 +289,8 @@ pub struct TransferResult {
     /// known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
-    /// `sha256:` of the source's bytes; of an image in a store, its identity.
+    /// `sha256:` of the source's bytes; of an image in a store, its identity. Absent where not all bytes of the source were read: where
+    /// a qcow2, vmdk, VHD or VHDX was read by ranges. A `spec.checksum` has such a source staged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_digest: Option<String>,
     /// Bytes of the object; in an image store, of the chunks that the image names, compressed, each once.

@@ -197,7 +197,9 @@ async fn transfer(
     let (format, limits) = (args.source_format.map(ImageFormat::from), limits(args));
     let Looked { source, shape, identity } = match &args.source {
         SourceArg::File(path) => source::file(path, format, &limits)?,
-        SourceArg::Url(url) => source::url(url, format, &limits, args.staging.into()).await?,
+        SourceArg::Url(url) => {
+            source::url(url, format, &limits, (args.staging.into(), args.checksum.is_some())).await?
+        }
         SourceArg::Stored(name) => {
             source::stored(store.clone(), &args.prefix, name, args.staging.into()).await?
         }

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::path::PathBuf;
 
 use berth_core::units::Bytes;
-use berth_image::{AnyReader, Extent, ExtentKind, ExtentReader};
+use berth_image::{AnyReader, Extent, ExtentKind, ExtentReader, ImageReader};
 use berth_objectstore::chunks::remote::{Piece as StoredPiece, RemoteImage};
 use berth_objectstore::s3::S3Store;
 use berth_objectstore::source::RangedSource;
@@ -17,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::error::TransferError;
 use super::pages::Pages;
+use super::ranges::Ranges;
 
 /// How many pieces are read ahead.
 const AHEAD: usize = 8;
@@ -56,6 +57,8 @@ pub(crate) enum Content {
         /// Its size: a multiple of 512.
         size: Bytes,
     },
+    /// Behind an address, in a format that a reader reads by ranges.
+    Image(ImageReader<Ranges>),
     /// In an image store.
     Stored(RemoteImage<S3Store>),
 }
@@ -66,6 +69,7 @@ impl Content {
         match self {
             Self::File { reader, .. } => reader.virtual_size(),
             Self::Ranged { size, .. } => *size,
+            Self::Image(reader) => reader.virtual_size(),
             Self::Stored(image) => image.virtual_size(),
         }
     }
@@ -74,7 +78,8 @@ impl Content {
     /// piece, which is what is left.
     pub fn pieces(self, from: Bytes, unit: Bytes) -> Pieces {
         match self {
-            Self::File { reader, path } => ahead(of_file(reader, Pages::of(&path), from, unit)),
+            Self::File { reader, path } => ahead(of_reader(reader, Some(Pages::of(&path)), from, unit)),
+            Self::Image(reader) => ahead(of_reader(reader, None, from, unit)),
             Self::Ranged { source, size } => ahead(of_range(source, from..size, unit)),
             Self::Stored(image) => of_store(image, from, unit),
         }
@@ -95,7 +100,8 @@ fn ahead(mut pieces: Pieces) -> Pieces {
     unfold(state, |mut state| async move { state.0.recv().await.map(|piece| (piece, state)) }).boxed()
 }
 
-fn of_file(reader: AnyReader, pages: Pages, from: Bytes, unit: Bytes) -> Pieces {
+/// What a reader reads; `pages` are those of its file, if it is one.
+fn of_reader<R: ExtentReader + 'static>(reader: R, pages: Option<Pages>, from: Bytes, unit: Bytes) -> Pieces {
     let start = (Walk::new(reader, unit), pages, from, from);
     try_unfold(start, |(mut walk, pages, at, released)| async move {
         let Some(next) = walk.next(at).await? else { return Ok(None) };
@@ -109,7 +115,7 @@ fn of_file(reader: AnyReader, pages: Pages, from: Bytes, unit: Bytes) -> Pieces 
         };
         let at = at.saturating_add(next.len());
         let due = at.saturating_sub(released) >= PAGES;
-        if due {
+        if let Some(pages) = pages.as_ref().filter(|_| due) {
             pages.release();
         }
         Ok(Some((piece, (walk, pages, at, if due { at } else { released }))))

@@ -6,6 +6,7 @@ use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::stages::Shape;
 use berth_core::transfer::{Staging as Wish, choose};
 use berth_core::units::Bytes;
+use berth_image::{ExtentReader as _, ImageFormat, ImageReader, probe_at};
 use berth_objectstore::checksum::SourceHash;
 use berth_objectstore::chunks::remote::{RemoteConfig, RemoteImage};
 use berth_objectstore::chunks::store::ChunkStore;
@@ -19,6 +20,7 @@ use super::fetch::Origin;
 use super::job::{Reporter, TransferJob};
 use super::journal::{Journal, Phase};
 use super::probe::open_and_probe;
+use super::ranges::Ranges;
 use super::stage::Staging;
 
 /// The memory of an image store's reader.
@@ -39,7 +41,7 @@ pub enum Source {
 #[derive(Clone)]
 #[allow(clippy::large_enum_variant)] // there is one for each transfer that runs
 pub enum Direct {
-    /// Behind an address that is read from the middle, as a raw image.
+    /// Behind an address that is read from the middle, in any format that a reader of ours reads.
     Ranged(RangedSource),
     /// In an image store.
     Stored {
@@ -180,6 +182,13 @@ pub(crate) async fn ready(
     }
 }
 
+/// What was read of an image before.
+struct Before<'a> {
+    shape: Shape,
+    version: &'a str,
+    by_ranges: bool,
+}
+
 /// Opens an image that is read where it lies. What was read of it before counts only if it is still the same.
 async fn open(
     job: &TransferJob,
@@ -189,16 +198,18 @@ async fn open(
     phase: &Phase,
 ) -> Result<Readable, TransferError> {
     let before = match phase {
-        Phase::Reading { shape, version } => Some((*shape, version.as_str())),
+        Phase::Reading { shape, version, by_ranges } => {
+            Some(Before { shape: *shape, version, by_ranges: *by_ranges })
+        }
         _ => None,
     };
     let readable = match source {
-        Direct::Ranged(source) => ranged(job, source.clone(), chunk_size, before).await?,
+        Direct::Ranged(source) => ranged(job, source.clone(), chunk_size, before.as_ref()).await?,
         Direct::Stored { chunks, digest } => stored(job, chunks, *digest, chunk_size).await?,
     };
     job.check_promise(readable.shape.peak_bytes())?;
     match before {
-        Some((_, version)) if version == readable.identity => {}
+        Some(Before { version, .. }) if version == readable.identity => {}
         Some(_) => return Err(TransferError::Changed),
         None => journal.save(readable.phase.clone()).await?,
     }
@@ -222,21 +233,44 @@ async fn ranged(
     job: &TransferJob,
     mut source: RangedSource,
     chunk_size: Option<Bytes>,
-    before: Option<(Shape, &str)>,
+    before: Option<&Before<'_>>,
 ) -> Result<Readable, TransferError> {
-    let (shape, identity) = if let Some((shape, version)) = before {
+    let (shape, identity, by_ranges) = if let Some(Before { shape, version, by_ranges }) = before {
         source.open(0, Some(version)).await?;
-        (shape, version.to_owned())
+        (*shape, (*version).to_owned(), *by_ranges)
     } else {
         let (probed, info) = open_and_probe(&mut source, &job.limits, job.format).await?;
         // The plan was made of another look at the source.
-        choose(Wish::Never, probed.found()).map_err(TransferError::NotDirect)?;
+        choose(Wish::Never, probed.found(job.checksum.is_some())).map_err(TransferError::NotDirect)?;
         let shape = Shape { in_place: true, ..probed.shape(chunk_size) };
-        (shape, info.version.unwrap_or_default())
+        (shape, info.version.unwrap_or_default(), probed.format != ImageFormat::Raw)
     };
+    if by_ranges {
+        return image(job, source, shape, identity).await;
+    }
     let content = Content::Ranged { source, size: shape.source_bytes };
-    let phase = Phase::Reading { shape, version: identity.clone() };
+    let phase = Phase::Reading { shape, version: identity.clone(), by_ranges };
     Ok(Readable { content, identity, shape, sum: SourceSum::Counted(job.checksum), phase })
+}
+
+/// Opens an image in a format that is read by ranges. Not all of its bytes are read: what stands for them is the version that
+/// every request names.
+async fn image(
+    job: &TransferJob,
+    source: RangedSource,
+    shape: Shape,
+    identity: String,
+) -> Result<Readable, TransferError> {
+    let ranges = Ranges::new(source, shape.source_bytes, job.name.to_string());
+    let probe = probe_at(&ranges, job.format).await?;
+    let reader = ImageReader::open(ranges, &probe).await?;
+    let (found, limit) = (reader.virtual_size(), job.limits.virtual_size);
+    if found > limit {
+        return Err(TransferError::VirtualSize { found, limit });
+    }
+    let shape = Shape { virtual_size: found, ..shape };
+    let phase = Phase::Reading { shape, version: identity.clone(), by_ranges: true };
+    Ok(Readable { content: Content::Image(reader), identity, shape, sum: SourceSum::None, phase })
 }
 
 async fn stored(
@@ -256,7 +290,7 @@ async fn stored(
     let source_bytes = image.data_size();
     let shape = Shape { source_bytes, virtual_size, converted: false, in_place: true, chunk_size };
     let identity = digest.to_string();
-    let phase = Phase::Reading { shape, version: identity.clone() };
+    let phase = Phase::Reading { shape, version: identity.clone(), by_ranges: false };
     Ok(Readable { content: Content::Stored(image), identity, shape, sum: SourceSum::None, phase })
 }
 

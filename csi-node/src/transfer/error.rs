@@ -298,7 +298,10 @@ fn read_reason(error: &ReadError) -> Reason {
         ReadError::Corrupt { .. } | ReadError::OutOfRange { .. } => Reason::ImageCorrupt,
         ReadError::NotNative { .. } => Reason::ImageFormatUnsupported,
         ReadError::Refused { source, .. } => source.reason(),
-        ReadError::Source { .. } | ReadError::Changed { .. } => Reason::Retrying,
+        ReadError::Source { .. } => {
+            error.source_error::<SourceError>().map_or(Reason::Retrying, source_reason)
+        }
+        ReadError::Changed { .. } => Reason::Retrying,
     }
 }
 

@@ -99,13 +99,14 @@ pub struct Probed {
 }
 
 impl Probed {
-    /// What decides which way it takes.
-    pub fn found(&self) -> Found {
+    /// What decides which way it takes, where the sum of its bytes is asked for or not.
+    pub fn found(&self, summed: bool) -> Found {
         Found::File {
             raw: self.format == ImageFormat::Raw,
             converted: self.converted,
             rereadable: self.rereadable,
             whole_sectors: self.source_bytes.0.is_multiple_of(512),
+            summed,
         }
     }
 

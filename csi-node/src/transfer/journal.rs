@@ -43,6 +43,9 @@ pub enum Phase {
         shape: Shape,
         /// The version that is read, or the digest of the image that it is.
         version: String,
+        /// True if it is in a format that is read by ranges, and not front to back.
+        #[serde(default)]
+        by_ranges: bool,
     },
     /// All of the source is on the disk, synced and checked.
     Fetched {

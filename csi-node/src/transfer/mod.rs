@@ -19,6 +19,7 @@ mod name;
 mod object;
 mod pages;
 pub mod probe;
+mod ranges;
 pub mod run;
 mod stage;
 pub mod upload;

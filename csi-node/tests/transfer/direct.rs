@@ -1,8 +1,8 @@
-//! Transfers that stage nothing, into an image store: of a raw image that is read by range, and of an image of another store.
+//! Transfers that stage nothing, into an image store: of files that are read where they lie, and of an image of another store.
 
 use std::time::Duration;
 
-use crate::bed::{Bed, Fuse, MIB, Work, raw_image, same_disk, sum};
+use crate::bed::{Bed, Fuse, MIB, Work, qemu_img, raw_image, same_disk, sum, text};
 use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
@@ -81,6 +81,86 @@ async fn what_is_not_as_it_was_is_never_mixed() {
         let refused = work.read_until(&bed, &ranged(&bed, switch, file), &CancellationToken::new()).await;
         assert!(matches!(refused, Err(TransferError::NotDirect(_))), "{switch}: {refused:?}");
     }
+}
+
+/// Every format that is read by ranges, as `qemu-img` writes it: its driver, and options.
+const FORMATS: [(&str, &[&str]); 9] = [
+    ("qcow2", &[]),
+    ("qcow2", &["-c"]),
+    ("qcow2", &["-c", "-o", "compression_type=zstd"]),
+    ("qcow2", &["-o", "extended_l2=on"]),
+    ("vmdk", &[]),
+    ("vmdk", &["-o", "subformat=streamOptimized"]),
+    ("vpc", &["-o", "force_size=on"]),
+    ("vpc", &["-o", "subformat=fixed,force_size=on"]),
+    ("vhdx", &[]),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_format_is_read_where_it_lies_and_goes_on_where_it_was() {
+    let bed = Bed::new().await;
+    let disk = bed.dir.path().join("disk");
+    raw_image(&disk, 96, &[0..50, 60..90]);
+    for (number, (driver, options)) in FORMATS.iter().enumerate() {
+        let name = format!("disk-{number}.{driver}");
+        let file = bed.file(&name);
+        let convert = ["convert", "-q", "-f", "raw", "-O", driver];
+        qemu_img(&[&convert[..], options, &[text(&disk), text(&file)]].concat());
+        let before = bed.web.log().unwrap().bytes_sent();
+        let mut work = Work::new(&bed, &format!("ranges-{number}"));
+        work.job.promised = berth_core::units::Bytes::mib(8);
+        let source = ranged(&bed, "slow/120000000", &name);
+        let cancel = CancellationToken::new();
+        *work.told.fuse.lock().unwrap() = Some(Fuse::new(50 * MIB, &cancel));
+        let cut = work.read_until(&bed, &source, &cancel).await;
+        assert!(matches!(cut, Err(TransferError::Cancelled)), "{name}: {cut:?}");
+        assert!(largest_file(&work) < MIB, "{name}: nothing but an index is kept");
+        work.told.fuse.lock().unwrap().take();
+        let durable = work.read_until(&bed, &source, &CancellationToken::new()).await.unwrap();
+        assert_eq!(durable.source_digest, None, "{name}: not all of its bytes were read");
+        assert!(same_disk(&bed.restore(&durable).await, &disk), "{name}");
+        bed.check_nothing_left(&work).await;
+        let (read, size) = (bed.web.log().unwrap().bytes_sent() - before, file.metadata().unwrap().len());
+        // A window, what had been read ahead, and the tables, again after the cut.
+        assert!(read <= size + (32 + 24) * MIB, "{name}: {read} bytes were read of {size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn by_ranges_too_nothing_is_mixed_and_a_sum_is_refused() {
+    let bed = Bed::new().await;
+    let disk = bed.dir.path().join("disk");
+    let write = |data: std::ops::Range<u64>| {
+        raw_image(&disk, 96, &[data]);
+        qemu_img(&["convert", "-q", "-f", "raw", "-O", "qcow2", text(&disk), text(&bed.file("disk.qcow2"))]);
+    };
+    write(0..96);
+    let mut work = Work::new(&bed, "changed");
+    let cancel = CancellationToken::new();
+    *work.told.fuse.lock().unwrap() = Some(Fuse::new(50 * MIB, &cancel));
+    let cut = work.read_until(&bed, &ranged(&bed, "slow/80000000", "disk.qcow2"), &cancel).await;
+    assert!(matches!(cut, Err(TransferError::Cancelled)), "{cut:?}");
+    write(5..96);
+    let source = ranged(&bed, "plain", "disk.qcow2");
+    let changed = work.read_until(&bed, &source, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(changed.reason(), Reason::SourceChanged, "{}", changed.chain());
+    std::fs::remove_file(bed.file("disk.qcow2")).unwrap();
+    let gone = work.read_until(&bed, &source, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(gone.reason(), Reason::SourceNotFound, "{}", gone.chain());
+    bed.check_nothing_published().await;
+
+    write(0..96);
+    let cut_off = std::fs::read(bed.file("disk.qcow2")).unwrap();
+    std::fs::write(bed.file("cut.qcow2"), &cut_off[..cut_off.len() / 2]).unwrap();
+    let cut_off = Work::new(&bed, "cut-off");
+    let torn = ranged(&bed, "plain", "cut.qcow2");
+    let torn = cut_off.read_until(&bed, &torn, &CancellationToken::new()).await.unwrap_err();
+    assert_eq!(torn.reason(), Reason::ImageTruncated, "{}", torn.chain());
+    work = Work::new(&bed, "summed");
+    work.job.checksum = Some(sum(&bed.file("disk.qcow2")));
+    let refused = work.read_until(&bed, &source, &CancellationToken::new()).await;
+    assert!(matches!(refused, Err(TransferError::NotDirect(_))), "{refused:?}");
+    bed.check_nothing_published().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

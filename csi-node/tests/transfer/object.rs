@@ -148,6 +148,8 @@ async fn every_source_becomes_every_format() {
         ("qcow2", staged(&bed, "disk.qcow2"), true),
         ("converted", staged(&bed, "disk.vmdk"), true),
         ("ranged", ranged(&bed, "plain", "disk"), true),
+        ("by-ranges", ranged(&bed, "plain", "disk.qcow2"), false),
+        ("sparse-by-ranges", ranged(&bed, "plain", "disk.vmdk"), false),
         (
             "stored",
             Source::Direct(Direct::Stored { chunks: bed.chunks.clone(), digest: stored.digest }),

@@ -18,8 +18,8 @@ pub(super) enum Route {
     StoredToVhd,
     /// An image of an image store → another image store.
     StoredToStore,
-    /// A raw file that is read by range → an image store.
-    RangedToStore,
+    /// A qcow2 file that is read by ranges → an image store.
+    ImageToStore,
 }
 
 impl Route {
@@ -30,7 +30,7 @@ impl Route {
         Self::StoredToVmdk,
         Self::StoredToVhd,
         Self::StoredToStore,
-        Self::RangedToStore,
+        Self::ImageToStore,
     ];
 
     /// In turn.
@@ -47,7 +47,7 @@ impl Route {
             Self::StoredToVmdk => "stored → vmdk",
             Self::StoredToVhd => "stored → vhd",
             Self::StoredToStore => "stored → store",
-            Self::RangedToStore => "ranged → store",
+            Self::ImageToStore => "image by ranges → store",
         }
     }
 
@@ -58,15 +58,20 @@ impl Route {
             Self::StagedToRaw => Some("raw"),
             Self::StoredToVmdk => Some("vmdk"),
             Self::StoredToVhd => Some("vpc"),
-            Self::StoredToStore | Self::RangedToStore => None,
+            Self::StoredToStore | Self::ImageToStore => None,
         }
     }
 
-    /// True if its source is a file whose sum is told.
+    /// True if the sum of its source is told: all bytes of that are read.
+    pub const fn is_summed(self) -> bool {
+        !matches!(self, Self::ImageToStore)
+    }
+
+    /// The file that is its source, if it is one.
     pub const fn file(self) -> Option<&'static str> {
         match self {
-            Self::RangedToQcow2 | Self::RangedToStore => Some("disk.raw"),
-            Self::StagedToRaw => Some("disk.qcow2"),
+            Self::RangedToQcow2 => Some("disk.raw"),
+            Self::StagedToRaw | Self::ImageToStore => Some("disk.qcow2"),
             Self::StoredToVmdk | Self::StoredToVhd | Self::StoredToStore => None,
         }
     }

@@ -219,11 +219,16 @@ async fn from_files(scene: &Scene, asker: &Asker<'_>) -> anyhow::Result<()> {
     asker
         .ask(
             "staged",
-            json!({ "source": qcow2, "destination": asker.object("exports/staged"), "format": format }),
+            json!({
+                "source": qcow2, "destination": asker.object("exports/staged"), "format": format, "staging": "Required",
+            }),
         )
         .await?;
+    let ranges = json!({ "source": qcow2, "destination": asker.object("exports/ranges"), "format": format });
+    asker.ask("ranges", ranges).await?;
     let never = json!({
         "source": qcow2, "destination": asker.object("exports/never"), "format": format, "staging": "Never",
+        "checksum": scene::sha256(&scene.qcow2)?,
     });
     asker.ask("never", never).await?;
     let status = asker.succeeded("direct", LIMIT).await?;
@@ -233,6 +238,9 @@ async fn from_files(scene: &Scene, asker: &Asker<'_>) -> anyhow::Result<()> {
     let plan = asker.succeeded("staged", LIMIT).await?.plan.context("no plan")?;
     ensure!(plan.staging == Some(PlannedStaging::Staged) && plan.peak_bytes > 0, "{plan:?}");
     asker.is_disk("exports/staged", "raw", &scene.raw).await?;
+    let plan = asker.succeeded("ranges", LIMIT).await?.plan.context("no plan")?;
+    ensure!(plan.staging == Some(PlannedStaging::Direct) && plan.peak_bytes == 0, "{plan:?}");
+    asker.is_disk("exports/ranges", "raw", &scene.raw).await?;
     let status = asker.ended("never", LIMIT).await?;
     let error = status.last_error.context("no error")?;
     ensure!(status.state == Some(TransferState::Failed) && error.reason == "StagingNotAllowed", "{error:?}");
@@ -333,7 +341,7 @@ async fn fails_and_is_tried_again() -> anyhow::Result<()> {
     let before = fs::read(&scene.qcow2)?;
     let spec = json!({
         "source": { "http": { "url": scene.url(&scene.qcow2) } }, "destination": asker.object("exports/denied"),
-        "format": { "destination": "Raw" },
+        "format": { "destination": "Raw" }, "staging": "Required",
     });
     asker.ask("denied", spec).await?;
     let status = asker.ended("denied", LIMIT).await?;

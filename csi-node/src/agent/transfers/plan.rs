@@ -7,7 +7,7 @@ use berth_api::fields::{PlannedStaging, TransferPlan};
 use berth_api::parse::{Asked, AskedDestination, AskedSource};
 use berth_core::ids::{Digest, ObjectName};
 use berth_core::stages::{Route, Shape};
-use berth_core::transfer::{Chosen, Found, SourceFormat, Staging, choose};
+use berth_core::transfer::{Chosen, Found, SourceFormat, Staging, TransferKind, choose};
 use berth_core::units::Bytes;
 use berth_image::{ImageFormat, Output};
 use berth_objectstore::chunks::store::{ChunkStore, OpenError};
@@ -30,7 +30,9 @@ pub(super) async fn plan(node: &Arc<Node>, subject: &Subject) -> Result<Transfer
             let limits = limits(&asked);
             let source = sources::open(node, &namespace, file, limits.stall).await?;
             let probed = probe_source(&source, &limits, asked.source_format.map(image_format)).await?;
-            (format!("{:?}", probed.format), probed.found(), probed.shape(chunk_size))
+            // An import tells the sum of its source.
+            let summed = asked.checksum.is_some() || subject.kind() == TransferKind::Import;
+            (format!("{:?}", probed.format), probed.found(summed), probed.shape(chunk_size))
         }
     };
     let limit = asked.limits.virtual_size;
@@ -152,7 +154,8 @@ mod tests {
 
     #[test]
     fn a18_the_default_of_the_cluster_holds_where_an_object_says_nothing() {
-        let file = Found::File { raw: true, converted: false, rereadable: true, whole_sectors: true };
+        let file =
+            Found::File { raw: true, converted: false, rereadable: true, whole_sectors: true, summed: false };
         for default in [Staging::Auto, Staging::Never, Staging::Required] {
             assert_eq!(wanted(None, default, file), default);
             assert_eq!(wanted(Some(Staging::Auto), default, file), Staging::Auto, "it says so itself");

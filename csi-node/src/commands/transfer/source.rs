@@ -72,12 +72,12 @@ pub(super) fn file(
     Ok(Looked { source: Source::Staged(Origin::Local(path)), shape, identity })
 }
 
-/// Looks at the head of a file behind an address, and chooses the way that it takes.
+/// Looks at the head of a file behind an address, and chooses the way that it takes, with the sum of its bytes asked for or not.
 pub(super) async fn url(
     url: &str,
     format: Option<ImageFormat>,
     limits: &Limits,
-    staging: Staging,
+    (staging, summed): (Staging, bool),
 ) -> Result<Looked, TransferCommandError> {
     let config = HttpConfig {
         url: url.to_owned(),
@@ -88,7 +88,7 @@ pub(super) async fn url(
     };
     let source: RangedSource = HttpSource::new(config).map_err(crate::transfer::TransferError::from)?.into();
     let probed = probe_source(&source, limits, format).await?;
-    let direct = choose(staging, probed.found())?.route == Route::Direct;
+    let direct = choose(staging, probed.found(summed))?.route == Route::Direct;
     let shape = Shape { in_place: direct, ..probed.shape(None) };
     let source =
         if direct { Source::Direct(Direct::Ranged(source)) } else { Source::Staged(Origin::Remote(source)) };
