@@ -4,6 +4,7 @@
 //! the per-round ratios, because the machine changes under a run. Every result is compared byte for byte with what it
 //! was made from. CPU time and memory come from GNU time, bytes from the S3 server's own log or from the disk.
 
+mod export;
 mod import;
 mod inputs;
 mod measure;
@@ -53,6 +54,9 @@ pub struct BenchArgs {
 enum Subject {
     /// A qcow2 file into an image store.
     Import,
+    /// A disk into a compressed image in an object store.
+    #[value(name = "B5")]
+    B5,
     /// Thousands of reservations: how fast they are promised, with how many writes.
     #[value(name = "B12")]
     B12,
@@ -90,12 +94,35 @@ impl Profile {
 pub fn run(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
     match args.subject {
         Subject::Import => import(root, args),
+        Subject::B5 => export(root, args),
         Subject::B12 => scale::run(root, args, "B12"),
         Subject::B13 => scale::run(root, args, "B13"),
     }
 }
 
 fn import(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
+    let (ours, dir) = ready(root, args)?;
+    let inputs = inputs::prepare(&dir, args.data)?;
+    let results = import::run(&ours, &inputs, &dir, args.rounds)?;
+    let text = report::tables(args, "Import of a qcow2 file", &results);
+    println!("{text}");
+    keep(root, args, "import", &text)
+}
+
+fn export(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
+    let (ours, dir) = ready(root, args)?;
+    let inputs = inputs::prepare(&dir, args.data)?;
+    let results = export::run(&ours, &inputs, &dir, args.rounds)?;
+    let (ratio, target) = (export::ratio(&results), export::TARGET);
+    let verdict = if ratio <= target { "ok" } else { "short" };
+    let tables = report::tables(args, "Export of a disk", &[results]);
+    let text = format!("{tables}\nB5 ratio={ratio:.2} target={target} {verdict}\n");
+    print!("{text}");
+    keep(root, args, "B5", &text)
+}
+
+/// Our programs, and the folder to work in.
+fn ready(root: &Path, args: &BenchArgs) -> anyhow::Result<(programs::Ours, PathBuf)> {
     programs::check()?;
     let ours = programs::build(root, args.profile)?;
     let dir = match &args.dir {
@@ -104,11 +131,7 @@ fn import(root: &Path, args: &BenchArgs) -> anyhow::Result<()> {
     };
     ensure!(!dir.starts_with(root), "{} lies in the tree", dir.display());
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let inputs = inputs::prepare(&dir, args.data)?;
-    let results = import::run(&ours, &inputs, &dir, args.rounds)?;
-    let text = report::import(args, &results);
-    println!("{text}");
-    keep(root, args, "import", &text)
+    Ok((ours, dir))
 }
 
 /// Puts a table into the documentation, if that was asked for.

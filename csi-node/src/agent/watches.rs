@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use berth_api::{
     ImageStore, ImageTransfer, StagedImage, StagingLedger, StagingNode, StagingPool, StagingReservation,
@@ -14,7 +15,8 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Node as KubeNode;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::reflector::{self, Store};
-use kube::runtime::watcher::{self, watcher};
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, DefaultBackoff, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
@@ -139,7 +141,7 @@ impl Starter {
         let (wake, changes) = (Arc::clone(&self.wake), self.changes.clone());
         let (stop, mut begun) = (self.stop.clone(), self.begun.subscribe());
         tokio::spawn(stop.run_until_cancelled_owned(async move {
-            let begin = || Box::pin(watcher(api.clone(), config.clone()).default_backoff());
+            let begin = || Box::pin(watcher(api.clone(), config.clone()).backoff(Pauses::default()));
             let (mut events, mut which) = (begin(), *begun.borrow_and_update());
             loop {
                 let event = tokio::select! {
@@ -167,5 +169,43 @@ impl Starter {
             }
         }));
         reader
+    }
+}
+
+/// How long a watch that failed waits before it begins again: as usual, but [`LONGEST_PAUSE`] at most, so that a node hears of
+/// its work soon after an API server is back that was away.
+#[derive(Default)]
+struct Pauses(DefaultBackoff);
+
+/// See [`Pauses`].
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(LONGEST_PAUSE))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_api_server_that_is_back_is_heard_within_seconds() {
+        let mut pauses = Pauses::default();
+        let waited: Vec<_> = pauses.by_ref().take(20).collect();
+        assert_eq!(waited.len(), 20, "it is tried for ever");
+        assert!(waited.iter().all(|pause| *pause <= LONGEST_PAUSE), "{waited:?}");
+        assert!(waited[19] > waited[0], "the pauses grow: {waited:?}");
+        pauses.reset();
+        assert!(pauses.next() < Some(LONGEST_PAUSE), "and begin anew");
     }
 }

@@ -3,14 +3,13 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use berth_core::units::Bytes;
 use serde_json::Value;
 
 use super::inputs::{Input, Inputs};
-use super::measure::{Cost, succeed, timed};
+use super::measure::{Sample, Series, in_turn, succeed, timed};
 use super::programs::Ours;
 use super::server::{Arrived, BUCKET, KEYS, Server};
 
@@ -42,27 +41,6 @@ impl Case {
     }
 }
 
-/// What one run took.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Sample {
-    /// Of the client.
-    pub cost: Cost,
-    /// CPU time of the S3 server meanwhile.
-    pub server_cpu: Duration,
-    /// What was stored, and in how many requests.
-    pub stored: Arrived,
-}
-
-/// Every round of one input, in the order of [`Case::ALL`].
-pub struct Series {
-    /// The input's name.
-    pub input: &'static str,
-    /// The size of its file.
-    pub file_size: Bytes,
-    /// By round.
-    pub rounds: Vec<[Sample; Case::ALL.len()]>,
-}
-
 /// A place to work in.
 struct Bench<'b> {
     ours: &'b Ours,
@@ -75,37 +53,23 @@ struct Bench<'b> {
 pub fn run(ours: &Ours, inputs: &Inputs, dir: &Path, rounds: u32) -> anyhow::Result<Vec<Series>> {
     let mut series = Vec::new();
     for input in &inputs.files {
-        let file_size =
-            Bytes(fs::metadata(&input.file).with_context(|| input.file.display().to_string())?.len());
-        series.push(Series { input: input.name, file_size, rounds: Vec::new() });
+        let size = fs::metadata(&input.file).with_context(|| input.file.display().to_string())?.len();
+        let title = format!("{} qcow2, a file of {}", input.name, Bytes(size));
+        series.push(Series { title, cases: Case::ALL.map(Case::name).to_vec(), rounds: Vec::new() });
     }
     for round in 1..=rounds {
         for (input, series) in inputs.files.iter().zip(&mut series) {
             let scratch = tempfile::Builder::new().prefix("work-").tempdir_in(dir)?;
             let server = Server::start(&ours.s3, &scratch.path().join("s3"))?;
             let bench = Bench { ours, inputs, server, scratch: scratch.path() };
-            series.rounds.push(bench.round(round, input)?);
+            let samples = in_turn(round, &Case::ALL, |case| bench.case(case, input));
+            series.rounds.push(samples.with_context(|| input.name)?);
         }
     }
     Ok(series)
 }
 
 impl Bench<'_> {
-    fn round(&self, round: u32, input: &Input) -> anyhow::Result<[Sample; Case::ALL.len()]> {
-        let mut samples = [Sample::default(); Case::ALL.len()];
-        let mut order: Vec<usize> = (0..Case::ALL.len()).collect();
-        let turn = usize::try_from(round).unwrap_or_default() % order.len();
-        order.rotate_left(turn);
-        for place in order {
-            let case = Case::ALL[place];
-            samples[place] =
-                self.case(case, input).with_context(|| format!("{}, {}", case.name(), input.name))?;
-            let Cost { wall, cpu, memory } = samples[place].cost;
-            eprintln!("round {round} {:5} {case:?}: {wall:.2?} wall, {cpu:.2?} CPU, {memory}", input.name);
-        }
-        Ok(samples)
-    }
-
     /// Runs one case, and compares what it made with what it was made from; the comparison is not in its time.
     fn case(&self, case: Case, input: &Input) -> anyhow::Result<Sample> {
         let (position, cpu) = (self.server.position()?, self.server.cpu()?);

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use berth_core::units::Bytes;
 
 use super::programs::TIME;
+use super::server::Arrived;
 
 /// Seconds that one command may take.
 const LIMIT: &str = "3600";
@@ -21,6 +22,45 @@ pub struct Cost {
     pub cpu: Duration,
     /// The most memory that was resident at once.
     pub memory: Bytes,
+}
+
+/// What one run of a case took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sample {
+    /// Of the client.
+    pub cost: Cost,
+    /// CPU time of the S3 server meanwhile.
+    pub server_cpu: Duration,
+    /// What was stored, and in how many requests.
+    pub stored: Arrived,
+}
+
+/// Every round of one input.
+pub struct Series {
+    /// What is measured, as a heading.
+    pub title: String,
+    /// The cases; ours first.
+    pub cases: Vec<&'static str>,
+    /// By round, a sample of each case.
+    pub rounds: Vec<Vec<Sample>>,
+}
+
+/// Runs every case of one round once, in an order that turns with every round; the samples are in the order of the cases.
+pub fn in_turn<C: Copy + std::fmt::Debug>(
+    round: u32,
+    cases: &[C],
+    mut run: impl FnMut(C) -> anyhow::Result<Sample>,
+) -> anyhow::Result<Vec<Sample>> {
+    let mut samples = vec![Sample::default(); cases.len()];
+    let mut order: Vec<usize> = (0..cases.len()).collect();
+    order.rotate_left(usize::try_from(round).unwrap_or_default() % cases.len().max(1));
+    for place in order {
+        let case = cases[place];
+        samples[place] = run(case).with_context(|| format!("{case:?}"))?;
+        let Cost { wall, cpu, memory } = samples[place].cost;
+        eprintln!("round {round} {case:?}: {wall:.2?} wall, {cpu:.2?} CPU, {memory}");
+    }
+    Ok(samples)
 }
 
 /// Runs a command to its end and tells what it took, and what it printed. A command that fails is an error.

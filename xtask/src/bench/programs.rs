@@ -16,6 +16,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("qemu-img", "qemu-utils"),
     (TIME, "time"),
     ("timeout", "coreutils"),
+    ("zstd", "zstd"),
 ];
 
 /// GNU time: the shell's own tells no memory.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use berth_core::units::Bytes;
 
-use super::import::{Case, Sample, Series};
+use super::measure::{Sample, Series};
 use super::{BenchArgs, Profile};
 
 /// What a new page begins with.
@@ -18,10 +18,10 @@ const PAGE: &str = "# Benchmarks\n\n\
     decodes was compared when it was made). Seconds depend on the machine and on what else it does; the\n\
     ratios are what to look at.\n";
 
-/// The table of imports.
-pub fn import(args: &BenchArgs, results: &[Series]) -> String {
+/// A table for each series, below what was done.
+pub fn tables(args: &BenchArgs, what: &str, results: &[Series]) -> String {
     let mut text = format!(
-        "Import of a qcow2 file with {} of data in a disk of {}. {} rounds; medians. {} cores; {}.\n",
+        "{what} with {} of data in a disk of {}. {} rounds; medians. {} cores; {}.\n",
         Bytes::mib(args.data),
         Bytes::mib(args.data * 2),
         args.rounds,
@@ -39,28 +39,24 @@ pub fn import(args: &BenchArgs, results: &[Series]) -> String {
 }
 
 fn table(text: &mut String, series: &Series) {
-    let Series { input, file_size, rounds } = series;
+    let Series { title, cases, rounds } = series;
     // Writing to a text cannot fail.
-    let _ = write!(text, "\n### {input} qcow2, a file of {file_size}\n\n");
+    let _ = write!(text, "\n### {title}\n\n");
     text.push_str(
         "| | wall | CPU | CPU of the S3 server | peak memory | stored | requests | Berth's wall time is |\n",
     );
     text.push_str("|---|---:|---:|---:|---:|---:|---:|---:|\n");
-    for (place, case) in Case::ALL.into_iter().enumerate() {
+    for (place, case) in cases.iter().enumerate() {
         let samples: Vec<Sample> = rounds.iter().map(|round| round[place]).collect();
         let of = |time: fn(&Sample) -> Duration| median(samples.iter().map(time).collect()).as_secs_f64();
-        let ratios = rounds
-            .iter()
-            .map(|round| round[0].cost.wall.as_secs_f64() / round[place].cost.wall.as_secs_f64());
-        let ratio = if case == Case::Berth {
+        let ratio = if place == 0 {
             String::new()
         } else {
-            format!("{:.2} ×", median_ratio(ratios.collect()))
+            format!("{:.2} ×", ratio(rounds, |round| wall(&round[place])))
         };
         let _ = writeln!(
             text,
-            "| {} | {:.2} s | {:.2} s | {:.2} s | {} | {} | {} | {ratio} |",
-            case.name(),
+            "| {case} | {:.2} s | {:.2} s | {:.2} s | {} | {} | {} | {ratio} |",
             of(|sample| sample.cost.wall),
             of(|sample| sample.cost.cpu),
             of(|sample| sample.server_cpu),
@@ -69,6 +65,16 @@ fn table(text: &mut String, series: &Series) {
             median(samples.iter().map(|sample| sample.stored.requests).collect()),
         );
     }
+}
+
+/// Our wall time as a multiple of another time: the median of the rounds.
+pub fn ratio(rounds: &[Vec<Sample>], other: impl Fn(&[Sample]) -> f64) -> f64 {
+    median_ratio(rounds.iter().map(|round| wall(&round[0]) / other(round)).collect())
+}
+
+/// Seconds.
+pub fn wall(sample: &Sample) -> f64 {
+    sample.cost.wall.as_secs_f64()
 }
 
 /// The middle one; of an even number, the lower of the two.
@@ -116,10 +122,11 @@ mod tests {
             cost: Cost { wall: Duration::from_secs(seconds), ..Cost::default() },
             ..Sample::default()
         };
-        let round = |ours, other| [sample(ours), sample(other), sample(1), sample(1)];
+        let round = |ours, other| vec![sample(ours), sample(other)];
         let rounds = vec![round(10, 5), round(12, 4), round(30, 30)];
         let mut text = String::new();
-        table(&mut text, &Series { input: "zlib", file_size: Bytes::mib(3), rounds });
+        let cases = vec!["`berth-node`", "`casync`"];
+        table(&mut text, &Series { title: "zlib".to_owned(), cases, rounds });
         let casync = text.lines().find(|line| line.contains("casync")).expect("a line");
         assert!(casync.contains("| 5.00 s |") && casync.ends_with("| 2.00 × |"), "{casync}");
         let ours = text.lines().find(|line| line.contains("berth-node")).expect("a line");
