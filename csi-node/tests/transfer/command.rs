@@ -91,7 +91,10 @@ async fn what_cannot_be_transferred_is_said_and_leaves_nothing() {
     let cases: [(&[&str], &str); 4] = [
         (&[&disk, "--checksum", &zeros, "--format", "raw"], "not sha256:000"),
         (&["store:ns/absent", "--format", "raw"], "no image ns/absent"),
-        (&[&url, "--staging", "never", "--format", "raw"], "has to be staged"),
+        (
+            &[&url, "--staging", "never", "--checksum", &zeros, "--format", "raw"],
+            "the sum of its bytes is asked for",
+        ),
         (&[&disk, "--max-virtual-size", "0", "--format", "raw"], "virtual size"),
     ];
     for (arguments, said) in cases {

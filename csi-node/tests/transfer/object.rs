@@ -185,6 +185,44 @@ async fn every_source_becomes_every_format() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_is_read_by_ranges_goes_on_where_it_was() {
+    let bed = Bed::new().await;
+    let disk = bed.dir.path().join("disk");
+    raw_image(&disk, 150, &[0..70, 80..140]);
+    qemu_img(&[
+        "convert",
+        "-q",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        "-c",
+        text(&disk),
+        text(&bed.file("disk.qcow2")),
+    ]);
+    let source = ranged(&bed, "slow/120000000", "disk.qcow2");
+    let mut work = Work::new(&bed, "ranges");
+    work.job.promised = Bytes::ZERO;
+    let target = target(&bed, "ranges", OutputFormat::Vhd);
+    let mut cuts = 0;
+    let object = loop {
+        let cancel = CancellationToken::new();
+        *work.told.fuse.lock().unwrap() = Some(Fuse::new((50 + 8 * cuts) * MIB, &cancel));
+        match send_until(&work, &source, &target, &Asked::of(&work), None, &cancel).await {
+            Ok(object) => break object,
+            Err(TransferError::Cancelled) => cuts += 1,
+            Err(error) => panic!("{}", error.chain()),
+        }
+        nothing_is_staged(&work);
+        assert!(cuts < 30, "no progress");
+    };
+    assert!(cuts >= 2, "too few cuts to tell");
+    assert_eq!(object.source_digest, None, "not all of its bytes were read");
+    assert!(same_disk(&disk_of(&bed, "ranges", "vpc").await, &disk));
+    nothing_is_left(&bed, &work);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn stopped_anywhere_it_goes_on_and_repeats_at_most_a_window() {
     let bed = Bed::new().await;
     let disk = bed.file("disk");
