@@ -15,7 +15,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_core::units::Bytes;
 
@@ -32,6 +32,10 @@ const IMAGE: &str = "berth-pool.xfs";
 const PARTIAL: &str = "berth-pool.xfs.partial";
 const LOCK: &str = "berth-pool.lock";
 const DIRECTORY: &str = "area";
+/// How long is waited for a lock. Mostly it is this process's own: a child that was forked while it was held holds it, too, until its
+/// program begins.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(5);
 const MKFS_LIMIT: Duration = Duration::from_secs(600);
 
 /// XFS makes no smaller file system.
@@ -226,10 +230,16 @@ fn lock(dir: &Path) -> Result<File, ClaimError> {
         .append(true)
         .open(&path)
         .map_err(|source| ClaimError::Directory { path: path.clone(), source })?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(ClaimError::Locked { dir: dir.to_owned() }),
-        Err(fs::TryLockError::Error(source)) => Err(ClaimError::Directory { path, source }),
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_LOOK);
+            }
+            Err(fs::TryLockError::WouldBlock) => return Err(ClaimError::Locked { dir: dir.to_owned() }),
+            Err(fs::TryLockError::Error(source)) => return Err(ClaimError::Directory { path, source }),
+        }
     }
 }
 
