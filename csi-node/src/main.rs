@@ -11,6 +11,8 @@ use berth_node::{run, telemetry};
 use clap::Parser as _;
 
 fn main() -> anyhow::Result<ExitCode> {
+    // Before there is a second thread.
+    berth_device::memory::give_large_buffers_back();
     let cli = Cli::parse();
     let agent = matches!(cli.command, Command::Agent(_));
     telemetry::init(cli.log_format, if agent { "info,kube=warn" } else { "warn" });

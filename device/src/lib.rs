@@ -12,6 +12,7 @@ pub mod files;
 pub mod filesystem;
 pub mod host_config;
 pub mod loop_device;
+pub mod memory;
 pub mod mounts;
 pub mod nbd;
 pub mod partition;

@@ -162,7 +162,12 @@ impl StoreLayout {
 
     /// A key for a probe of what the store can do; no session.
     pub fn probe(&self, id: uuid::Uuid) -> String {
-        format!("{}sessions/probe-{id}", self.prefix)
+        format!("{}{id}", self.probes())
+    }
+
+    /// What the keys of all probes begin with.
+    pub fn probes(&self) -> String {
+        format!("{}sessions/probe-", self.prefix)
     }
 
     /// What `key` names, if it is one of ours.

@@ -101,7 +101,7 @@ impl Run<'_> {
         let data = self.site.dir().join("s3");
         let files = StoreFiles::read(&data, BUCKET, store)?;
         for folder in ["sessions/", "tombstones/"] {
-            let left: Vec<_> = files.keys(folder).collect();
+            let left: Vec<_> = files.left_in(folder).collect();
             if !left.is_empty() {
                 self.violated(format!("store {store}: left in {folder}: {left:?}"));
             }

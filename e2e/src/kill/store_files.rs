@@ -97,6 +97,12 @@ impl StoreFiles {
         self.objects.keys().map(String::as_str).filter(move |key| key.starts_with(folder))
     }
 
+    /// The keys below `folder` that nothing takes away any more. What a probe of the store leaves behind that is killed is taken away by
+    /// another one an hour later.
+    pub fn left_in<'a>(&'a self, folder: &'a str) -> impl Iterator<Item = &'a str> {
+        self.keys(folder).filter(|key| !key.starts_with("sessions/probe-"))
+    }
+
     /// The ids of the chunks that the index of `digest` names.
     ///
     /// # Errors

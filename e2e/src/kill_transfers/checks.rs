@@ -186,7 +186,7 @@ impl Run<'_> {
         for store in [STORE, ARCHIVE] {
             let files = StoreFiles::read(&self.site.dir().join("s3"), BUCKET, store)?;
             for folder in ["sessions/", "pins/"] {
-                left.extend(files.keys(folder).map(|key| format!("{store}/{key}")));
+                left.extend(files.left_in(folder).map(|key| format!("{store}/{key}")));
             }
         }
         let node = &self.site.nodes()[0];

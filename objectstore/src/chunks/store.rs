@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::caibx::ChunkSize;
 use super::frame;
 use crate::layout::StoreLayout;
-use crate::{Body, ETag, ObjectInfo, ObjectStore, PutCondition, StoreError, small};
+use crate::{Body, ETag, Listed, ObjectInfo, ObjectStore, PutCondition, StoreError, small};
 
 /// The newest format of an image store that this program reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -238,14 +238,35 @@ fn checked(at: &str, found: &Description) -> Result<ChunkSize, OpenError> {
         .map_err(|error| OpenError::Corrupt { at: at.to_owned(), source: serde::de::Error::custom(error) })
 }
 
-/// Tries what the object store can do, on a key of its own which is removed again.
+/// How old the object of a probe is, by the store's clock, whose process must have died. Probing takes seconds. Unit: seconds.
+const LEFT_BEHIND: i64 = 3600;
+
+/// Tries what the object store can do, on a key of its own which is removed again. Removes those, too, that others have left who
+/// died meanwhile.
 pub async fn probe<S: ObjectStore>(store: &S, layout: &StoreLayout) -> Result<Capabilities, StoreError> {
     let key = layout.probe(Uuid::new_v4());
-    let tried = try_everything(store, &key).await;
+    let tried = async {
+        let capabilities = try_everything(store, &key).await?;
+        let probes = store.list(&layout.probes(), None).await?;
+        for old in left_behind(&probes.objects, &key) {
+            store.delete(old).await?;
+        }
+        Ok(capabilities)
+    };
+    let tried = tried.await;
     let removed = store.delete(&key).await;
     let capabilities = tried?;
     removed?;
     Ok(capabilities)
+}
+
+/// Those that are an hour older than `own`, which was written just now.
+fn left_behind<'a>(probes: &'a [Listed], own: &str) -> Vec<&'a str> {
+    let now = probes.iter().find(|probe| probe.key == own).and_then(|probe| probe.last_modified);
+    let is_old = |probe: &&Listed| {
+        now.zip(probe.last_modified).is_some_and(|(now, then)| now.saturating_sub(then) >= LEFT_BEHIND)
+    };
+    probes.iter().filter(is_old).map(|probe| probe.key.as_str()).collect()
 }
 
 async fn try_everything<S: ObjectStore>(store: &S, key: &str) -> Result<Capabilities, StoreError> {
@@ -332,6 +353,21 @@ mod tests {
         assert!(matches!(open().await, Err(OpenError::NewerVersion { found: 2, known: 1, .. })));
         store.set("p/berth.json", "{");
         assert!(matches!(open().await, Err(OpenError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn what_a_dead_process_has_left_goes_after_an_hour_by_the_stores_clock() {
+        let probe =
+            |key: &str, at| Listed { key: key.to_owned(), size: Size(1), etag: None, last_modified: at };
+        let probes = [
+            probe("old", Some(1000)),
+            probe("own", Some(4600)),
+            probe("at-work", Some(1001)),
+            probe("?", None),
+        ];
+        assert_eq!(left_behind(&probes, "own"), ["old"]);
+        assert_eq!(left_behind(&probes, "at-work"), [""; 0], "its clock is behind");
+        assert_eq!(left_behind(&probes, "absent"), [""; 0], "nobody knows how late it is");
     }
 
     #[tokio::test]
