@@ -7,6 +7,8 @@ use berth_core::ids::{Digest, Sha256Sum};
 use berth_core::reason::Reason;
 use berth_core::stages::Stage;
 use berth_node::transfer::{Direct, Origin, Source, TransferError};
+use berth_objectstore::source::{ObjectSource, RangedSource};
+use berth_objectstore::{Body, ObjectStore as _, PutCondition};
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -123,6 +125,35 @@ async fn every_format_is_read_where_it_lies_and_goes_on_where_it_was() {
         let (read, size) = (bed.web.log().unwrap().bytes_sent() - before, file.metadata().unwrap().len());
         // A window, what had been read ahead, and the tables, again after the cut.
         assert!(read <= size + (32 + 24) * MIB, "{name}: {read} bytes were read of {size}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_in_a_bucket_is_read_with_few_requests() {
+    let bed = Bed::new().await;
+    let disk = bed.dir.path().join("disk");
+    raw_image(&disk, 64, &[0..20, 30..60]);
+    for (driver, options) in [FORMATS[1], FORMATS[2], FORMATS[5], FORMATS[8]] {
+        let (name, file) = (format!("{driver}-{}", options.len()), bed.file("image"));
+        let convert = ["convert", "-q", "-f", "raw", "-O", driver];
+        qemu_img(&[&convert[..], options, &[text(&disk), text(&file)]].concat());
+        let content = std::fs::read(&file).unwrap();
+        let (key, length) = (format!("upload/{name}"), content.len() as u64);
+        let store = bed.chunks.store().clone();
+        store.put(&key, Body::Bytes(content.into()), PutCondition::Always, None).await.unwrap();
+        let source: RangedSource = ObjectSource::new(store, key.as_str(), None, PATIENCE).into();
+        let work = Work::new(&bed, &name);
+        let source = Source::Direct(Direct::Ranged(source));
+        let durable = work.read_until(&bed, &source, &CancellationToken::new()).await.unwrap();
+        assert!(same_disk(&bed.restore(&durable).await, &disk), "{name}");
+        let log = bed.s3.log().unwrap();
+        let reads: Vec<u64> =
+            log.entries().iter().filter(|e| e.key == key && e.op == "GetObject").map(|e| e.sent).collect();
+        let sent: u64 = reads.iter().sum();
+        println!("{name}: {length} bytes, {sent} of them in {} requests", reads.len());
+        // Twice the head and some tables; what the disk needs once.
+        assert!(sent <= length + 4 * MIB, "{name}: {sent} bytes of {length}");
+        assert!(reads.len() as u64 <= length / (4 * MIB) + 24, "{name}: {} requests", reads.len());
     }
 }
 
