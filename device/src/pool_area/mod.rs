@@ -10,18 +10,20 @@
 
 mod claim;
 mod error;
+mod lock;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use berth_core::units::Bytes;
 
 pub use self::claim::PoolIdentity;
 use self::claim::{Claim, Stage};
 pub use self::error::ClaimError;
+use self::lock::{LOCK, lock};
 use crate::files::{self, FileError};
 use crate::loop_device::{self, LoopDevice, LoopOptions};
 use crate::mounts::{self, FsType, MountOptions};
@@ -30,12 +32,7 @@ use crate::program;
 
 const IMAGE: &str = "berth-pool.xfs";
 const PARTIAL: &str = "berth-pool.xfs.partial";
-const LOCK: &str = "berth-pool.lock";
 const DIRECTORY: &str = "area";
-/// How long is waited for a lock. Mostly it is this process's own: a child that was forked while it was held holds it, too, until its
-/// program begins.
-const LOCK_LIMIT: Duration = Duration::from_secs(2);
-const LOCK_LOOK: Duration = Duration::from_millis(5);
 const MKFS_LIMIT: Duration = Duration::from_secs(600);
 
 /// XFS makes no smaller file system.
@@ -220,27 +217,6 @@ pub fn destroy_rest(dir: &Path, identity: &PoolIdentity, mount_point: &Path) -> 
         device: None,
     };
     area.delete(claim.stage == Stage::Directory)
-}
-
-/// Held while the area is opened or left, so that two processes do not make it at once.
-fn lock(dir: &Path) -> Result<File, ClaimError> {
-    let path = dir.join(LOCK);
-    let file = File::options()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .map_err(|source| ClaimError::Directory { path: path.clone(), source })?;
-    let deadline = Instant::now() + LOCK_LIMIT;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_LOOK);
-            }
-            Err(fs::TryLockError::WouldBlock) => return Err(ClaimError::Locked { dir: dir.to_owned() }),
-            Err(fs::TryLockError::Error(source)) => return Err(ClaimError::Directory { path, source }),
-        }
-    }
 }
 
 fn claim_directory(config: &PoolAreaConfig) -> Result<Claim, ClaimError> {
