@@ -43,6 +43,10 @@ impl ReadAt for Ranges {
         while let Some(more) = stream.try_next().await? {
             all.extend_from_slice(&more);
         }
+        if all.len() != len {
+            let said = format!("{} bytes came of {len} at {}", all.len(), at.0);
+            return Err(SourceError::Unavailable { location: self.name.clone(), said });
+        }
         Ok(all.freeze())
     }
 }

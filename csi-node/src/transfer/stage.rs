@@ -77,7 +77,8 @@ impl Staging<'_> {
             | Phase::Converting { source_digest, shape, .. }
             | Phase::Converted { source_digest, shape } => {
                 let converted = match phase {
-                    Phase::Converting { offset, .. } if has_length(&raw, shape.virtual_size) => offset,
+                    // A tool that was killed leaves it a little longer than the disk.
+                    Phase::Converting { offset, .. } if length(&raw) >= Some(shape.virtual_size) => offset,
                     _ => Bytes::ZERO,
                 };
                 // The record can be older than a directory that was made anew.
@@ -193,5 +194,10 @@ fn probe_given(path: &Path, format: Option<ImageFormat>) -> Result<Probe, ProbeE
 }
 
 fn has_length(path: &Path, len: Bytes) -> bool {
-    path.metadata().is_ok_and(|file| file.len() == len.0)
+    length(path) == Some(len)
+}
+
+/// How long a file is, if it is there.
+fn length(path: &Path) -> Option<Bytes> {
+    path.metadata().ok().map(|file| Bytes(file.len()))
 }

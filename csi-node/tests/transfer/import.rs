@@ -228,6 +228,8 @@ async fn b63_a_conversion_goes_on_at_its_last_window() {
     let bed = Bed::new().await;
     let disk = bed.dir.path().join("disk");
     raw_image(&disk, 64, &[0..60]);
+    // No whole number of the units that the tool's file is lengthened to while it is at work.
+    std::fs::File::options().write(true).open(&disk).unwrap().set_len(64 * MIB + 512).unwrap();
     qemu_img(&["convert", "-q", "-f", "raw", "-O", "vhdx", text(&disk), text(&bed.file("disk.vhdx"))]);
     name_log(&bed.file("disk.vhdx")).unwrap();
     let (work, origin) = (Work::new(&bed, "windows"), bed.origin("plain", "disk.vhdx", PATIENCE));
