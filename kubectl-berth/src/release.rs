@@ -31,13 +31,13 @@ pub async fn run(client: &Client, args: &ReleaseArgs) -> anyhow::Result<ExitCode
     let params = DeleteParams { preconditions, ..DeleteParams::default() };
     let deleted = api.delete(&args.name, &params).await;
     deleted.with_context(|| format!("could not delete StagingReservation {name}"))?;
-    let gone = args.wait && wait(&api, &found, args.at_most.map(Duration::from_secs)).await?;
+    let gone = args.waiting.wait && wait(&api, &found, args.waiting.at_most()).await?;
     match args.output {
         Output::Table if gone => println!("reservation {name} is gone, and its space is free"),
         Output::Table => println!("reservation {name} goes once its node has given the space back"),
         Output::Json => println!("{:#}", json!({"name": name, "gone": gone})),
     }
-    Ok(if args.wait && !gone { ExitCode::from(1) } else { ExitCode::SUCCESS })
+    Ok(if args.waiting.wait && !gone { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
 /// Whether it is gone in time. Says what it waits for, on standard error, whenever that changes.

@@ -100,7 +100,7 @@ pub async fn run(client: &Client, args: &ReserveArgs) -> anyhow::Result<ExitCode
     let name = format!("{namespace}/{}", args.name);
     let made = api.create(&params, &reservation(args)).await;
     let made = made.with_context(|| format!("could not make StagingReservation {name}"))?;
-    if !args.wait {
+    if !args.waiting.wait {
         match args.output {
             Output::Table => {
                 println!("reservation {name} is made; `kubectl berth explain` says how it goes on");
@@ -109,7 +109,7 @@ pub async fn run(client: &Client, args: &ReserveArgs) -> anyhow::Result<ExitCode
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let progress = follow(&api, &made, args.at_most.map(Duration::from_secs)).await?;
+    let progress = follow(&api, &made, args.waiting.at_most()).await?;
     match args.output {
         Output::Table => println!("reservation {name} is {progress}"),
         Output::Json => println!("{:#}", json!({"name": name, "progress": progress})),

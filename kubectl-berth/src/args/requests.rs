@@ -1,6 +1,7 @@
 //! What is asked for: by `fit`, `reserve` and `release`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::ValueEnum;
 
@@ -87,17 +88,32 @@ pub struct ReserveArgs {
     #[arg(short, long)]
     pub namespace: Option<String>,
 
-    /// Wait, and show progress, until it is ready or refused.
+    /// Whether to wait.
+    #[command(flatten)]
+    pub waiting: Waiting,
+
+    /// How the result is printed.
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Whether a command waits for what it has asked for.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Waiting {
+    /// Wait, and show progress, until it is over.
     #[arg(long)]
     pub wait: bool,
 
     /// Wait no longer than this many seconds; ends with 1 then. Default: as long as it takes.
     #[arg(long, value_name = "SECONDS", requires = "wait")]
-    pub at_most: Option<u64>,
+    at_most: Option<u64>,
+}
 
-    /// How the result is printed.
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    pub output: Output,
+impl Waiting {
+    /// The longest time to wait, if there is one.
+    pub fn at_most(self) -> Option<Duration> {
+        self.at_most.map(Duration::from_secs)
+    }
 }
 
 /// Flags of `kubectl berth release`.
@@ -111,13 +127,9 @@ pub struct ReleaseArgs {
     #[arg(short, long)]
     pub namespace: Option<String>,
 
-    /// Wait until its node has given the space back.
-    #[arg(long)]
-    pub wait: bool,
-
-    /// Wait no longer than this many seconds; ends with 1 then. Default: as long as it takes.
-    #[arg(long, value_name = "SECONDS", requires = "wait")]
-    pub at_most: Option<u64>,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub waiting: Waiting,
 
     /// How the result is printed.
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
